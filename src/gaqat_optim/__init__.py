@@ -1,0 +1,29 @@
+"""Low-bit quantization-aware training under a sharpness-aware objective (GAQAT, arXiv 2412.05551)."""
+
+from .freezing import DisorderFreeze, NeverFreeze
+from .optimizer import GAQATOptimizer
+from .perturbations import SAGM, SAM
+from .quant.config import QuantConfig
+from .quant.functional import lsq_quantize
+from .quant.quantizer import LSQQuantizer
+from .quant.summary import QuantRecord, quantization_summary
+from .quant.swap import param_groups, quantization_disabled, quantize_model
+from .report import ScaleRecord, plot_conflict
+
+__all__ = [
+    "SAGM",
+    "SAM",
+    "DisorderFreeze",
+    "GAQATOptimizer",
+    "LSQQuantizer",
+    "NeverFreeze",
+    "QuantConfig",
+    "QuantRecord",
+    "ScaleRecord",
+    "lsq_quantize",
+    "param_groups",
+    "plot_conflict",
+    "quantization_disabled",
+    "quantization_summary",
+    "quantize_model",
+]

@@ -1,0 +1,217 @@
+"""``convert``: the network that was trained, as the integers that run."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.modules import QuantizedModule
+from ..quant.quantizer import LSQQuantizer
+from .fold import Affine, following_norms
+from .layers import DEPLOYED, ActivationCodes, DeployLayer, largest_sum
+
+_INT32_MAX = 2**31 - 1
+# The smallest normal float32.
+_SMALLEST = torch.finfo(torch.float32).tiny
+# A channel without weights has a bias of about this size: 22 bits of precision, and far from any overflow.
+_BIAS_ALONE = 2**22
+
+
+def convert(model: nn.Module) -> nn.Module:
+    r"""Copy a quantized network into the form that is deployed: integer weights, integer biases, BatchNorm folded in.
+
+    Every quantized layer becomes one that computes, with the codes a of its input and q of its weight,
+
+    .. math::
+
+        a = \mathrm{clamp}(\mathrm{round}(x / s_a), Q_n, Q_p), \qquad
+        y_c = s_a s'_c \left( \sum a\,q_c + b_c \right)
+
+    with an exact sum and one multiplication, in float32. A BatchNorm behind the layer goes into the scale and the
+    bias, with the weight's codes as they were trained:
+
+    .. math::
+
+        s'_c = s_c \gamma_c / \sigma_c, \qquad
+        b_c = \mathrm{round}\left( \frac{\beta_c + (b_c^{\mathrm{float}} - \mu_c) \gamma_c / \sigma_c}{s_a s'_c} \right)
+        \in \mathrm{int32}
+
+    so that a negative gamma gives a negative scale. This rounding of the bias is the one difference from the network
+    that was trained, beyond the last bits of floating-point sums. A channel whose gamma is zero keeps its bias alone,
+    and so does one whose gamma is so small that the bias would not fit, which is a warning. A layer whose weight or
+    input is in floating point has its bias there too.
+
+    The BatchNorm is found by tracing the network symbolically, and replaced by an identity. It is folded where it is
+    the only user of the layer's output, is used once, and has running statistics; elsewhere, and in a network that
+    cannot be traced (which is a warning), it stays as it is.
+
+    Args:
+        model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set. It stays as it is.
+
+    Returns:
+        A network of the same class, in evaluation mode and without gradients: the numeric specification of an export.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: nothing is quantized, or it is converted already, or a quantizer is switched off, has no scale yet,
+            or has one that is not finite, or the weights or the BatchNorm's values are not finite.
+
+    Example:
+        >>> from gaqat_optim import QuantConfig, quantize_model
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> net = quantize_model(net, QuantConfig(first_last_bits="same"), calibration=torch.rand(16, 3, 8, 8))
+        >>> print(convert(net))
+        Sequential(
+          (0): DeployConv(
+            4-bit weight (8, 3, 3, 3) per channel, int32 bias, BatchNorm folded, sums in float32, stride=(1, 1), ...
+            (input_quantizer): ActivationCodes(4 bits, unsigned, scale 0.0...)
+          )
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    _check(model)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    norms = following_norms(model)
+    swapped: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in norms.values()}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedModule):
+                swapped[module] = _deployed(name, module, norms.get(module))
+    for parent in list(model.modules()):
+        for slot, child in parent._modules.items():
+            if child in swapped:
+                parent._modules[slot] = swapped[child]
+    return swapped.get(model, model).eval()
+
+
+def _check(model: nn.Module) -> None:
+    """Raise for whatever cannot be converted."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a model from quantize_model, got {type(model).__name__}")
+    if any(isinstance(module, DeployLayer) for module in model.modules()):
+        raise ValueError("the model is converted already: it has deployed layers")
+    layers = {name or "the model": m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize_model first, and train")
+    for name, layer in layers.items():
+        if type(layer) not in DEPLOYED:
+            raise ValueError(f"{name!r}: there is no deployed form of {type(layer).__name__}")
+        for kind, quantizer in layer.quantizers():
+            _check_quantizer(f"{name}.{kind}", quantizer)
+        for what, value in layer.named_parameters(recurse=False):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name!r} has a {what} that is not finite")
+
+
+def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:
+    if not quantizer.enabled:
+        raise ValueError(f"the quantizer {name!r} is switched off: convert outside of quantization_disabled")
+    if not quantizer.is_set:
+        raise ValueError(
+            f"the quantizer {name!r} has no scale yet: pass calibration= to quantize_model, or train for a step"
+        )
+    scale = quantizer.scale.detach().to(torch.float32)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"the quantizer {name!r} has a scale that is not finite and positive: {scale.tolist()}")
+
+
+def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
+    """The deployed form of ``layer``, with the BatchNorm ``norm`` folded in if there is one."""
+    prefix = f"{name}." if name else ""
+    activation = _activation(layer.input_quantizer, f"{prefix}input_quantizer")
+    output = _activation(layer.output_quantizer, f"{prefix}output_quantizer")
+    bias: Any = layer.bias
+    bias = None if bias is None else bias.detach()
+    gain = None
+    if norm is not None:
+        affine = Affine.of(norm)
+        gain, bias = affine.gain, affine.bias(bias)
+        if not bool(torch.isfinite(gain).all() & torch.isfinite(bias).all()):
+            raise ValueError(f"the BatchNorm behind {name!r} has values that are not finite")
+    parts: dict[str, Any] = {}
+    if layer.weight_quantizer is None:
+        weight = layer.weight.detach()
+        if gain is not None:
+            weight = weight.to(torch.float64) * gain.reshape(-1, *[1] * (weight.dim() - 1))
+        parts["float_weight"] = _float32(weight)
+    else:
+        codes, scale = _codes(layer.weight, layer.weight_quantizer)
+        scale = scale if gain is None else (scale * gain).to(torch.float32)
+        if bias is not None:
+            codes, scale = _without_vanishing(name or "the model", codes, scale, bias, activation)
+        parts |= {"codes": codes, "weight_scale": scale, "weight_bits": layer.weight_quantizer.bits}
+        if bias is not None and activation is not None:
+            parts["bias_codes"] = _round_to(bias, activation.scale * scale)
+    if bias is not None and "bias_codes" not in parts:
+        parts["float_bias"] = _float32(bias)
+    deployed = DEPLOYED[type(layer)](
+        layer, input_quantizer=activation, output_quantizer=output, folded=norm is not None, **parts
+    )
+    for registry in vars(layer):
+        if registry.startswith("_forward_"):  # Hooks stay with the layer.
+            setattr(deployed, registry, getattr(layer, registry))
+    return deployed
+
+
+def _float32(v: Tensor) -> Tensor:
+    return v.to(torch.float32, copy=True)
+
+
+def _activation(quantizer: LSQQuantizer | None, name: str) -> ActivationCodes | None:
+    if quantizer is None:
+        return None
+    return ActivationCodes(_float32(quantizer.scale).reshape(()), quantizer.bits, bool(quantizer.signed), name)
+
+
+def _codes(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:
+    """The weight's int8 codes, in the very arithmetic of the fake quantizer, and their scale in float32."""
+    scale = quantizer.scale
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, scale.dtype), torch.float32)
+    shape = [1] * weight.dim()
+    if quantizer.channel_axis is not None:
+        shape[quantizer.channel_axis] = -1
+    codes = (weight.to(dtype) / scale.to(dtype).reshape(shape)).clamp(quantizer.qmin, quantizer.qmax).round()
+    return codes.to(torch.int8), _float32(scale if quantizer.channel_axis is not None else scale.reshape(()))
+
+
+def _round_to(v: Tensor, unit: Tensor) -> Tensor:
+    """``v`` in units of ``unit``, as int32."""
+    return (v.to(torch.float64) / unit.to(torch.float64)).round().to(torch.int32)
+
+
+def _without_vanishing(
+    name: str, codes: Tensor, scale: Tensor, bias: Tensor, activation: ActivationCodes | None
+) -> tuple[Tensor, Tensor]:
+    """Codes and scale without the channels whose scale is too small to be a unit of their bias.
+
+    Such a channel gets codes of zero, and a scale in which its bias is an integer of :data:`_BIAS_ALONE`: what it
+    computes is its bias. Gamma = 0 does that to a channel; so does a gamma at which the bias, beside the largest sum,
+    does not fit into int32, which is a warning because there the weights did count for something.
+    """
+    step = torch.ones((), device=scale.device) if activation is None else activation.scale
+    size, unit = bias.to(torch.float64).abs(), (step * scale).abs().to(torch.float64)
+    vanishing = (unit < _SMALLEST).expand_as(size)
+    too_large = torch.zeros_like(vanishing)
+    if activation is not None:
+        room = _INT32_MAX - largest_sum(codes, activation.qmin, activation.qmax)
+        too_large = ~vanishing & (size > unit * room.clamp(min=_INT32_MAX // 2))
+    alone = vanishing | too_large
+    if not bool(alone.any()):
+        return codes, scale
+    if bool(too_large.any()):
+        channels = too_large.nonzero().flatten().tolist()
+        shown = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
+        warnings.warn(
+            f"{name!r}: the bias of {len(channels)} channels ({shown}) does not fit into int32 in units of their "
+            "scale, which is very small (a BatchNorm's gamma near zero?). They keep their bias and lose their weights",
+            stacklevel=4,
+        )
+    units = size / _BIAS_ALONE
+    replacement = torch.where(units > _SMALLEST * max(1.0, 1 / step.item()), units / step, 1.0).to(torch.float32)
+    codes = codes.masked_fill(alone.reshape(-1, *[1] * (codes.dim() - 1)), 0)
+    return codes, torch.where(alone, replacement, scale)

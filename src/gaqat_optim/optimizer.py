@@ -1,0 +1,385 @@
+"""``GAQATOptimizer``: two passes around any base optimizer, and frozen scales."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import Parameter
+
+from .batchnorm import copies, put_back, running_statistics_kept
+from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
+from .monitor import ScaleMonitor, find_scales
+from .perturbations import SAGM, Perturbation
+from .report import ScaleRecord
+
+
+def _of_base(name: str, doc: str) -> property:
+    """A property onto the base's attribute: an alias would go stale when the base loads a state dict."""
+    return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
+
+
+class GAQATOptimizer(torch.optim.Optimizer):
+    r"""Any ``torch.optim`` optimizer under a sharpness-aware objective, with quantizer scales frozen by conflict.
+
+    A step computes two gradients: ``g_task`` at the parameters and ``g_smooth`` at parameters displaced by the
+    ``perturbation``. The parameters are restored to the bit, the two gradients combined, the frozen part of each
+    frozen scale's gradient left out, and the base optimizer makes its step. Every ``freezing.window`` steps, the sign
+    changes of the scales' gradients decide what is frozen next. A model without scales is welcome: the same optimizer
+    then trains a flat start in floating point.
+
+    During the second pass BatchNorm normalizes by batch statistics and leaves its running ones alone. A gradient that
+    is not finite is no error: nothing is displaced then, and the values stay in ``.grad`` for a GradScaler to see.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base's own. A group's ``"rho"`` overrides the perturbation's;
+    0 leaves the group where it is in the second pass.
+
+    Args:
+        base: an instance, built on the parameters of ``model`` after :func:`quantize_model`. LBFGS, which evaluates
+            its closure as it likes, cannot be wrapped.
+        model: the network; an ``nn.Module``, or a wrapper such as DistributedDataParallel.
+        perturbation: :class:`SAGM` or :class:`SAM`.
+        freezing: a policy such as :class:`DisorderFreeze`; :class:`NeverFreeze` or ``None`` freeze nothing.
+        scales: which parameters are scales, if they are not those of this package: the parameters themselves, or a
+            predicate on qualified name and parameter.
+        interval: make the second pass only in every ``interval``-th step. Only those steps count in the window; the
+            others are plain steps of the base.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a base that cannot be wrapped.
+        ValueError: a scale that the base does not train, ``scales`` that match nothing, freezing the task part of a
+            perturbation that has none, or an ``interval`` below 1.
+
+    Example:
+        The closure form. ``step`` calls the closure twice and returns its first loss:
+
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(4, 2)).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> bool(optimizer.step(closure) > optimizer.step(closure))
+        True
+
+        The explicit form, for accumulation, clipping, GradScaler:
+
+        >>> first = closure()
+        >>> with optimizer.perturbed():
+        ...     second = closure()
+        >>> optimizer.step()
+
+    Reference: *GAQAT*, arXiv 2412.05551, on SAGM (CVPR 2023) and LSQ (arXiv 1902.08153).
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        perturbation: Perturbation = SAGM(),  # noqa: B008 (immutable)
+        freezing: FreezePolicy | None = DisorderFreeze(),  # noqa: B008 (immutable)
+        scales: Iterable[Parameter] | Callable[[str, Parameter], bool] | None = None,
+        interval: int = 1,
+    ) -> None:
+        # Not super().__init__: the groups and the state are the base's, by property. These are what it would set.
+        torch._C._log_api_usage_once("python.optimizer")
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+        freezing = NeverFreeze() if freezing is None else freezing
+        _check_arguments(base, model, perturbation, freezing, interval)
+        self.base = base
+        self.model = model
+        self.perturbation = perturbation
+        self.freezing = freezing
+        self.interval = interval
+        self._names = {p: name for name, p in model.named_parameters()}
+        found = find_scales(model, scales)
+        self._check_membership(found)
+        self._monitor = ScaleMonitor(found, freezing, perturbation.has_task_part)
+        self._steps = 0
+        self._in_second_pass = False
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def _check_membership(self, scales: dict[str, Parameter]) -> None:
+        """Every scale must be trained by the base; other parameters that are not make one warning."""
+        trained = {p for group in self.base.param_groups for p in group["params"]}
+        for name, scale in scales.items():
+            if scale not in trained:
+                raise ValueError(
+                    f"the base optimizer does not train the scale {name!r}: build it after quantize_model, from the "
+                    "parameters of the model that quantize_model returned"
+                )
+        missing = [name for p, name in self._names.items() if p.requires_grad and p not in trained]
+        if missing:
+            listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            warnings.warn(f"the base optimizer does not train these parameters of the model: {listed}", stacklevel=3)
+
+    # -- the base's own ----------------------------------------------------------------------------------------
+
+    param_groups: Any = _of_base("param_groups", "The base optimizer's parameter groups, the very list.")
+    state: Any = _of_base("state", "The base optimizer's state.")
+    defaults: Any = _of_base("defaults", "The base optimizer's defaults.")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the base optimizer does."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        self.base.add_param_group(param_group)
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the coming step has a second pass."""
+        return self._steps % self.interval == 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss. It is called
+                twice (once in steps without a second pass). Without it, the base makes a step with the gradients as
+                they are, which after :meth:`perturbed` are the combined ones.
+
+        Returns:
+            The first loss; ``None`` without a closure.
+
+        Raises:
+            RuntimeError: the closure computed no gradient, or ``step`` is called inside :meth:`perturbed`. Whatever
+                the closure raises comes through; parameters and running statistics are then as before the step.
+        """
+        if self._in_second_pass:
+            raise RuntimeError("step() inside perturbed(): leave the with block first, it restores the parameters")
+        loss = None
+        if closure is not None:
+            loss = self._closure_passes(closure)
+        with torch.no_grad(), self._monitor.held_where_frozen():
+            self.base.step()
+        if self._pending is not None:
+            self._monitor.commit(*self._pending)
+            self._pending = None
+        self._steps += 1
+        return loss
+
+    def _closure_passes(self, closure: Callable[[], Any]) -> Any:
+        statistics = copies([m for m in self.model.modules() if isinstance(m, _NormBase)])
+        try:
+            with torch.enable_grad():
+                loss = closure()
+                if self.perturbs:
+                    with self.perturbed():
+                        closure()
+        except BaseException:
+            put_back(statistics)
+            raise
+        return loss
+
+    @contextmanager
+    def perturbed(self, *, grad_scale: float | Tensor = 1.0) -> Iterator[None]:
+        """The second pass: within the block the parameters are displaced, and gradients start from none.
+
+        Call it with the first pass's gradients in ``.grad``, run the second forward and backward in the block, and
+        call :meth:`step` after it. On leaving, the parameters are what they were, to the bit, and ``.grad`` holds the
+        combined gradient, frozen parts left out. If the block raises, everything is as before it, ``.grad`` included.
+
+        Args:
+            grad_scale: the factor on the loss, as from ``GradScaler.get_scale()``: the displacement needs the true
+                gradient. ``.grad`` stays scaled.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, a gradient is sparse, or the block is nested in another.
+            ValueError: ``grad_scale`` is not positive and finite.
+        """
+        if self._in_second_pass:
+            raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")
+        if not isinstance(grad_scale, Tensor) and not (grad_scale > 0 and math.isfinite(grad_scale)):
+            raise ValueError(f"grad_scale must be positive and finite, got {grad_scale!r}")
+        self._pending = None
+        radii = self._radii()
+        owned = {p: p.grad for p in radii}  # what .grad is given back if the block raises
+        # A view, as DistributedDataParallel makes of its buckets, is overwritten by the second backward.
+        g_task = {p: g if g._base is None else g.clone() for p, g in owned.items() if g is not None}
+        self._check_gradients(g_task)
+        displaced = [p for p in g_task if radii[p] is not None]
+        theta = [p.detach().clone() for p in displaced]
+        self._in_second_pass = True
+        try:
+            self._displace(displaced, [g_task[p] for p in displaced], [radii[p] or 0.0 for p in displaced], grad_scale)
+            for p in owned:
+                p.grad = None
+            with running_statistics_kept(self.model):
+                yield
+            self._combine(g_task, {p: p.grad for p in owned if p.grad is not None}, grad_scale)
+        except BaseException:
+            for p, g in owned.items():
+                if g is not None and g is not g_task[p]:
+                    g.copy_(g_task[p])
+                p.grad = g
+            raise
+        finally:
+            with torch.no_grad():
+                for p, value in zip(displaced, theta, strict=True):
+                    p.copy_(value)
+            self._in_second_pass = False
+
+    def _radii(self) -> dict[Parameter, float | None]:
+        """The radius for every parameter; ``None`` in a group that sets its own to 0, which is not displaced."""
+        radii: dict[Parameter, float | None] = {}
+        for group in self.base.param_groups:
+            rho = group.get("rho", self.perturbation.rho)
+            for p in group["params"]:
+                radii[p] = None if rho == 0 and "rho" in group else rho
+        return radii
+
+    def _check_gradients(self, grads: dict[Parameter, Tensor]) -> None:
+        if not grads:
+            raise RuntimeError(
+                "no parameter of the base optimizer has a gradient: the first backward() must come before perturbed(), "
+                "and a closure must call backward()"
+            )
+        for p, g in grads.items():
+            if g.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of {self._names.get(p, 'a parameter')!r} is sparse, "
+                    "which two passes cannot combine: build its module with sparse=False"
+                )
+
+    @torch.no_grad()
+    def _displace(
+        self, params: list[Parameter], grads: list[Tensor], rhos: list[float], grad_scale: float | Tensor
+    ) -> None:
+        if params:
+            for p, displacement in zip(
+                params, self.perturbation.direction(params, grads, rhos, grad_scale), strict=True
+            ):
+                p.add_(displacement)
+
+    @torch.no_grad()
+    def _combine(
+        self, g_task: dict[Parameter, Tensor], g_smooth: dict[Parameter, Tensor], grad_scale: float | Tensor
+    ) -> None:
+        """Write the combined gradients to ``.grad``, and keep those of the scales to be counted by ``step``."""
+        seen = self._monitor.gather(g_task) / grad_scale, self._monitor.gather(g_smooth) / grad_scale
+        for p in g_task.keys() - g_smooth.keys():
+            p.grad = g_task[p]  # A parameter with a gradient in one pass only uses the one that it has.
+        both = [p for p in g_task if p in g_smooth]
+        task = self._monitor.without_frozen("task", both, [g_task[p] for p in both])
+        smooth = self._monitor.without_frozen("smooth", both, [g_smooth[p] for p in both])
+        for p, g in zip(both, self.perturbation.combine(task, smooth), strict=True):
+            if g is not g_smooth[p]:
+                g_smooth[p].copy_(g)
+        self._pending = seen
+
+    # -- reading, saving ---------------------------------------------------------------------------------------
+
+    def scale_report(self) -> list[ScaleRecord]:
+        """One :class:`ScaleRecord` for each scale: of the last judged window, or the steps so far before the first."""
+        return self._monitor.report(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with the freezing state of each scale under ``"gaqat"`` in that scale's state.
+
+        The counts of steps are in the groups. Everything is a tensor or a number: ``torch.load(weights_only=True)``
+        reads it.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base.state_dict()
+        ids = dict(_pairs(self.base.param_groups, state_dict["param_groups"]))
+        for p, packed in self._monitor.packed().items():
+            # A copy: the entry is the base's own run-time state, where nothing of ours may be.
+            state_dict["state"][ids[p]] = {**state_dict["state"].get(ids[p], {}), _STATE: packed}
+        for group in state_dict["param_groups"]:
+            group[_STEPS], group[_PERTURBED_STEPS] = self._steps, self._monitor.steps
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave. A state dict of the base alone starts with nothing counted or frozen.
+
+        Raises:
+            ValueError: the groups or the freezing state do not fit this optimizer, which is then as before.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        groups = [
+            {k: v for k, v in g.items() if k not in (_STEPS, _PERTURBED_STEPS)} for g in state_dict["param_groups"]
+        ]
+        state = {key: {k: v for k, v in entry.items() if k != _STATE} for key, entry in state_dict["state"].items()}
+        # Ids come from the saved groups, never from counting: distributed checkpoints use names as ids.
+        packed = {
+            p: state_dict["state"][key][_STATE]
+            for p, key in _pairs(self.base.param_groups, state_dict["param_groups"])
+            if _STATE in state_dict["state"].get(key, {})
+        }
+        first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
+        monitor = ScaleMonitor(self._monitor.scales, self.freezing, self.perturbation.has_task_part)
+        if _STEPS in first:
+            monitor.unpack(packed, int(first[_PERTURBED_STEPS]))
+        self.base.load_state_dict({"state": {k: v for k, v in state.items() if v}, "param_groups": groups})
+        self._monitor, self._steps, self._pending = monitor, int(first.get(_STEPS, 0)), None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not Optimizer's, which would keep groups and state alone. A scheduler puts its own step on the instance.
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._patch_step_function()
+
+    def __repr__(self) -> str:
+        settings = f"{self.perturbation}, {self.freezing}, scales={len(self._monitor.scales)}"
+        return f"GAQATOptimizer({settings}, base={self.base})"
+
+
+_STATE, _STEPS, _PERTURBED_STEPS = "gaqat", "gaqat_steps", "gaqat_perturbed_steps"
+
+
+def _pairs(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[tuple[Parameter, Any]]:
+    """Each parameter with its id in the saved groups."""
+    for group, saved_group in zip(groups, saved, strict=False):
+        yield from zip(group["params"], saved_group["params"], strict=False)
+
+
+def _check_arguments(
+    base: torch.optim.Optimizer, model: nn.Module, perturbation: Perturbation, freezing: FreezePolicy, interval: int
+) -> None:
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base must be an instance of a torch.optim optimizer, got {base!r}")
+    if isinstance(base, (torch.optim.LBFGS, GAQATOptimizer)):
+        raise TypeError(f"{type(base).__name__} cannot be the base: it evaluates the closure itself")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the nn.Module that the base trains, got {type(model).__name__}")
+    if not hasattr(perturbation, "direction"):
+        raise TypeError(f"perturbation must be one such as SAGM(rho=0.05), got {perturbation!r}")
+    if not hasattr(freezing, "judge"):
+        raise TypeError(f"freezing must be a policy such as DisorderFreeze(), or None; got {freezing!r}")
+    if freezing.freeze == "task" and not perturbation.has_task_part:
+        raise ValueError(
+            f'{type(freezing).__name__}(freeze="task") has no effect under {type(perturbation).__name__}, whose step '
+            'does not use g_task: take freeze="both", "smooth" or None, or SAGM'
+        )
+    if not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval must be an integer >= 1, got {interval!r}")

@@ -1,0 +1,94 @@
+"""Initial values of activation scales, from batches of real data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .quantizer import LSQQuantizer
+
+# Values kept per quantizer and batch: enough for a scale, little enough for many layers and batches.
+_SAMPLE = 16384
+
+
+def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
+    """Run ``batches`` through the float network and initialise every activation quantizer that has no scale yet.
+
+    The network runs in evaluation mode, without gradients and with all quantizers off. Training flags and the state
+    of torch's random generators are left as they were.
+
+    Args:
+        model: a network whose layers were already swapped.
+        batches: a tensor, or an iterable of batches: each a tensor, or a tuple, list or mapping whose first item is
+            the input.
+
+    Raises:
+        ValueError: there are no batches, or an activation is not finite.
+        TypeError: a batch is not of these kinds.
+    """
+    waiting = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_set]
+    seen: dict[LSQQuantizer, list[Tensor]] = {}
+
+    def observe(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(quantizer, LSQQuantizer)
+        seen.setdefault(quantizer, []).append(_sample(args[0].detach()))
+
+    was_training = {module: module.training for module in model.modules()}
+    was_enabled = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
+    hooks = [q.register_forward_pre_hook(observe) for q in waiting]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        model.eval()
+        for quantizer in was_enabled:
+            quantizer.enabled = False
+        count = 0
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for x in _inputs(batches):
+                model(x.to(device))
+                count += 1
+        if count == 0:
+            raise ValueError("calibration is empty: give a tensor, or an iterable with at least one batch")
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for quantizer, enabled in was_enabled.items():
+            quantizer.enabled = enabled
+        for module, training in was_training.items():
+            module.training = training
+    for quantizer, parts in seen.items():
+        quantizer.initialize(torch.cat(parts))
+    unseen = [q.name for q in waiting if q not in seen]
+    if unseen:
+        warnings.warn(
+            f"calibration never reached {', '.join(unseen)}: each takes its scale from its first training forward",
+            stacklevel=3,
+        )
+
+
+def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
+    """The input tensor of each batch."""
+    for batch in [batches] if isinstance(batches, Tensor) else batches:
+        x = batch
+        if isinstance(batch, Mapping):
+            x = next(iter(batch.values()), None)
+        elif isinstance(batch, (tuple, list)):
+            x = batch[0] if batch else None
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                "a calibration batch must be a tensor, or a tuple, list or mapping whose first item is one; "
+                f"got {type(batch).__name__} with {type(x).__name__}"
+            )
+        yield x
+
+
+def _sample(v: Tensor) -> Tensor:
+    """At most ``_SAMPLE`` of the values, evenly spread, and always the smallest and the largest."""
+    flat = v.reshape(-1)
+    if flat.numel() <= _SAMPLE:
+        return flat.clone()
+    spread = torch.linspace(0, flat.numel() - 1, _SAMPLE, device=v.device, dtype=torch.float64).long()
+    return torch.cat([flat[spread], torch.stack(torch.aminmax(flat))])

@@ -1,0 +1,192 @@
+"""What to quantize, and to how many bits: :class:`QuantConfig` and its resolution per layer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import nn
+
+from .functional import MAX_BITS, MIN_BITS
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The settings of one layer: a :class:`QuantConfig` with its overrides already applied."""
+
+    weight_bits: int | None
+    activation_bits: int | None
+    weight_granularity: str
+    activation_signed: bool | str
+    output_bits: int | None
+    init: str
+    scale_domain: str
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "output_bits"):
+            _check_bits(name, getattr(self, name))
+        _check_choice("weight_granularity", self.weight_granularity, ("channel", "tensor"))
+        _check_choice("activation_signed", self.activation_signed, (True, False, "auto"))
+        _check_choice("init", self.init, ("mse", "lsq"))
+        _check_choice("scale_domain", self.scale_domain, ("log", "linear"))
+
+    @property
+    def quantizes_nothing(self) -> bool:
+        """Whether a layer with these settings stays in floating point."""
+        return self.weight_bits is None and self.activation_bits is None and self.output_bits is None
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How :func:`quantize_model` quantizes a network.
+
+    Args:
+        weight_bits: width of the weights, 2 to 8; ``None`` leaves them in floating point.
+        activation_bits: width of each layer's input, 2 to 8; ``None`` leaves it in floating point.
+        weight_granularity: one scale per output ``"channel"``, or one per ``"tensor"`` (as in the LSQ paper).
+        activation_signed: whether activation codes have a sign; ``"auto"`` decides by calibration (or by the first
+            training batch): signed if any value is negative.
+        first_last_bits: width of weights and input of the first and the last quantizable layer, in the order of
+            ``model.named_modules()``. ``"same"`` treats them like the others, ``None`` leaves them in floating point.
+        output_bits: width of an additional quantizer on each layer's output; ``None`` for none.
+        init: initial scales, ``"mse"`` (least squared error) or ``"lsq"`` (2 mean|v| / sqrt(Qp)).
+        scale_domain: ``"log"`` learns log(s): positive whatever the optimizer does, and a step of the optimizer is
+            relative to s. ``"linear"`` learns s itself, as in the paper, with a floor.
+        overrides: settings for some layers: a pattern (``fnmatch`` on the qualified name, as in ``"layer4.*"``) or a
+            module type (exact) to a mapping from ``weight_bits``, ``activation_bits``, ``weight_granularity``,
+            ``activation_signed``, ``output_bits``, ``init``, ``scale_domain`` to a value. They are applied in order,
+            after ``first_last_bits``, so that the last match wins.
+        exclude: patterns of layers that stay in floating point.
+
+    Raises:
+        ValueError: a width outside 2..8, an unknown choice, or an unknown key in ``overrides``.
+        TypeError: a width, pattern or override that is not of the right type.
+
+    Example:
+        >>> config = QuantConfig(3, 3, overrides={"head.*": {"weight_bits": 8}})
+        >>> config.weight_bits, config.first_last_bits
+        (3, 8)
+        >>> QuantConfig(weight_bits=1)
+        Traceback (most recent call last):
+        ValueError: weight_bits must be an integer from 2 to 8, or None for floating point; got 1
+    """
+
+    weight_bits: int | None = 4
+    activation_bits: int | None = 4
+    _: KW_ONLY
+    weight_granularity: Literal["channel", "tensor"] = "channel"
+    activation_signed: bool | Literal["auto"] = "auto"
+    first_last_bits: int | None | Literal["same"] = 8
+    output_bits: int | None = None
+    init: Literal["mse", "lsq"] = "mse"
+    scale_domain: Literal["log", "linear"] = "log"
+    overrides: Mapping[str | type, Mapping[str, Any]] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        base = self._base()
+        if self.first_last_bits != "same":
+            _check_bits("first_last_bits", self.first_last_bits)
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides must map a pattern or a module type to settings, got {self.overrides!r}")
+        for key, changes in self.overrides.items():
+            if not isinstance(key, (str, type)):
+                raise TypeError(f"a key of overrides must be a pattern (str) or a module type, got {key!r}")
+            try:
+                _override(base, changes)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"overrides[{_show(key)}]: {error}") from None
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise TypeError(f"exclude must be a sequence of patterns, as in ('head.*',); got {self.exclude!r}")
+
+    def _base(self) -> LayerConfig:
+        return LayerConfig(**{name: getattr(self, name) for name in _LAYER_FIELDS})
+
+    def resolve(self, layers: Mapping[str, nn.Module]) -> dict[str, LayerConfig | None]:
+        """The settings of every layer, or ``None`` where it stays in floating point.
+
+        Args:
+            layers: the quantizable layers by qualified name, in order; one used twice stands under both names.
+
+        Raises:
+            ValueError: a pattern or type in ``overrides`` or ``exclude`` that matches no layer.
+        """
+        # By identity, so that a layer with two names has one setting whichever of them a pattern meets.
+        settings = {id(layer): self._base() for layer in layers.values()}
+        if self.first_last_bits != "same" and layers:
+            modules = list(layers.values())
+            for module in {id(modules[0]), id(modules[-1])}:
+                settings[module] = self._first_or_last(settings[module])
+        for key, changes in self.overrides.items():
+            for module in _matches(key, layers, "overrides"):
+                settings[module] = _override(settings[module], changes)
+        excluded = {module for pattern in self.exclude for module in _matches(pattern, layers, "exclude")}
+        return {
+            name: None if id(layer) in excluded or settings[id(layer)].quantizes_nothing else settings[id(layer)]
+            for name, layer in layers.items()
+        }
+
+    def _first_or_last(self, layer: LayerConfig) -> LayerConfig:
+        bits: Any = self.first_last_bits
+        return replace(
+            layer,
+            # A part that no other layer quantizes either stays in floating point here too.
+            weight_bits=None if layer.weight_bits is None else bits,
+            activation_bits=None if layer.activation_bits is None else bits,
+            output_bits=None if bits is None else layer.output_bits,
+        )
+
+
+_LAYER_FIELDS = tuple(f.name for f in fields(LayerConfig))
+
+
+def _check_bits(name: str, bits: Any) -> None:
+    valid = isinstance(bits, int) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS
+    if bits is not None and not valid:
+        raise ValueError(
+            f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, or None for floating point; got {bits!r}"
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    # Compared with the type, since 1 == True.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _override(layer: LayerConfig, changes: Mapping[str, Any]) -> LayerConfig:
+    if not isinstance(changes, Mapping):
+        raise TypeError(f"expected a mapping such as {{'weight_bits': 8}}, got {changes!r}")
+    unknown = [key for key in changes if key not in _LAYER_FIELDS]
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}; a layer has {', '.join(_LAYER_FIELDS)}")
+    return replace(layer, **changes)
+
+
+def _show(key: str | type) -> str:
+    return repr(key) if isinstance(key, str) else key.__name__
+
+
+def _matches(key: str | type, layers: Mapping[str, nn.Module], where: str) -> set[int]:
+    """The layers (by identity) that ``key`` means; none is an error that lists what is near."""
+    if isinstance(key, str):
+        found = {id(module) for name, module in layers.items() if fnmatchcase(name, key)}
+    else:
+        found = {id(module) for module in layers.values() if type(module) is key}
+    if found:
+        return found
+    if isinstance(key, str):
+        hint = "near it: " + ", ".join(map(repr, _near(key, layers)))
+    else:
+        hint = "their types: " + ", ".join(sorted({type(module).__name__ for module in layers.values()}))
+    raise ValueError(f"{where}: {_show(key)} matches none of the {len(layers)} quantizable layers; {hint}")
+
+
+def _near(pattern: str, names: Iterable[str], most: int = 5) -> list[str]:
+    names = list(names)
+    inside = [f"{pattern}.*"] if any(name.startswith(f"{pattern}.") for name in names) else []
+    close = difflib.get_close_matches(pattern.strip("*."), names, n=most, cutoff=0.3)
+    return (inside + close or names)[:most]

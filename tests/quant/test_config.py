@@ -1,0 +1,97 @@
+"""QuantConfig: validation, and which layer gets what."""
+
+import pytest
+from torch import nn
+
+from gaqat_optim import QuantConfig
+
+
+def five_layers():
+    return {name: nn.Linear(2, 2) for name in ("stem", "body.0", "body.1", "body.2", "head")}
+
+
+def bits(resolved):
+    return {
+        name: None if layer is None else (layer.weight_bits, layer.activation_bits) for name, layer in resolved.items()
+    }
+
+
+def test_first_and_last_layer_get_their_own_width():
+    assert bits(QuantConfig(3, 4).resolve(five_layers())) == {
+        "stem": (8, 8), "body.0": (3, 4), "body.1": (3, 4), "body.2": (3, 4), "head": (8, 8),
+    }  # fmt: skip
+    assert set(bits(QuantConfig(3, 4, first_last_bits="same").resolve(five_layers())).values()) == {(3, 4)}
+    none = bits(QuantConfig(3, 4, first_last_bits=None).resolve(five_layers()))
+    assert (none["stem"], none["body.0"], none["head"]) == (None, (3, 4), None)
+
+
+def test_first_last_bits_do_not_quantize_what_nothing_else_does():
+    assert bits(QuantConfig(3, None).resolve(five_layers()))["stem"] == (8, None)
+
+
+def test_the_last_override_wins_and_beats_first_last_bits():
+    config = QuantConfig(
+        overrides={"body.*": {"weight_bits": 2}, nn.Linear: {"activation_bits": 5}, "body.1": {"weight_bits": 6}}
+    )
+    assert bits(config.resolve(five_layers())) == {
+        "stem": (8, 5), "body.0": (2, 5), "body.1": (6, 5), "body.2": (2, 5), "head": (8, 5),
+    }  # fmt: skip
+
+
+def test_exclude_beats_overrides():
+    config = QuantConfig(overrides={"body.1": {"weight_bits": 6}}, exclude=["body.[12]"])
+    resolved = bits(config.resolve(five_layers()))
+    assert [name for name, layer in resolved.items() if layer is None] == ["body.1", "body.2"]
+
+
+def test_a_layer_with_two_names_has_one_setting():
+    layers = five_layers()
+    layers["alias"] = layers["body.1"]
+    layers["end"] = layers.pop("head")
+    resolved = bits(QuantConfig(overrides={"alias": {"weight_bits": 7}}).resolve(layers))
+    assert resolved["alias"] == resolved["body.1"] == (7, 4)
+
+
+@pytest.mark.parametrize("value", [1, 9, 0, -4, 4.0, True, "4"])
+@pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "output_bits", "first_last_bits"])
+def test_widths_outside_2_to_8_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer from 2 to 8"):
+        QuantConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"weight_granularity": "row"}, ValueError, "weight_granularity must be one of 'channel', 'tensor'"),
+        ({"activation_signed": 1}, ValueError, "activation_signed"),
+        ({"init": "max"}, ValueError, "init"),
+        ({"scale_domain": "sqrt"}, ValueError, "scale_domain"),
+        (
+            {"overrides": {"a": {"bits": 3}}},
+            ValueError,
+            r"overrides\['a'\]: unknown setting 'bits'; a layer has weight_b",
+        ),
+        ({"overrides": {"a": {"weight_bits": 1}}}, ValueError, r"overrides\['a'\]: weight_bits must be"),
+        ({"overrides": {"a": 3}}, TypeError, "mapping such as"),
+        ({"overrides": {3: {}}}, TypeError, "pattern"),
+        ({"overrides": ["a"]}, TypeError, "overrides must map"),
+        ({"exclude": "head"}, TypeError, "exclude must be a sequence"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(arguments, error, words):
+    with pytest.raises(error, match=words):
+        QuantConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"overrides": {"bodi.*": {}}}, "overrides: 'bodi.*' matches none of the 5 quantizable layers; near it: 'body"),
+        ({"overrides": {"body": {}}}, r"near it: 'body\.\*'"),
+        ({"exclude": ["haed"]}, "exclude: 'haed' matches none .* near it: 'head'"),
+        ({"overrides": {nn.Conv2d: {}}}, "overrides: Conv2d matches none .* their types: Linear"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        QuantConfig(**arguments).resolve(five_layers())
