@@ -77,7 +77,7 @@ def following_norms(model: nn.Module) -> dict[QuantizedModule, _BatchNorm]:
         warnings.warn(
             f"{type(model).__name__} cannot be traced symbolically, so its BatchNorms stay separate layers in floating "
             f"point: correct, but slower. {reason}",
-            stacklevel=4,
+            stacklevel=3,
         )
         return {}
     finally:

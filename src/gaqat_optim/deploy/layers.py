@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -264,6 +265,10 @@ class DeployLinear(DeployLayer):
         return 0
 
 
+# By the number of axes of the weight.
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
 class DeployConv(DeployLayer):
     """:class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` on integer codes."""
 
@@ -271,7 +276,6 @@ class DeployConv(DeployLayer):
         self.stride, self.dilation, self.groups = source.stride, source.dilation, source.groups
         self.padding, self.padding_mode = source.padding, source.padding_mode
         self._pads = source._reversed_padding_repeated_twice
-        self._convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(source.kernel_size)]
 
     def _arrange(self, x: Tensor) -> Tensor:
         # Zeros are code 0, and left to the convolution. Other paddings repeat values, the same before and after
@@ -280,7 +284,8 @@ class DeployConv(DeployLayer):
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding if self.padding_mode == "zeros" else 0
-        return self._convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        convolve = _CONVOLUTIONS[weight.dim()]
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def _spatial(self) -> int:
         return len(self.stride)

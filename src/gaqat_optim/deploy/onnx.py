@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import os
+import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import check as checking
 from .convert import convert
 from .emit import LOWEST_OPSET, QUANTIZER, WEIGHT_BITS
-from .layers import DeployLayer
+from .layers import ActivationCodes, DeployLayer
 from .report import ExportReport
 
 _STORAGES = ("auto", "int8")
-_INT4_BITS = 4
+_WIDEST_INT4 = 4
 
 
 def export_onnx(
@@ -31,13 +33,233 @@ def export_onnx(
     opset: int = LOWEST_OPSET,
     check: bool = True,
 ) -> ExportReport:
-    """Write a quantized network as one ONNX file in which runtimes find their integer kernels.
+    """Write a quantized network as an ONNX file whose layers onnxruntime runs on integers.
+
+    Activations become QuantizeLinear -> Clip -> DequantizeLinear, in 8-bit containers; the Clip, without which a
+    runtime would use all 8 bits, is there where the codes are narrower. Weights and int32 biases become constants with
+    a DequantizeLinear. onnxruntime recognises these patterns and puts its integer kernels in their place. Axis 0 of
+    input and output is free.
+
+    A convolution runs on integers where its output is quantized again: by the next layer, directly or behind a ReLU,
+    or by its own output quantizer (``output_bits`` of :class:`~gaqat_optim.QuantConfig`). A convolution that feeds
+    a residual addition needs that quantizer, or stays in floating point: ``float_kernels`` of the report counts them.
+
+    On x86 processors without the VNNI instructions, onnxruntime adds products of 8-bit weights and unsigned 8-bit
+    activations in 16 bits, which can saturate. There, set ``session.x64quantprecision`` to ``"1"`` in its session
+    options.
+
+    Args:
+        model: a network from :func:`~gaqat_optim.quantize_model`, or one from :func:`~gaqat_optim.convert`. It
+            takes one tensor, and stays as it is.
+        sample: an input, with the batch on axis 0; any device, and any batch size but 0.
+        path: where the one file goes. It appears when it is complete: a failure leaves what was there before.
+        storage: ``"auto"`` stores weights of up to 4 bits as INT4, others as INT8. ``"int8"`` stores all as INT8.
+        opset: version of ONNX's operators, 21 (which introduced INT4) or later.
+        check: run the file in onnxruntime, on the sample and on inputs far beyond the clipping range, and report how it
+            compares with the converted network. Without it, onnxruntime is not needed.
+
+    Returns:
+        What was written and how it compares.
+
+    Raises:
+        ImportError: the extra ``[onnx]`` is not installed.
+        TypeError: ``model`` is no module, or ``sample`` no tensor.
+        ValueError: an unknown ``storage``, an ``opset`` that is too low or unknown, an empty or non-finite sample, or a
+            model that cannot be converted.
+        OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
+        RuntimeError: torch cannot export the network, for example because its code depends on the batch size.
+
+    Example:
+        >>> import tempfile
+        >>> from gaqat_optim import quantize_model
+        >>> net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> x = torch.rand(16, 64)
+        >>> net = quantize_model(net, calibration=x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export_onnx(net, x, f"{folder}/net.onnx")
+        >>> report.top1_agreement, report.integer_kernels
+        (1.0, {'QGemm': 3})
     """
-    _check_arguments(sample, storage, opset)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"export_onnx takes a model from quantize_model or convert, got {type(model).__name__}")
+    sample = _checked(sample, storage, opset)
     target = _target(path)
-    _require("onnx", "onnxscript", *(["onnxruntime"] if check else []))
-    deployed = _deployed(model)
-    sample = sample.detach().cpu()
-    proto = _exported(deployed, sample, storage, opset)
+    _require_packages(check, opset)
+    is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
+    deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
+    deployed = deployed.cpu()
+    proto = _graph(deployed, sample, opset)
+    if storage == "auto":
+        _store_int4(proto)
+    compared: dict[str, Any] = _compared(deployed, proto, sample) if check else {}
+    size = _write(proto, target)
+    compression = 4 * float_values(deployed) / size
+    return ExportReport(target, storage, opset, size, compression, **compared)
+
+
+def float_values(deployed: nn.Module) -> int:
+    """How many numbers the converted network has, each of them a float32 before it was quantized.
+
+    >>> from gaqat_optim import quantize_model
+    >>> float_values(convert(quantize_model(nn.Linear(4, 3), calibration=torch.rand(2, 4))))
+    15
+    """
+    values: dict[int, Tensor] = {}  # By identity: what two modules share counts once.
+    for module in deployed.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, DeployLayer):
+            own = [v for v in (module.codes, module.float_weight, module.bias_codes, module.float_bias) if v is not None]
+        elif isinstance(module, ActivationCodes):
+            own = []
+        else:
+            own = [v for v in own if v.is_floating_point()]
+        values |= {id(v): v for v in own}
+    return sum(v.numel() for v in values.values())
+
+
+def _checked(sample: Any, storage: str, opset: Any) -> Tensor:
+    """The sample on the CPU, if the arguments are right."""
+    if storage not in _STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(map(repr, _STORAGES))}; got {storage!r}")
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset < LOWEST_OPSET:
+        raise ValueError(f"opset must be an integer of at least {LOWEST_OPSET}, the first one with INT4; got {opset!r}")
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample must be a tensor, the input of the network; got {type(sample).__name__}")
+    if sample.dim() == 0 or sample.numel() == 0:
+        raise ValueError(f"sample must be a batch with at least one entry on axis 0, got shape {tuple(sample.shape)}")
+    if not bool(torch.isfinite(sample).all()):
+        raise ValueError("sample has values that are not finite")
+    return sample.detach().cpu()
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{str(target)!r} is a folder: path must name a file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {str(target)!r} does not exist")
+    return target
+
+
+def _require_packages(check: bool, opset: int) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime")[: 3 if check else 2]:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f'export_onnx needs {name}: pip install "gaqat-optim[onnx]"', name=name) from error
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ValueError(f"opset {opset} is newer than the installed onnx {onnx.__version__} knows ({newest})")
+
+
+def _graph(deployed: nn.Module, sample: Tensor, opset: int) -> Any:
+    """The ``onnx.ModelProto`` of a converted network, its weights as INT8."""
+    import onnx
+
+    with torch.no_grad():
+        output = deployed(sample)
+    if len(sample) == 1:
+        sample = torch.cat([sample, sample])  # A size of 1 would be taken for a constant.
+    try:
+        with warnings.catch_warnings():
+            # torch warns about its own internals while it exports: nothing that a caller could act upon.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            program = torch.onnx.export(
+                deployed,
+                (sample,),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=["input"],
+                output_names=["output"] if isinstance(output, Tensor) else None,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+    except Exception as error:
+        raise RuntimeError(f"torch cannot export {type(deployed).__name__}: {_cause(error)}") from error
+    assert program is not None
+    proto = program.model_proto
+    _strip(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what began a chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+
+
+def _strip(proto: Any) -> None:
+    """Take out what torch notes about its own run: names of source files, and shapes that can be inferred."""
+    graph = proto.graph
+    proto.producer_name, proto.producer_version, proto.doc_string, graph.doc_string = "gaqat-optim", "", "", ""
+    del graph.value_info[:]
+    for noted in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        kept = [entry for entry in noted.metadata_props if entry.key in (QUANTIZER, WEIGHT_BITS)]
+        del noted.metadata_props[:]
+        noted.metadata_props.extend(kept)
+        noted.doc_string = ""
+
+
+def _store_int4(proto: Any) -> None:
+    """Store codes of up to 4 bits as INT4, with a Cast to INT8 that runtimes compute once, when they load the file.
+
+    A DequantizeLinear directly on INT4 is as small, but has no integer kernels.
+    """
+    import onnx
+
+    graph = proto.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    narrow = {
+        node.input[0]
+        for node in graph.node
+        for entry in node.metadata_props
+        if entry.key == WEIGHT_BITS and int(entry.value) <= _WIDEST_INT4 and node.input[0] in stored
+    }
+    casts = []
+    for name in sorted(narrow):
+        codes = onnx.numpy_helper.to_array(stored[name])
+        nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
+        nibbles[: codes.size] = codes.reshape(-1).view(np.uint8) & 0x0F
+        packed = nibbles[0::2] | nibbles[1::2] << 4  # The first of two entries in the lower half: ONNX's order.
+        stored[name].CopyFrom(
+            onnx.helper.make_tensor(name, onnx.TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
+        )
+        casts.append(onnx.helper.make_node("Cast", [name], [f"{name}_int8"], to=onnx.TensorProto.INT8))
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in narrow:
+                node.input[i] = f"{name}_int8"
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def _compared(deployed: nn.Module, proto: Any, sample: Tensor) -> dict[str, Any]:
+    """The fields of the report that need onnxruntime."""
+    comparison = checking.compare(deployed, proto, checking.far_inputs(sample))
+    integer, floating = checking.kernels(proto)
+    return {
+        "max_abs_diff": comparison.max_abs_diff,
+        "code_flip_rate": comparison.code_flip_rate,
+        "top1_agreement": comparison.top1_agreement,
+        "integer_kernels": integer,
+        "float_kernels": floating,
+    }
+
+
+def _write(proto: Any, target: Path) -> int:
+    """Write under another name, then rename: there is the whole file or none. Returns its size."""
     data = proto.SerializeToString()
-    ...
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(data)

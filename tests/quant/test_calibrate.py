@@ -1,0 +1,93 @@
+"""Calibration: what it accepts, what it sets, and what it leaves alone."""
+
+import pytest
+import torch
+from networks import cnn, mlp
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gaqat_optim import QuantConfig, quantize_model
+
+X = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        X,
+        [X],
+        [(X, torch.zeros(24))],
+        [[X]],
+        [{"pixels": X, "label": torch.zeros(24)}],
+        iter([X[:12], X[12:]]),
+        DataLoader(TensorDataset(X, torch.zeros(24)), batch_size=12),
+    ],
+    ids=["tensor", "list", "tuple", "list batch", "mapping", "iterator", "loader"],
+)
+def test_every_kind_of_batch_gives_the_same_scales(calibration):
+    got = quantize_model(mlp_with_seed(), calibration=calibration)
+    want = quantize_model(mlp_with_seed(), calibration=X)
+    for a, b in zip(got.parameters(), want.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def mlp_with_seed():
+    torch.manual_seed(0)
+    return mlp()
+
+
+def test_lsq_scale_and_sign_by_hand():
+    quantized = quantize_model(mlp_with_seed(), QuantConfig(4, 4, init="lsq"), calibration=X)
+    hidden = torch.relu(nn.functional.linear(X, quantized[0].weight, quantized[0].bias))  # the float network's
+    assert (quantized[0].input_quantizer.signed, quantized[2].input_quantizer.signed) == (True, False)
+    assert quantized[2].input_quantizer.scale.item() == pytest.approx(2 * hidden.mean().item() / 15**0.5, rel=1e-5)
+    assert quantized[2].weight_quantizer.scale.tolist() == pytest.approx(
+        (2 * quantized[2].weight.abs().mean(1) / 7**0.5).tolist(), rel=1e-5
+    )
+
+
+def test_a_sign_that_is_given_is_kept():
+    quantized = quantize_model(mlp(), QuantConfig(activation_signed=True), calibration=X)
+    assert quantized[2].input_quantizer.signed is True
+    assert quantize_model(mlp(), QuantConfig(activation_signed=False))[0].input_quantizer.signed is False
+
+
+def test_batchnorm_statistics_flags_and_random_state_stay():
+    model = nn.Sequential(cnn(), nn.Dropout(0.5)).train()
+    model[0][4].eval()
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8)), shuffle=True)
+    statistics = {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "tracked" in k}
+    rng = torch.get_rng_state()
+    quantized = quantize_model(model, calibration=loader)
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, module in model.named_modules():
+        assert quantized.get_submodule(name).training == module.training
+    assert len(statistics) == 6
+    assert all(torch.equal(quantized.state_dict()[k], v) for k, v in statistics.items())
+
+
+def test_a_layer_that_calibration_never_reaches_is_named():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.warns(UserWarning, match=r"never reached unused\.input_quantizer: .* first training forward"):
+        quantize_model(Skips(), calibration=X)
+
+
+def test_uncalibrated_scales_start_at_the_first_training_forward():
+    calibrated = quantize_model(nn.Linear(8, 4), calibration=X)
+    lazy = quantize_model(nn.Linear(8, 4))
+    assert not lazy.input_quantizer.is_set
+    parameters = [id(p) for p in lazy.parameters()]
+    lazy(X)
+    assert lazy.input_quantizer.is_set
+    assert torch.equal(lazy.input_quantizer.scale, calibrated.input_quantizer.scale)
+    assert [id(p) for p in lazy.parameters()] == parameters  # none was created late
+    scale = lazy.input_quantizer.scale.clone()
+    lazy(100 * X)
+    assert torch.equal(lazy.input_quantizer.scale, scale)

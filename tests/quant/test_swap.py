@@ -1,0 +1,281 @@
+"""quantize_model: what is swapped, what is kept, and that a failure changes nothing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from networks import NETWORKS, SharedLayer, TiedWeights, build, cnn, mlp
+from torch import nn
+
+from gaqat_optim import (
+    LSQQuantizer,
+    QuantConfig,
+    lsq_quantize,
+    param_groups,
+    quantization_disabled,
+    quantization_summary,
+    quantize_model,
+)
+from gaqat_optim.quant.modules import QuantizedModule
+
+every_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def snapshot(model):
+    """All that must not change: classes, flags, and tensors by value."""
+    tensors = {name: t.clone() for name, t in model.state_dict(keep_vars=True).items()}
+    return [(name, type(m), m.training, id(m)) for name, m in model.named_modules(remove_duplicate=False)], tensors
+
+
+def assert_unchanged(model, before):
+    modules, tensors = snapshot(model)
+    assert modules == before[0]
+    assert tensors.keys() == before[1].keys()
+    assert all(torch.equal(tensors[name], before[1][name]) for name in tensors)
+
+
+@every_network
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_forward_and_backward_equal_the_layers_on_quantized_operands(name, granularity):
+    model, x, _ = build(name)
+    quantized = quantize_model(model, QuantConfig(3, 4, weight_granularity=granularity), calibration=x)
+
+    def recompute(module, args):
+        """The float layer's own function, on operands quantized by the pure function."""
+        q = module.input_quantizer
+        a = lsq_quantize(args[0], q.scale, q.qmin, q.qmax)
+        q = module.weight_quantizer
+        w = lsq_quantize(module.weight, q.scale, q.qmin, q.qmax, channel_axis=q.channel_axis)
+        plain = next(t for t in type(module).__mro__ if t.__module__.startswith("torch.nn"))
+        return torch.func.functional_call(_as_float(module, plain), {"weight": w}, (a,))
+
+    seen = []
+    hooks = [
+        m.register_forward_hook(lambda m, args, out: seen.append((out, recompute(m, args))))
+        for m in quantized.modules()
+        if isinstance(m, QuantizedModule)
+    ]
+    out = quantized.train()(x)
+    assert len(seen) >= len(hooks) > 0
+    assert all(torch.equal(got, want) for got, want in seen)
+    for hook in hooks:
+        hook.remove()
+    out.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in quantized.parameters())
+
+
+def _as_float(module, plain):
+    """The layer as torch's own class, with the same tensors."""
+    twin = plain.__new__(plain)
+    twin.__dict__ = {**module.__dict__, "_modules": {}, "_forward_hooks": {}}
+    return twin
+
+
+@every_network
+def test_parameters_keep_their_identity_in_place(name):
+    model, x, _ = build(name)
+    before = dict(model.named_parameters())
+    keys = set(model.state_dict())
+    quantized = quantize_model(model, calibration=x, inplace=True)
+    after = dict(quantized.named_parameters())
+    assert all(after[key] is parameter for key, parameter in before.items())
+    assert all(".".join(key.split(".")[-2:-1]).endswith("quantizer") for key in set(quantized.state_dict()) - keys)
+    if name != "single layer":
+        assert quantized is model
+
+
+@every_network
+def test_a_copy_leaves_the_original_as_it_was(name):
+    model, x, _ = build(name)
+    before = snapshot(model)
+    quantized = quantize_model(model, calibration=x)
+    assert_unchanged(model, before)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in quantized.parameters()}
+
+
+@every_network
+def test_a_float_state_dict_loads_with_only_scale_keys_missing(name):
+    model, x, _ = build(name)
+    quantized = quantize_model(model, calibration=x)
+    with torch.no_grad():
+        for p in quantized.parameters():
+            p.add_(1)
+    missing, unexpected = quantized.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert missing
+    assert all("quantizer" in key and "scale" in key for key in missing)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, quantized.get_parameter(key))
+
+
+@every_network
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_state_dicts_round_trip_strictly(name, calibrated):
+    model, x, _ = build(name)
+    quantized = quantize_model(model, calibration=x if calibrated else None)
+    other = quantize_model(build(name)[0])
+    other.load_state_dict(quantized.state_dict())
+    assert torch.equal(other.train()(x), quantized.train()(x))
+
+
+@every_network
+def test_deepcopy_and_pickle(name):
+    model, x, _ = build(name)
+    quantized = quantize_model(model, calibration=x).eval()
+    expected = quantized(x)
+    assert torch.equal(copy.deepcopy(quantized)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(quantized))(x), expected)
+
+
+def test_a_layer_used_twice_is_one_quantized_layer():
+    quantized = quantize_model(SharedLayer(), calibration=torch.randn(8, 8))
+    assert quantized.first is quantized.again
+    assert isinstance(quantized.first, QuantizedModule)
+
+
+def test_tied_weights_stay_tied():
+    quantized = quantize_model(TiedWeights(), calibration=torch.randn(8, 8))
+    assert quantized.a.weight is quantized.b.weight
+
+
+def test_hooks_and_training_flags_go_along():
+    model, calls = mlp(), []
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    model[2].eval()
+    quantized = quantize_model(model, calibration=torch.randn(4, 8), inplace=True)
+    assert not quantized[2].training
+    assert not quantized[2].weight_quantizer.training
+    assert quantized[0].training
+    calls.clear()
+    quantized(torch.randn(2, 8))
+    assert calls == ["hook"]
+
+
+def test_subclasses_keep_their_own_forward():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(8, 8), nn.Linear(8, 4))
+    quantized = quantize_model(model, calibration=torch.randn(4, 8))
+    assert type(quantized[0]) is Doubled
+    assert "0 (Doubled)" in quantization_summary(quantized).left_in_float
+
+
+def test_parts_can_stay_in_floating_point():
+    model, x = mlp(), torch.randn(16, 8)
+    only_weights = quantize_model(model, QuantConfig(4, None))
+    assert only_weights[2].input_quantizer is None
+    assert only_weights.eval()(x).shape == (16, 4)  # nothing waits for calibration
+    only_activations = quantize_model(model, QuantConfig(None, 4), calibration=x)
+    assert only_activations[2].weight_quantizer is None
+    outputs = quantize_model(model, QuantConfig(4, 4, output_bits=8), calibration=x).eval()
+    q = outputs[2].output_quantizer
+    y = outputs[2](torch.rand(5, 16))
+    assert q.bits == 8
+    assert torch.allclose((y / q.scale).round() * q.scale, y, atol=1e-6)
+
+
+def test_quantization_disabled_is_the_float_network_and_nests():
+    model, x = cnn().eval(), torch.randn(4, 3, 8, 8)
+    quantized = quantize_model(model, calibration=x)
+    expected, low = model(x), quantized(x)
+    with quantization_disabled(quantized):
+        with quantization_disabled(quantized):
+            assert torch.equal(quantized(x), expected)
+        assert torch.equal(quantized(x), expected)
+    assert torch.equal(quantized(x), low)
+    with pytest.raises(KeyError), quantization_disabled(quantized):
+        raise KeyError
+    assert torch.equal(quantized(x), low)
+
+
+def test_param_groups_spare_scales_from_weight_decay():
+    quantized = quantize_model(cnn())
+    weights, scales = param_groups(quantized, weight_decay=0.1, scale_lr=1e-4)
+    assert (weights["weight_decay"], scales["weight_decay"], scales["lr"]) == (0.1, 0.0, 1e-4)
+    assert {id(p) for p in scales["params"]} == {
+        id(q.raw_scale) for q in quantized.modules() if isinstance(q, LSQQuantizer)
+    }
+    assert len(weights["params"]) + len(scales["params"]) == len(list(quantized.parameters()))
+    assert len(param_groups(cnn())) == 1
+
+
+class Container(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(4, 4)
+
+    def forward(self, x):
+        return self.embedding(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"config": QuantConfig(overrides={"layer1": {}})}, ValueError, "matches none of the 3 quantizable layers"),
+        ({"config": QuantConfig(exclude=["*"])}, ValueError, "leaves all 3 layers in floating point"),
+        ({"config": QuantConfig(None, None)}, ValueError, "leaves all 3 layers in floating point"),
+        ({"config": 4}, TypeError, "config must be a QuantConfig, got int"),
+        ({"calibration": []}, ValueError, "calibration is empty"),
+        ({"calibration": iter(())}, ValueError, "calibration is empty"),
+        ({"calibration": [torch.randn(2, 8), "text"]}, TypeError, "a calibration batch must be a tensor"),
+        ({"calibration": [()]}, TypeError, "got tuple with NoneType"),
+        ({"calibration": torch.full((2, 8), torch.nan)}, ValueError, "'0.input_quantizer' from values that are not finite"),
+        ({"calibration": torch.zeros(0, 8)}, ValueError, "'0.input_quantizer' from no values"),
+        ({"calibration": torch.randn(2, 9)}, RuntimeError, "shapes cannot be multiplied"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_and_changes_nothing(arguments, error, words, inplace):
+    model = mlp()
+    model[2].eval()
+    before, rng = snapshot(model), torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        quantize_model(model, inplace=inplace, **arguments)
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        ("resnet", TypeError, "takes an nn.Module, got str"),
+        (nn.Sequential(nn.ReLU()), ValueError, "nothing to quantize: Sequential has no Linear, .* parameters: none"),
+        (Container(), ValueError, "Its modules with parameters: Embedding"),
+        (nn.TransformerEncoderLayer(8, 2), ValueError, "TransformerEncoderLayer, whose fast path .* exclude="),
+    ],
+)
+def test_models_that_cannot_be_quantized(model, error, words):
+    with pytest.raises(error, match=words):
+        quantize_model(model)
+
+
+def test_twice_is_an_error():
+    quantized = quantize_model(mlp())
+    before = snapshot(quantized)
+    with pytest.raises(ValueError, match=r"quantized already: '0\.\w+_quantizer' is a quantizer"):
+        quantize_model(quantized)
+    assert_unchanged(quantized, before)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"'2\.weight_quantizer' from values that are not finite"):
+        quantize_model(model, inplace=True)
+    assert not any(isinstance(m, QuantizedModule) for m in model.modules())
+
+
+def test_summary_is_a_table():
+    quantized = quantize_model(cnn(), QuantConfig(3, 4, exclude=["8"]), calibration=torch.randn(4, 3, 8, 8))
+    summary = quantization_summary(quantized)
+    assert [(r.name, r.weight_bits, r.activation_bits, r.weights) for r in summary] == [
+        ("0", 8, 8, 216),
+        ("3", 3, 4, 288),
+    ]
+    assert summary[1].activation_scale == pytest.approx(quantized[3].input_quantizer.scale.item())
+    assert str(summary).splitlines()[0].split() == ["layer", "type", "weights", "activations", "output"]
+    assert str(summary).splitlines()[-1] == "in floating point: 8 (Linear)"
