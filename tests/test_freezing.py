@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import SignCounter
 
 from gaqat_optim import DisorderFreeze, NeverFreeze
 from gaqat_optim.freezing import SignWindow, WindowStatistics
+from oracle import SignCounter
 
 GRADIENT = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0])
 

@@ -7,8 +7,6 @@ import warnings
 
 import pytest
 import torch
-from networks import build, cnn
-from oracle import SGDTwoPass, TanhRegression
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,8 +20,11 @@ from gaqat_optim import (
     plot_conflict,
     quantize_model,
 )
+from networks import build, cnn
+from oracle import SGDTwoPass, TanhRegression
 
-X, Y = torch.randn(24, 3, 8, 8), torch.randint(4, (24,))
+SEEDED = torch.Generator().manual_seed(0)
+X, Y = torch.randn(24, 3, 8, 8, generator=SEEDED), torch.randint(4, (24,), generator=SEEDED)
 BASES = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
     "adam": lambda ps: torch.optim.Adam(ps, lr=3e-3),
@@ -80,12 +81,20 @@ class Tanh(nn.Module):
         return torch.cat([self.w, self.b, self.c]).tolist()
 
 
-@pytest.mark.parametrize("freeze", [None, "task", "smooth", "both"])
-@pytest.mark.parametrize("kind", ["sam", "sagm"])
+@pytest.mark.parametrize(
+    ("kind", "freeze"),
+    [
+        ("sam", None),
+        ("sam", "smooth"),
+        ("sam", "both"),
+        ("sagm", None),
+        ("sagm", "task"),
+        ("sagm", "smooth"),
+        ("sagm", "both"),
+    ],
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_trajectory_equals_the_float64_loops_of_the_method(kind, momentum, freeze):
-    if kind == "sam" and freeze == "task":
-        pytest.skip("refused: tested below")
     xs = torch.randn(6, 3, dtype=torch.float64)
     ys = torch.randn(6, dtype=torch.float64)
     theta = [0.3, -0.2, 0.5, 0.1, 0.7]
@@ -239,7 +248,7 @@ def test_two_lines_train_and_freeze():
     model = quantized_cnn()
     scales = {n: p.detach().clone() for n, p in model.named_parameters() if "scale" in n}
     optimizer = GAQATOptimizer(
-        torch.optim.Adam(model.parameters(), lr=3e-3), model, freezing=DisorderFreeze(window=5, threshold=0.5)
+        torch.optim.Adam(model.parameters(), lr=1e-2), model, freezing=DisorderFreeze(window=5, threshold=0.5)
     )
     losses = train(model, optimizer, 5)
     report = optimizer.scale_report()
@@ -249,14 +258,8 @@ def test_two_lines_train_and_freeze():
     assert losses[-1] < 0.9 * losses[0]
     assert all(not torch.equal(p, scales[n]) for n, p in model.named_parameters() if n in scales)
     assert [r.name for r in report] == list(scales)
-    values = {
-        n.rpartition(".")[0]: m.scale
-        for n, m in model.named_modules()
-        for n, m in [(n + ".", m)]
-        if hasattr(m, "scale")
-    }
     for r in optimizer.scale_report():
-        assert r.scale == pytest.approx(values[r.name.rpartition(".")[0]].item())
+        assert r.scale == pytest.approx(model.get_submodule(r.name.rpartition(".")[0]).scale.item())
 
 
 @pytest.mark.parametrize(("perturbation", "freeze"), [(SAM(0.1), None), (SAGM(0.1), "both")])
@@ -373,7 +376,7 @@ def test_an_exception_in_the_block_gives_the_first_gradients_back():
     closure_of(model, optimizer)()
     owned = {n: (p.grad, p.grad.clone()) for n, p in model.named_parameters()}
     before = tensors(model)
-    with pytest.raises(ZeroDivisionError), optimizer.perturbed():
+    with pytest.raises(ZeroDivisionError), optimizer.perturbed():  # noqa: PT012 (the block is what is tested)
         F.cross_entropy(model(X), Y).backward()
         raise ZeroDivisionError
     assert_same(tensors(model), before)
@@ -391,7 +394,7 @@ def test_gradients_that_are_views_of_a_bucket_survive_the_second_backward():
         model.weight.grad = bucket.view(1, 3)
     assert model.weight.grad.tolist() == [[3.0, 4.0, 5.0]]
     model.weight.grad = bucket.view(1, 3).copy_(torch.tensor([1.0, 2.0, 3.0]))
-    with pytest.raises(KeyError), optimizer.perturbed():
+    with pytest.raises(KeyError), optimizer.perturbed():  # noqa: PT012
         bucket.zero_()
         raise KeyError
     assert model.weight.grad.tolist() == [[1.0, 2.0, 3.0]]
@@ -568,7 +571,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing():
         optimizer.load_state_dict(wrong_shape)
     saved = optimizer.state_dict()
     saved["param_groups"][0]["params"] = saved["param_groups"][0]["params"][:-1]
-    with pytest.raises(ValueError, match="has no freezing state for '8.input_quantizer.lsq_log_scale'"):
+    with pytest.raises(ValueError, match=r"has no freezing state for '8\.input_quantizer\.lsq_log_scale'"):
         optimizer.load_state_dict(saved)
     assert repr(optimizer.state_dict()) == before
 

@@ -1,5 +1,8 @@
 """Low-bit quantization-aware training under a sharpness-aware objective (GAQAT, arXiv 2412.05551)."""
 
+from .deploy.convert import convert
+from .deploy.onnx import export_onnx
+from .deploy.report import ExportReport
 from .freezing import DisorderFreeze, NeverFreeze
 from .optimizer import GAQATOptimizer
 from .perturbations import SAGM, SAM
@@ -14,12 +17,15 @@ __all__ = [
     "SAGM",
     "SAM",
     "DisorderFreeze",
+    "ExportReport",
     "GAQATOptimizer",
     "LSQQuantizer",
     "NeverFreeze",
     "QuantConfig",
     "QuantRecord",
     "ScaleRecord",
+    "convert",
+    "export_onnx",
     "lsq_quantize",
     "param_groups",
     "plot_conflict",

@@ -17,7 +17,7 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     BatchNorm layers do so with ``track_running_stats=False``: unlike momentum 0, that counts no batches and is right
     for ``momentum=None``. InstanceNorm updates whatever that flag says, so there the values are put back.
     """
-    batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     others = [m for m in model.modules() if isinstance(m, _NormBase) and not isinstance(m, _BatchNorm)]
     try:
         for module in batch_norms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import Parameter
 
 from .batchnorm import copies, put_back, running_statistics_kept
+from .checkpoint import Freezing, merge, separate
+from .checks import check_arguments, check_trained
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
 from .monitor import ScaleMonitor, find_scales
 from .perturbations import SAGM, Perturbation
@@ -92,7 +93,6 @@ class GAQATOptimizer(torch.optim.Optimizer):
         interval: int = 1,
     ) -> None:
         # Not super().__init__: the groups and the state are the base's, by property. These are what it would set.
-        torch._C._log_api_usage_once("python.optimizer")
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
         self._optimizer_state_dict_pre_hooks = OrderedDict()
@@ -102,7 +102,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         self._patch_step_function()
 
         freezing = NeverFreeze() if freezing is None else freezing
-        _check_arguments(base, model, perturbation, freezing, interval)
+        check_arguments(base, model, perturbation, freezing, interval)
         self.base = base
         self.model = model
         self.perturbation = perturbation
@@ -110,25 +110,11 @@ class GAQATOptimizer(torch.optim.Optimizer):
         self.interval = interval
         self._names = {p: name for name, p in model.named_parameters()}
         found = find_scales(model, scales)
-        self._check_membership(found)
+        check_trained(base, model, found)
         self._monitor = ScaleMonitor(found, freezing, perturbation.has_task_part)
         self._steps = 0
         self._in_second_pass = False
         self._pending: tuple[Tensor, Tensor] | None = None
-
-    def _check_membership(self, scales: dict[str, Parameter]) -> None:
-        """Every scale must be trained by the base; other parameters that are not make one warning."""
-        trained = {p for group in self.base.param_groups for p in group["params"]}
-        for name, scale in scales.items():
-            if scale not in trained:
-                raise ValueError(
-                    f"the base optimizer does not train the scale {name!r}: build it after quantize_model, from the "
-                    "parameters of the model that quantize_model returned"
-                )
-        missing = [name for p, name in self._names.items() if p.requires_grad and p not in trained]
-        if missing:
-            listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-            warnings.warn(f"the base optimizer does not train these parameters of the model: {listed}", stacklevel=3)
 
     # -- the base's own ----------------------------------------------------------------------------------------
 
@@ -180,6 +166,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         return loss
 
     def _closure_passes(self, closure: Callable[[], Any]) -> Any:
+        self._pending = None
         statistics = copies([m for m in self.model.modules() if isinstance(m, _NormBase)])
         try:
             with torch.enable_grad():
@@ -266,11 +253,9 @@ class GAQATOptimizer(torch.optim.Optimizer):
     def _displace(
         self, params: list[Parameter], grads: list[Tensor], rhos: list[float], grad_scale: float | Tensor
     ) -> None:
-        if params:
-            for p, displacement in zip(
-                params, self.perturbation.direction(params, grads, rhos, grad_scale), strict=True
-            ):
-                p.add_(displacement)
+        displacements = self.perturbation.direction(params, grads, rhos, grad_scale) if params else []
+        for p, displacement in zip(params, displacements, strict=True):
+            p.add_(displacement)
 
     @torch.no_grad()
     def _combine(
@@ -295,20 +280,15 @@ class GAQATOptimizer(torch.optim.Optimizer):
         return self._monitor.report(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, with the freezing state of each scale under ``"gaqat"`` in that scale's state.
+        """The base's state dict, with the freezing state of each scale in that scale's state.
 
         The counts of steps are in the groups. Everything is a tensor or a number: ``torch.load(weights_only=True)``
         reads it.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self.base.state_dict()
-        ids = dict(_pairs(self.base.param_groups, state_dict["param_groups"]))
-        for p, packed in self._monitor.packed().items():
-            # A copy: the entry is the base's own run-time state, where nothing of ours may be.
-            state_dict["state"][ids[p]] = {**state_dict["state"].get(ids[p], {}), _STATE: packed}
-        for group in state_dict["param_groups"]:
-            group[_STEPS], group[_PERTURBED_STEPS] = self._steps, self._monitor.steps
+        freezing = Freezing(self._monitor.packed(), self._steps, self._monitor.steps)
+        state_dict = merge(self.base.state_dict(), self.base.param_groups, freezing)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -322,22 +302,12 @@ class GAQATOptimizer(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        groups = [
-            {k: v for k, v in g.items() if k not in (_STEPS, _PERTURBED_STEPS)} for g in state_dict["param_groups"]
-        ]
-        state = {key: {k: v for k, v in entry.items() if k != _STATE} for key, entry in state_dict["state"].items()}
-        # Ids come from the saved groups, never from counting: distributed checkpoints use names as ids.
-        packed = {
-            p: state_dict["state"][key][_STATE]
-            for p, key in _pairs(self.base.param_groups, state_dict["param_groups"])
-            if _STATE in state_dict["state"].get(key, {})
-        }
-        first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
+        base, freezing = separate(state_dict, self.base.param_groups)
         monitor = ScaleMonitor(self._monitor.scales, self.freezing, self.perturbation.has_task_part)
-        if _STEPS in first:
-            monitor.unpack(packed, int(first[_PERTURBED_STEPS]))
-        self.base.load_state_dict({"state": {k: v for k, v in state.items() if v}, "param_groups": groups})
-        self._monitor, self._steps, self._pending = monitor, int(first.get(_STEPS, 0)), None
+        if freezing is not None:
+            monitor.unpack(freezing.scales, freezing.perturbed_steps)
+        self.base.load_state_dict(base)
+        self._monitor, self._steps, self._pending = monitor, freezing.steps if freezing else 0, None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -352,34 +322,3 @@ class GAQATOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         settings = f"{self.perturbation}, {self.freezing}, scales={len(self._monitor.scales)}"
         return f"GAQATOptimizer({settings}, base={self.base})"
-
-
-_STATE, _STEPS, _PERTURBED_STEPS = "gaqat", "gaqat_steps", "gaqat_perturbed_steps"
-
-
-def _pairs(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[tuple[Parameter, Any]]:
-    """Each parameter with its id in the saved groups."""
-    for group, saved_group in zip(groups, saved, strict=False):
-        yield from zip(group["params"], saved_group["params"], strict=False)
-
-
-def _check_arguments(
-    base: torch.optim.Optimizer, model: nn.Module, perturbation: Perturbation, freezing: FreezePolicy, interval: int
-) -> None:
-    if not isinstance(base, torch.optim.Optimizer):
-        raise TypeError(f"base must be an instance of a torch.optim optimizer, got {base!r}")
-    if isinstance(base, (torch.optim.LBFGS, GAQATOptimizer)):
-        raise TypeError(f"{type(base).__name__} cannot be the base: it evaluates the closure itself")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be the nn.Module that the base trains, got {type(model).__name__}")
-    if not hasattr(perturbation, "direction"):
-        raise TypeError(f"perturbation must be one such as SAGM(rho=0.05), got {perturbation!r}")
-    if not hasattr(freezing, "judge"):
-        raise TypeError(f"freezing must be a policy such as DisorderFreeze(), or None; got {freezing!r}")
-    if freezing.freeze == "task" and not perturbation.has_task_part:
-        raise ValueError(
-            f'{type(freezing).__name__}(freeze="task") has no effect under {type(perturbation).__name__}, whose step '
-            'does not use g_task: take freeze="both", "smooth" or None, or SAGM'
-        )
-    if not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"interval must be an integer >= 1, got {interval!r}")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import lsq
 
 from gaqat_optim import lsq_quantize
 from gaqat_optim.quant.functional import integer_bounds
+from oracle import lsq
 
 BITS = st.integers(2, 8)
 

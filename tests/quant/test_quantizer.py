@@ -97,7 +97,7 @@ def test_sign_is_decided_by_the_first_training_batch():
 def test_evaluation_without_a_scale_is_an_error_not_a_float_network():
     quantizer = LSQQuantizer(4).eval()
     quantizer.name = "layer1.conv.input_quantizer"
-    with pytest.raises(RuntimeError, match="'layer1.conv.input_quantizer' has no scale yet: pass calibration="):
+    with pytest.raises(RuntimeError, match=r"'layer1\.conv\.input_quantizer' has no scale yet: pass calibration="):
         quantizer(torch.rand(3))
     with pytest.raises(RuntimeError, match="has no scale yet"):
         _ = quantizer.qmax
@@ -142,5 +142,5 @@ def test_disabled_is_the_identity():
     "arguments", [{"bits": 1}, {"bits": 9}, {"bits": 4, "channels": 3}, {"bits": 4, "channel_axis": 0}]
 )
 def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="bits must be|go together"):
+    with pytest.raises(ValueError, match=r"bits must be|go together"):
         LSQQuantizer(**arguments)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .emit import QUANTIZER
+from .emit import QUANTIZER, SIGNED_ZERO_POINT
 from .layers import ActivationCodes
 
 Codes = dict[str, list[NDArray[Any]]]
@@ -57,6 +57,9 @@ def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized:
         optimized: whether onnxruntime optimizes the graph, as it does by default, or runs it operator by operator.
     """
     session, names = _session_with_codes(proto, optimized)
+    offsets = {
+        m.name: SIGNED_ZERO_POINT if m.signed else 0 for m in deployed.modules() if isinstance(m, ActivationCodes)
+    }
     outputs = [value.name for value in proto.graph.output]
     difference, codes, flipped, decisions, agreeing = 0.0, 0, 0, 0, 0
     for x in inputs:
@@ -66,7 +69,7 @@ def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized:
         found = values[: len(outputs)]
         found_codes: Codes = {}
         for name, value in zip(names, values[len(outputs) :], strict=True):
-            found_codes.setdefault(name, []).append(value)
+            found_codes.setdefault(name, []).append(value.astype(np.int16) - offsets[name])
         for y, z in zip(expected, found, strict=True):
             difference = float(np.maximum(difference, _largest_difference(y, z)))  # A NaN stays one.
         chosen, other = top1(expected[0]), top1(found[0])

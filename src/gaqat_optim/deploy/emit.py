@@ -14,6 +14,9 @@ from ..quant.functional import integer_bounds
 # The lowest opset that has INT4; also the version in which QuantizeLinear and DequantizeLinear are written.
 LOWEST_OPSET = 21
 
+# What a signed code of zero is in its unsigned container.
+SIGNED_ZERO_POINT = 128
+
 # Metadata that stays in the file: whose codes a node computes, and the width of the weights that a node unpacks.
 QUANTIZER, WEIGHT_BITS = "gaqat.quantizer", "gaqat.weight_bits"
 
@@ -26,9 +29,11 @@ def emitting() -> bool:
 
 
 def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer: str) -> Tensor:
-    """QuantizeLinear -> Clip -> DequantizeLinear; the Clip only where the codes do not fill their 8-bit container.
+    """QuantizeLinear -> Clip -> DequantizeLinear; the Clip only where the codes do not fill their container.
 
-    The container is uint8 or int8 at any width: on narrower types runtimes have no kernels.
+    The container is uint8 at any width, since runtimes have no kernels on narrower types. Signed codes lie around
+    :data:`SIGNED_ZERO_POINT` in it, since onnxruntime's convolution takes one type for its input and its output, and
+    an input after a ReLU is unsigned.
 
     Args:
         x: float32, any shape.
@@ -37,22 +42,22 @@ def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer
         signed: whether they have a sign.
         quantizer: name under which the node that computes the codes can be found in the file.
     """
-    container = torch.int8 if signed else torch.uint8
-    zero = torch.zeros((), dtype=container)
+    offset = SIGNED_ZERO_POINT if signed else 0
+    zero = torch.tensor(offset, dtype=torch.uint8)
     clips = bits < 8
     name = {QUANTIZER: quantizer}
     codes = torch.onnx.ops.symbolic(
         "QuantizeLinear",
         (x, scale, zero),
-        dtype=container,
+        dtype=torch.uint8,
         shape=x.shape,
         version=LOWEST_OPSET,
         metadata_props=None if clips else name,
     )
     if clips:
-        low, high = (torch.tensor(bound, dtype=container) for bound in integer_bounds(bits, signed))
+        low, high = (torch.tensor(bound + offset, dtype=torch.uint8) for bound in integer_bounds(bits, signed))
         codes = torch.onnx.ops.symbolic(
-            "Clip", (codes, low, high), dtype=container, shape=x.shape, version=13, metadata_props=name
+            "Clip", (codes, low, high), dtype=torch.uint8, shape=x.shape, version=13, metadata_props=name
         )
     return torch.onnx.ops.symbolic(
         "DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape, version=LOWEST_OPSET

@@ -10,18 +10,17 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import check as checking
 from .convert import convert
-from .emit import LOWEST_OPSET, QUANTIZER, WEIGHT_BITS
+from .emit import LOWEST_OPSET
+from .graph import keep_floating, store_int4, strip
 from .layers import ActivationCodes, DeployLayer
 from .report import ExportReport
 
 _STORAGES = ("auto", "int8")
-_WIDEST_INT4 = 4
 
 
 def export_onnx(
@@ -38,7 +37,7 @@ def export_onnx(
     Activations become QuantizeLinear -> Clip -> DequantizeLinear, in 8-bit containers; the Clip, without which a
     runtime would use all 8 bits, is there where the codes are narrower. Weights and int32 biases become constants with
     a DequantizeLinear. onnxruntime recognises these patterns and puts its integer kernels in their place. Axis 0 of
-    input and output is free.
+    input and output is free. What is not quantized is computed in float32, whatever the dtype of the model.
 
     A convolution runs on integers where its output is quantized again: by the next layer, directly or behind a ReLU,
     or by its own output quantizer (``output_bits`` of :class:`~gaqat_optim.QuantConfig`). A convolution that feeds
@@ -85,12 +84,17 @@ def export_onnx(
     sample = _checked(sample, storage, opset)
     target = _target(path)
     _require_packages(check, opset)
+    import onnx
+
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
-    deployed = deployed.cpu()
-    proto = _graph(deployed, sample, opset)
+    deployed, sample = deployed.cpu().float(), sample.float() if sample.is_floating_point() else sample
+    proto = _exported(deployed, sample, opset)
+    strip(proto)
+    keep_floating(proto)
     if storage == "auto":
-        _store_int4(proto)
+        store_int4(proto)
+    onnx.checker.check_model(proto, full_check=True)
     compared: dict[str, Any] = _compared(deployed, proto, sample) if check else {}
     size = _write(proto, target)
     compression = 4 * float_values(deployed) / size
@@ -108,7 +112,9 @@ def float_values(deployed: nn.Module) -> int:
     for module in deployed.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if isinstance(module, DeployLayer):
-            own = [v for v in (module.codes, module.float_weight, module.bias_codes, module.float_bias) if v is not None]
+            own = [
+                v for v in (module.codes, module.float_weight, module.bias_codes, module.float_bias) if v is not None
+            ]
         elif isinstance(module, ActivationCodes):
             own = []
         else:
@@ -154,10 +160,8 @@ def _require_packages(check: bool, opset: int) -> None:
         raise ValueError(f"opset {opset} is newer than the installed onnx {onnx.__version__} knows ({newest})")
 
 
-def _graph(deployed: nn.Module, sample: Tensor, opset: int) -> Any:
-    """The ``onnx.ModelProto`` of a converted network, its weights as INT8."""
-    import onnx
-
+def _exported(deployed: nn.Module, sample: Tensor, opset: int) -> Any:
+    """The ``onnx.ModelProto`` that torch makes of a converted network, its weights as INT8."""
     with torch.no_grad():
         output = deployed(sample)
     if len(sample) == 1:
@@ -180,10 +184,7 @@ def _graph(deployed: nn.Module, sample: Tensor, opset: int) -> Any:
     except Exception as error:
         raise RuntimeError(f"torch cannot export {type(deployed).__name__}: {_cause(error)}") from error
     assert program is not None
-    proto = program.model_proto
-    _strip(proto)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
+    return program.model_proto
 
 
 def _cause(error: BaseException) -> str:
@@ -191,53 +192,6 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-
-
-def _strip(proto: Any) -> None:
-    """Take out what torch notes about its own run: names of source files, and shapes that can be inferred."""
-    graph = proto.graph
-    proto.producer_name, proto.producer_version, proto.doc_string, graph.doc_string = "gaqat-optim", "", "", ""
-    del graph.value_info[:]
-    for noted in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        kept = [entry for entry in noted.metadata_props if entry.key in (QUANTIZER, WEIGHT_BITS)]
-        del noted.metadata_props[:]
-        noted.metadata_props.extend(kept)
-        noted.doc_string = ""
-
-
-def _store_int4(proto: Any) -> None:
-    """Store codes of up to 4 bits as INT4, with a Cast to INT8 that runtimes compute once, when they load the file.
-
-    A DequantizeLinear directly on INT4 is as small, but has no integer kernels.
-    """
-    import onnx
-
-    graph = proto.graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    narrow = {
-        node.input[0]
-        for node in graph.node
-        for entry in node.metadata_props
-        if entry.key == WEIGHT_BITS and int(entry.value) <= _WIDEST_INT4 and node.input[0] in stored
-    }
-    casts = []
-    for name in sorted(narrow):
-        codes = onnx.numpy_helper.to_array(stored[name])
-        nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
-        nibbles[: codes.size] = codes.reshape(-1).view(np.uint8) & 0x0F
-        packed = nibbles[0::2] | nibbles[1::2] << 4  # The first of two entries in the lower half: ONNX's order.
-        stored[name].CopyFrom(
-            onnx.helper.make_tensor(name, onnx.TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
-        )
-        casts.append(onnx.helper.make_node("Cast", [name], [f"{name}_int8"], to=onnx.TensorProto.INT8))
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in narrow:
-                node.input[i] = f"{name}_int8"
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    onnx.checker.check_model(proto, full_check=True)
 
 
 def _compared(deployed: nn.Module, proto: Any, sample: Tensor) -> dict[str, Any]:

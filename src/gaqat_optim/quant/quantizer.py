@@ -39,8 +39,9 @@ class LSQQuantizer(nn.Module):
 
     The scale s is a parameter of shape ``(1,)`` or ``(channels,)``: log(s) under the name ``lsq_log_scale``, or s
     itself under ``lsq_scale``. It stays within a factor of 1024 of its initial value: a clamp whose gradient is the
-    identity bounds it, and each training forward puts a value beyond a bound back. The parameter always exists; an activation quantizer that was not calibrated sets it at its first
-    training forward, to the same value on all ranks of ``torch.distributed``.
+    identity bounds it, and each training forward puts a value beyond a bound back. The parameter always exists; an
+    activation quantizer that was not calibrated sets it at its first training forward, to the same value on all ranks
+    of ``torch.distributed``.
 
     The gradient of the scale is multiplied by LSQ's g = 1/sqrt(N Qp). N is the number of weights per scale, or the
     number of features in one sample (not in the batch, so that accumulating micro-batches gives the gradient of the

@@ -1,0 +1,106 @@
+# Every target sets up what it needs in .venv, once, and again when pyproject.toml or constraints.txt change.
+#
+#   make demo     the leave-one-domain-out study on digits (a few minutes)
+#   make test     everything that has to hold before a change is accepted
+#
+# PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo
+# PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# Always under the constraints: without the pin, "torch" is whatever is newest, with several GB of GPU libraries beside it.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --constraint constraints.txt
+# A stage's headline, so that a log can be read from its failures upwards.
+headline = @printf '\n== %s ==\n' '$(1)'
+
+SHELL := /bin/sh
+.SHELLFLAGS := -ec
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit format hooks clean distclean
+
+help: ## show this list
+	@printf 'make TARGET, with TARGET one of\n\n'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -e 's/:.*## /|/' | awk -F'|' '{printf "  %-12s %s\n", $$1, $$2}'
+
+# ------------------------------------------------------------------------------------------------------------ set-up
+
+$(VENV)/.created:
+	$(call headline,creating $(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV) || { echo 'no virtual environment: the Python module "venv" (on Debian the package python3-venv) is needed' >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(call headline,installing what the demo needs (a minute or several, once))
+	$(INSTALL) -e '.[onnx,plot,examples]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(call headline,installing the development tools (a minute or several, once))
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+setup: $(VENV)/.dev ## the development environment, in .venv
+
+# -------------------------------------------------------------------------------------------------------------- demo
+
+demo: $(VENV)/.demo ## the digits study: table, pictures and ONNX file in runs/digits (DEMO_ARGS="--full ...")
+	$(call headline,demo)
+	$(BIN)/python examples/digits.py --out runs/digits $(DEMO_ARGS)
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+test: lint types docs docs-test wheel-test demo-test unit ## all checks, the cheap ones first
+
+lint: $(VENV)/.dev ## ruff: lint and format, changing nothing
+	$(call headline,ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## mypy --strict on src
+	$(call headline,mypy)
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## the HTML documentation, in docs/_build/html
+	$(call headline,Sphinx: HTML)
+	$(BIN)/sphinx-build -q -W -n --keep-going -b html docs docs/_build/html
+
+docs-test: $(VENV)/.dev ## run the code in the documentation
+	$(call headline,Sphinx: doctest)
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -b doctest docs docs/_build/doctest
+
+wheel-test: $(VENV)/.dev ## build the wheel, install it in a clean environment elsewhere, train with it
+	$(call headline,wheel)
+	$(BIN)/python tests/packaging/wheel_smoke.py
+
+demo-test: $(VENV)/.dev ## the demo, as a command, on a tiny setting
+	$(call headline,demo on a tiny setting)
+	$(BIN)/python examples/digits.py --out runs/smoke --targets blended --seeds 1 --steps 4 --fp32-steps 6 --methods lsq gaqat
+
+unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARGS="-k name")
+	$(call headline,pytest)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# -------------------------------------------------------------------------------------------------------- housekeeping
+
+format: $(VENV)/.dev ## ruff: fix and format in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.dev ## check every commit with the same tools (git pre-commit hook)
+	$(BIN)/pre-commit install
+
+clean: ## remove what was built, keep .venv and runs
+	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv and runs as well
+	rm -rf $(VENV) runs

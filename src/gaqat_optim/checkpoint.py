@@ -1,0 +1,68 @@
+"""The state dict of a base optimizer with the freezing state of the scales in it, and apart again.
+
+The freezing state goes where every checkpointing tool looks: into the state of each scale parameter and into the
+parameter groups. It is there in state dicts only. In the base's run-time state it would do harm: Adam takes a state
+that is not empty for one that it has set up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+_STATE, _STEPS, _PERTURBED_STEPS = "gaqat", "gaqat_steps", "gaqat_perturbed_steps"
+
+StateDict = dict[str, Any]
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """What a state dict holds beside the base's part.
+
+    Attributes:
+        scales: the packed state of each scale.
+        steps: number of steps made.
+        perturbed_steps: number of those with a second pass.
+    """
+
+    scales: Mapping[Parameter, Tensor]
+    steps: int
+    perturbed_steps: int
+
+
+def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
+    """``base``, a state dict of the optimizer with these ``groups``, with ``freezing`` in it."""
+    ids = dict(_pairs(groups, base["param_groups"]))
+    state = dict(base["state"])
+    for p, packed in freezing.scales.items():
+        state[ids[p]] = {**state.get(ids[p], {}), _STATE: packed}  # A copy: the entry is the base's run-time state.
+    counts = {_STEPS: freezing.steps, _PERTURBED_STEPS: freezing.perturbed_steps}
+    return {**base, "state": state, "param_groups": [{**group, **counts} for group in base["param_groups"]]}
+
+
+def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing | None]:
+    """The base's state dict, and what :func:`merge` put into it; ``None`` for a state dict of the base alone."""
+    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    counts = (_STEPS, _PERTURBED_STEPS)
+    state = {key: {k: v for k, v in entry.items() if k != _STATE} for key, entry in saved_state.items()}
+    base = {
+        **state_dict,
+        "state": {key: entry for key, entry in state.items() if entry},
+        "param_groups": [{k: v for k, v in group.items() if k not in counts} for group in saved_groups],
+    }
+    if not saved_groups or _STEPS not in saved_groups[0]:
+        return base, None
+    # Ids come from the saved groups, never from counting: distributed checkpoints use names for them.
+    scales = {p: saved_state[i][_STATE] for p, i in _pairs(groups, saved_groups) if _STATE in saved_state.get(i, {})}
+    return base, Freezing(scales, *(int(saved_groups[0][count]) for count in counts))
+
+
+def _pairs(groups: Groups, saved: Groups) -> Iterator[tuple[Parameter, Any]]:
+    """Each parameter with its id in the saved groups."""
+    for group, saved_group in zip(groups, saved, strict=False):
+        yield from zip(group["params"], saved_group["params"], strict=False)

@@ -1,0 +1,51 @@
+"""What :class:`GAQATOptimizer` refuses at construction, before a step is wasted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.parameter import Parameter
+
+from .freezing import FreezePolicy
+from .perturbations import Perturbation
+
+
+def check_arguments(
+    base: torch.optim.Optimizer, model: nn.Module, perturbation: Perturbation, freezing: FreezePolicy, interval: int
+) -> None:
+    """Raise TypeError or ValueError for an argument that cannot work, alone or with the others."""
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base must be an instance of a torch.optim optimizer, got {base!r}")
+    if isinstance(base, torch.optim.LBFGS) or hasattr(base, "perturbed"):
+        raise TypeError(f"{type(base).__name__} cannot be the base: it evaluates the closure itself")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the nn.Module that the base trains, got {type(model).__name__}")
+    if not hasattr(perturbation, "direction"):
+        raise TypeError(f"perturbation must be one such as SAGM(rho=0.05), got {perturbation!r}")
+    if not hasattr(freezing, "judge"):
+        raise TypeError(f"freezing must be a policy such as DisorderFreeze(), or None; got {freezing!r}")
+    if freezing.freeze == "task" and not perturbation.has_task_part:
+        raise ValueError(
+            f'{type(freezing).__name__}(freeze="task") has no effect under {type(perturbation).__name__}, whose step '
+            'does not use g_task: take freeze="both", "smooth" or None, or SAGM'
+        )
+    if not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval must be an integer >= 1, got {interval!r}")
+
+
+def check_trained(base: torch.optim.Optimizer, model: nn.Module, scales: Mapping[str, Parameter]) -> None:
+    """Every scale must be among the base's parameters; other trainable parameters that are not make one warning."""
+    trained = {p for group in base.param_groups for p in group["params"]}
+    for name, scale in scales.items():
+        if scale not in trained:
+            raise ValueError(
+                f"the base optimizer does not train the scale {name!r}: build it after quantize_model, from the "
+                "parameters of the model that quantize_model returned"
+            )
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p not in trained]
+    if missing:
+        listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        warnings.warn(f"the base optimizer does not train these parameters of the model: {listed}", stacklevel=3)

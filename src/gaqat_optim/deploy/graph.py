@@ -1,0 +1,117 @@
+"""What is done to an exported graph, an ``onnx.ModelProto``, before it is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .emit import QUANTIZER, WEIGHT_BITS
+
+_WIDEST_INT4 = 4
+
+# Products of activations with a weight, and the operators that onnxruntime moves a DequantizeLinear across.
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_MOVED_ACROSS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity"}
+
+
+def strip(proto: Any) -> None:
+    """Take out what torch notes about its own run: names of source files, and shapes that can be inferred."""
+    graph = proto.graph
+    proto.producer_name, proto.producer_version, proto.doc_string, graph.doc_string = "gaqat-optim", "", "", ""
+    del graph.value_info[:]
+    for noted in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        kept = [entry for entry in noted.metadata_props if entry.key in (QUANTIZER, WEIGHT_BITS)]
+        del noted.metadata_props[:]
+        noted.metadata_props.extend(kept)
+        noted.doc_string = ""
+
+
+def keep_floating(proto: Any) -> None:
+    """Keep in floating point the weights that are.
+
+    Where a DequantizeLinear feeds a product with a constant weight in floating point, onnxruntime takes that for a wish
+    to quantize the weight as well, and does. So such a product gets its input from operators that compute the same and
+    say nothing: (float(codes) - float(zero point)) * scale.
+    """
+    import onnx
+
+    graph = proto.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    spelled_out: dict[str, str] = {}
+    for product in graph.node:
+        if product.op_type not in _PRODUCTS or _behind(product, 1, makers)[1] not in constants:
+            continue
+        reader, value = _behind(product, 0, makers)
+        if value in makers and makers[value].op_type == "DequantizeLinear":
+            spelled_out[value] = f"{value}_float"
+            reader.input[0] = spelled_out[value]
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.output[0] in spelled_out:
+            (codes, scale, zero), result = node.input, spelled_out[node.output[0]]
+            number, offset, centred = (f"{result}_{part}" for part in ("codes", "zero", "centred"))
+            nodes += [
+                onnx.helper.make_node("Cast", [codes], [number], to=onnx.TensorProto.FLOAT),
+                onnx.helper.make_node("Cast", [zero], [offset], to=onnx.TensorProto.FLOAT),
+                onnx.helper.make_node("Sub", [number, offset], [centred]),
+                onnx.helper.make_node("Mul", [centred, scale], [result]),
+            ]
+    unread = spelled_out.keys() - {name for node in nodes for name in node.input}
+    _replace_nodes(graph, [node for node in nodes if node.output[0] not in unread])
+
+
+def _behind(node: Any, position: int, makers: dict[str, Any]) -> tuple[Any, str]:
+    """Where an input of ``node`` comes from, behind operators that only move it, and the node that reads it there."""
+    value = node.input[position]
+    while value in makers and makers[value].op_type in _MOVED_ACROSS:
+        node = makers[value]
+        value = node.input[0]
+    return node, value
+
+
+def store_int4(proto: Any) -> None:
+    """Store codes of up to 4 bits as INT4, with a Cast to INT8 that runtimes compute once, when they load the file.
+
+    A DequantizeLinear directly on INT4 is as small, but has no integer kernels.
+    """
+    import onnx
+
+    graph = proto.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    narrow = {
+        node.input[0]
+        for node in graph.node
+        for entry in node.metadata_props
+        if entry.key == WEIGHT_BITS and int(entry.value) <= _WIDEST_INT4 and node.input[0] in stored
+    }
+    casts = []
+    for name in sorted(narrow):
+        codes = onnx.numpy_helper.to_array(stored[name])
+        packed = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, codes.shape, pack_int4(codes), raw=True)
+        stored[name].CopyFrom(packed)
+        casts.append(onnx.helper.make_node("Cast", [name], [f"{name}_int8"], to=onnx.TensorProto.INT8))
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in narrow:
+                node.input[i] = f"{name}_int8"
+    _replace_nodes(graph, [*casts, *graph.node])
+
+
+def pack_int4(codes: NDArray[np.int8]) -> bytes:
+    """Two codes to a byte, the first one in the lower half: ONNX's order.
+
+    >>> pack_int4(np.array([1, -1, 7], dtype=np.int8)).hex()
+    'f107'
+    """
+    nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
+    nibbles[: codes.size] = codes.reshape(-1).view(np.uint8) & 0x0F
+    return (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
+
+
+def _replace_nodes(graph: Any, nodes: list[Any]) -> None:
+    del graph.node[:]
+    graph.node.extend(nodes)

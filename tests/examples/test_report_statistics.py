@@ -1,0 +1,124 @@
+"""The statistics of the report, against values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from domain_generalization import report
+
+
+def record(method: str, target: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    return {"method": method, "target": target, "seed": seed, "bits": 3, "last_step_accuracy": accuracy, **more}
+
+
+# GAQAT minus LSQ in the four cells: 4, 2, 0, 2. Mean 2, deviations 2, 0, -2, 0, variance 8/3, error sqrt(8/3/4).
+PAIRED = [
+    record("lsq", "blended", 0, 40.0),
+    record("lsq", "blended", 1, 44.0),
+    record("lsq", "sketch", 0, 50.0),
+    record("lsq", "sketch", 1, 54.0),
+    record("gaqat", "sketch", 1, 56.0),
+    record("gaqat", "blended", 0, 44.0),
+    record("gaqat", "blended", 1, 46.0),
+    record("gaqat", "sketch", 0, 50.0),
+]
+
+
+def test_mean_and_standard_error() -> None:
+    mean, error = report.mean_and_error([1.0, 2.0, 3.0, 6.0])
+    assert mean == pytest.approx(3.0)
+    assert error == pytest.approx(math.sqrt(14 / 3 / 4))  # deviations -2, -1, 0, 3
+
+
+def test_one_value_has_no_standard_error() -> None:
+    mean, error = report.mean_and_error([7.0])
+    assert mean == 7.0
+    assert math.isnan(error)
+
+
+def test_paired_difference_pairs_by_cell_not_by_order() -> None:
+    difference = report.paired_difference(PAIRED, "gaqat", "last_step_accuracy")
+    assert difference is not None
+    assert difference.cells == 4
+    assert difference.mean == pytest.approx(2.0)
+    assert difference.error == pytest.approx(math.sqrt(2 / 3))
+    # Student's t with 3 degrees of freedom: 1 - 2/pi (x / (1 + x^2) + atan x) with x = t / sqrt 3, here sqrt 2.
+    x = 2 / math.sqrt(2 / 3) / math.sqrt(3)
+    assert difference.chance == pytest.approx(1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x)))
+
+
+def test_cells_without_a_partner_do_not_count() -> None:
+    records = [*PAIRED[:1], *PAIRED[4:6]]
+    difference = report.paired_difference(records, "gaqat", "last_step_accuracy")
+    assert difference is not None
+    assert difference[0] == 4.0
+    assert difference.cells == 1
+    assert report.paired_difference(PAIRED, "lsq+sagm", "last_step_accuracy") is None
+    other_bits = [PAIRED[0], PAIRED[5] | {"bits": 4}]
+    assert report.paired_difference(other_bits, "gaqat", "last_step_accuracy") is None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "expected"),
+    [
+        ([44.0, 46.0, 50.0, 56.0], "GAQAT +2.0 +- 0.8 (more than two standard errors, which so few cells show by"),
+        ([44.0, 48.1, 54.0, 57.9], "GAQAT +4.0 +- 0.0 (more than two standard errors: t test p="),
+        ([44.0, 40.0, 51.0, 54.0], "GAQAT +0.2 +- 1.7 (cannot be told apart from noise)"),
+        ([38.0, 42.1, 48.0, 51.9], "GAQAT -2.0 +- 0.0 (more than two standard errors"),
+        ([40.0, 44.0, 50.0, 54.0], "GAQAT +0.0 +- 0.0 (cannot be told apart from noise)"),
+    ],
+)
+def test_the_sentence_follows_the_numbers(accuracies: list[float], expected: str) -> None:
+    cells = [("blended", 0), ("blended", 1), ("sketch", 0), ("sketch", 1)]
+    gaqat = [record("gaqat", *cell, accuracy) for cell, accuracy in zip(cells, accuracies, strict=True)]
+    sentence = report.verdict([*PAIRED[:4], *gaqat])
+    assert expected in sentence
+    assert "n=4 paired cells" in sentence
+
+
+def test_the_sentence_for_one_cell_and_for_nothing_to_compare() -> None:
+    assert "no standard error, so nothing can be concluded" in report.verdict([PAIRED[0], PAIRED[5]])
+    assert "Nothing to compare" in report.verdict(PAIRED[:4])
+
+
+def test_what_freezing_does_is_said_apart() -> None:
+    sagm = [
+        record("lsq+sagm", r["target"], r["seed"], r["last_step_accuracy"]) for r in PAIRED if r["method"] == "gaqat"
+    ]
+    sentence = report.verdict([*PAIRED, *sagm])
+    assert "freezing alone (GAQAT - LSQ+SAGM) +0.0 +- 0.0 (cannot be told apart from noise)" in sentence
+
+
+def test_costs_are_ratios_within_cells() -> None:
+    records = [
+        record("lsq", "sketch", 0, 0.0, seconds=2.0),
+        record("lsq", "sketch", 1, 0.0, seconds=4.0),
+        record("gaqat", "sketch", 0, 0.0, seconds=4.0),
+        record("gaqat", "sketch", 1, 0.0, seconds=12.0),
+    ]
+    assert report.costs(records) == "Training time as a multiple of LSQ's: GAQAT 2.5."
+    assert report.costs(records[:2]) == report.costs(records[2:]) == ""
+
+
+def test_the_table_has_means_errors_and_paired_differences() -> None:
+    start = {"last_step_accuracy": 30.0}
+    lines = report.table([r | {"fp32": start} for r in PAIRED], {"last_step_accuracy": "last step"}).splitlines()
+    assert lines[0].split() == ["percent", "right", "method", "blended", "sketch", "mean", "-", "LSQ,", "paired"]
+    fp32, lsq, gaqat = (" ".join(line.split()) for line in lines[2:])
+    assert fp32 == "last step fp32 start 30.0 30.0 30.0 +- 0.0"
+    assert lsq == "LSQ 42.0 52.0 47.0 +- 3.1"
+    assert gaqat == "GAQAT 45.0 53.0 49.0 +- 2.6 +2.0 +- 0.8"
+
+
+def test_results_are_a_json_list(tmp_path: Path) -> None:
+    report.save_results(PAIRED, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == PAIRED
+
+
+def test_versions_name_what_a_result_depends_on() -> None:
+    assert set(report.versions()) == {"python", "torch", "numpy", "gaqat_optim"}

@@ -1,0 +1,80 @@
+"""Metadata, constraints, changelog and API page agree with the package and with each other."""
+
+import importlib.metadata
+import importlib.resources
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import gaqat_optim
+
+ROOT = Path(__file__).resolve().parents[2]
+DISTRIBUTION = "gaqat-optim"
+
+
+def constraints(python: str) -> dict[str, Requirement]:
+    """The pins that hold for a Python version, by package name."""
+    pins: dict[str, Requirement] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            assert pin.name not in pins, f"two pins of {pin.name} for Python {python}"
+            pins[pin.name] = pin
+    return pins
+
+
+def direct_requirements() -> list[Requirement]:
+    requirements = map(Requirement, importlib.metadata.requires(DISTRIBUTION))
+    return [requirement for requirement in requirements if requirement.name != DISTRIBUTION]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_every_direct_requirement_is_pinned_within_its_range(python):
+    pins = constraints(python)
+    for requirement in direct_requirements():
+        (pin,) = pins[requirement.name].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), f"{requirement} does not admit {pin.version}"
+
+
+def test_the_core_needs_torch_numpy_and_typing_extensions_alone():
+    core = {requirement.name for requirement in direct_requirements() if requirement.marker is None}
+    assert core == {"torch", "numpy", "typing-extensions"}
+
+
+def test_the_extras():
+    extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra")
+    assert set(extras) == {"onnx", "plot", "examples", "vision", "docs", "dev"}
+
+
+def test_importing_the_package_imports_no_extra():
+    program = """
+import sys, torch
+before = set(sys.modules)
+import gaqat_optim
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    imported = set(output.split())
+    assert "gaqat_optim" in imported
+    assert not imported & {"onnx", "onnxscript", "onnxruntime", "matplotlib", "sklearn", "scipy", "PIL", "torchvision"}
+
+
+def test_the_package_is_marked_as_typed():
+    assert importlib.resources.files(gaqat_optim).joinpath("py.typed").is_file()
+
+
+def test_the_changelog_has_the_version():
+    assert importlib.metadata.version(DISTRIBUTION) in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_api_page_documents_every_public_name_and_no_other():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", page, re.MULTILINE)
+    assert sorted(documented) == sorted(gaqat_optim.__all__)
