@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 
 import gaqat_optim
@@ -35,6 +36,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# Its own business with Sphinx 9, said once for every page.
+warnings.filterwarnings("ignore", message=".*_RstSnippetParser.set_application", module="sphinx_autodoc_typehints")
 typehints_use_signature = False
 typehints_document_rtype_none = False
 always_use_bars_union = True

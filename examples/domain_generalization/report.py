@@ -100,14 +100,17 @@ def table(records: Sequence[Record], measures: Mapping[str, str]) -> str:
 
 def verdict(records: Sequence[Record], measure: str = "last_step_accuracy", *, where: str = "at the last step") -> str:
     """One sentence: what the differences to LSQ mean at this number of cells."""
-    found = {name: paired_difference(records, name, measure) for name in METHODS if name != BASELINE}
-    parts = [f"{METHODS[name].title} {_judged(diff)}" for name, diff in found.items() if diff is not None]
-    freezing = paired_difference(records, "gaqat", measure, baseline="lsq+sagm")
-    if parts and freezing is not None:
-        parts.append(f"of that by freezing alone (GAQAT - LSQ+SAGM) {_judged(freezing)}")
-    if not parts:
+    compared = {
+        method.title: paired_difference(records, name, measure) for name, method in METHODS.items() if name != BASELINE
+    }
+    found = {title: difference for title, difference in compared.items() if difference is not None}
+    if not found:
         return "Nothing to compare: that takes LSQ and at least one other method."
-    cells = max(diff.cells for diff in found.values() if diff is not None)
+    freezing = paired_difference(records, "gaqat", measure, baseline="lsq+sagm")
+    if freezing is not None:
+        found["freezing alone (GAQAT - LSQ+SAGM)"] = freezing
+    parts = [f"{title} {_judged(difference, len(found))}" for title, difference in found.items()]
+    cells = max(difference.cells for difference in found.values())
     return (
         f"Against LSQ {where}, at n={cells} paired cell{'s' if cells > 1 else ''} (one held-out domain, one seed "
         f"each), in points: {'; '.join(parts)}. To see a difference of one point takes 30-55 paired cells."
@@ -153,13 +156,14 @@ def _against_baseline(records: Sequence[Record], method: str, measure: str) -> s
     return "" if difference is None else _with_error(difference.mean, difference.error, sign=True)
 
 
-def _judged(difference: Difference) -> str:
+def _judged(difference: Difference, comparisons: int) -> str:
     number = _with_error(difference.mean, difference.error, sign=True)
     if math.isnan(difference.error):
         return f"{number} (one cell has no standard error, so nothing can be concluded)"
     if abs(difference.mean) <= 2 * difference.error:
         return f"{number} (cannot be told apart from noise)"
-    # With few cells the standard error is itself uncertain: two of them are then not yet the usual 5 %.
-    few = ", which so few cells show by chance too" if difference.chance > 0.05 else ""
+    # With few cells the standard error is itself uncertain, and of several comparisons one is soon large by chance: the
+    # usual 5 % are for all of them together (Bonferroni).
+    few = ", which so few cells show by chance too" if difference.chance > 0.05 / comparisons else ""
     chance = "" if math.isnan(difference.chance) else f"{few}: t test p={difference.chance:.2g}"
     return f"{number} (more than two standard errors{chance})"

@@ -94,6 +94,17 @@ def test_what_freezing_does_is_said_apart() -> None:
     assert "freezing alone (GAQAT - LSQ+SAGM) +0.0 +- 0.0 (cannot be told apart from noise)" in sentence
 
 
+def test_several_comparisons_share_the_five_percent() -> None:
+    start = {"sketch": 50.0, "blended": 40.0}
+    gains = {("blended", 0): 3.0, ("blended", 1): 5.0, ("sketch", 0): 2.0, ("sketch", 1): 6.0}  # 4 +- 0.9
+    alone = [record("lsq", *cell, start[cell[0]]) for cell in gains]
+    alone += [record("gaqat", *cell, start[cell[0]] + gain) for cell, gain in gains.items()]
+    assert "GAQAT +4.0 +- 0.9 (more than two standard errors: t test p=0.022)" in report.verdict(alone)
+    together = [*alone, *(r | {"method": "lsq+sagm"} for r in alone if r["method"] == "lsq")]
+    few = "GAQAT +4.0 +- 0.9 (more than two standard errors, which so few cells show by chance too: t test p=0.022)"
+    assert few in report.verdict(together)
+
+
 def test_costs_are_ratios_within_cells() -> None:
     records = [
         record("lsq", "sketch", 0, 0.0, seconds=2.0),

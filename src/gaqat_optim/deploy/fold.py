@@ -109,6 +109,8 @@ def _fits(layer: QuantizedModule, norm: nn.Module) -> bool:
 class _Tracer(torch.fx.Tracer):
     """Takes every module for one operation that holds nothing to fold: fewer of them have to be traceable."""
 
+    proxy_buffer_attributes = True  # A running mean that forward reads appears in the graph, as a parameter does.
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kinds = (QuantizedModule, _BatchNorm)
         return isinstance(m, kinds) or not any(isinstance(child, kinds) for child in m.modules())
