@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import Parameter
+from typing_extensions import override
 
 from .batchnorm import copies, put_back, running_statistics_kept
 from .checkpoint import Freezing, merge, separate
@@ -122,10 +123,12 @@ class GAQATOptimizer(torch.optim.Optimizer):
     state: Any = _of_base("state", "The base optimizer's state.")
     defaults: Any = _of_base("defaults", "The base optimizer's defaults.")
 
+    @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base optimizer does."""
         self.base.zero_grad(set_to_none=set_to_none)
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
         self.base.add_param_group(param_group)
@@ -137,6 +140,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         """Whether the coming step has a second pass."""
         return self._steps % self.interval == 0
 
+    @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step.
 
@@ -279,6 +283,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         """One :class:`ScaleRecord` for each scale: of the last judged window, or the steps so far before the first."""
         return self._monitor.report(self.model)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, with the freezing state of each scale in that scale's state.
 
@@ -294,6 +299,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         return state_dict
 
     @torch.no_grad()
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave. A state dict of the base alone starts with nothing counted or frozen.
 
@@ -311,14 +317,17 @@ class GAQATOptimizer(torch.optim.Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         # Not Optimizer's, which would keep groups and state alone. A scheduler puts its own step on the instance.
         return {key: value for key, value in self.__dict__.items() if key != "step"}
 
+    @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._patch_step_function()
 
+    @override
     def __repr__(self) -> str:
         settings = f"{self.perturbation}, {self.freezing}, scales={len(self._monitor.scales)}"
         return f"GAQATOptimizer({settings}, base={self.base})"

@@ -577,34 +577,28 @@ def test_hooks_stay_with_their_layer():
 
 
 def broken(change):
-    model = quantize_model(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), SAME, calibration=torch.rand(8, 3, 6, 6)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = quantize_model(model, SAME, calibration=torch.rand(8, 3, 6, 6))
     with torch.no_grad():
         change(model)
     return model
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (nn.Linear(2, 2), "Linear has no quantized layers: call quantize_model first"),
-        (quantize_model(nn.Sequential(nn.Linear(2, 2))), "quantizer '0.input_quantizer' has no scale yet"),
-        (
-            broken(lambda m: m[0].input_quantizer.raw_scale.fill_(torch.nan)),
-            "'0.input_quantizer' has a scale that is not",
-        ),
-        (
-            broken(lambda m: m[0].weight_quantizer.raw_scale.fill_(torch.nan)),
-            "'0.weight_quantizer' has a scale that is not",
-        ),
-        (broken(lambda m: m[0].weight.fill_(torch.inf)), "'0' has a weight that is not finite"),
-        (broken(lambda m: m[0].bias.fill_(torch.nan)), "'0' has a bias that is not finite"),
-        (broken(lambda m: m[1].running_var.fill_(-1.0)), "BatchNorm behind '0' has values that are not finite"),
-        (broken(lambda m: m[1].bias.fill_(torch.inf)), "BatchNorm behind '0' has values that are not finite"),
-    ],
-)
-def test_what_cannot_be_converted_is_named(model, message):
+REFUSED = {
+    "Linear has no quantized layers: call quantize_model first": lambda: nn.Linear(2, 2),
+    "quantizer '0.input_quantizer' has no scale yet": lambda: quantize_model(nn.Sequential(nn.Linear(2, 2))),
+    "'0.input_quantizer' has a scale that is": lambda: broken(lambda m: m[0].input_quantizer.raw_scale.fill_(np.nan)),
+    "'0.weight_quantizer' has a scale that is": lambda: broken(lambda m: m[0].weight_quantizer.raw_scale.fill_(np.nan)),
+    "'0' has a weight that is not finite": lambda: broken(lambda m: m[0].weight.fill_(np.inf)),
+    "'0' has a bias that is not finite": lambda: broken(lambda m: m[0].bias.fill_(np.nan)),
+    "BatchNorm behind '0' has values that are not": lambda: broken(lambda m: m[1].running_var.fill_(-1.0)),
+    "BatchNorm behind '0' has values": lambda: broken(lambda m: m[1].bias.fill_(np.inf)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_converted_is_named(message):
+    model = REFUSED[message]()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         convert(model)

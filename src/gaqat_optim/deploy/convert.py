@@ -95,17 +95,18 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"convert takes a model from quantize_model, got {type(model).__name__}")
     if any(isinstance(module, DeployLayer) for module in model.modules()):
         raise ValueError("the model is converted already: it has deployed layers")
-    layers = {name or "the model": m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize_model first, and train")
     for name, layer in layers.items():
+        shown = name or "the model"
         if type(layer) not in DEPLOYED:
-            raise ValueError(f"{name!r}: there is no deployed form of {type(layer).__name__}")
+            raise ValueError(f"{shown!r}: there is no deployed form of {type(layer).__name__}")
         for kind, quantizer in layer.quantizers():
-            _check_quantizer(f"{name}.{kind}", quantizer)
+            _check_quantizer(f"{name}.{kind}" if name else kind, quantizer)
         for what, value in layer.named_parameters(recurse=False):
             if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name!r} has a {what} that is not finite")
+                raise ValueError(f"{shown!r} has a {what} that is not finite")
 
 
 def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:

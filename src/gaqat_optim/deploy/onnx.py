@@ -66,7 +66,8 @@ def export_onnx(
         ValueError: an unknown ``storage``, an ``opset`` that is too low or unknown, an empty or non-finite sample, or a
             model that cannot be converted.
         OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
-        RuntimeError: torch cannot export the network, for example because its code depends on the batch size.
+        RuntimeError: torch cannot export the network, for example because its code depends on the batch size, or
+            onnxruntime cannot run it.
 
     Example:
         >>> import tempfile
@@ -84,8 +85,6 @@ def export_onnx(
     sample = _checked(sample, storage, opset)
     target = _target(path)
     _require_packages(check, opset)
-    import onnx
-
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
     deployed, sample = deployed.cpu().float(), sample.float() if sample.is_floating_point() else sample
@@ -94,7 +93,7 @@ def export_onnx(
     keep_floating(proto)
     if storage == "auto":
         store_int4(proto)
-    onnx.checker.check_model(proto, full_check=True)
+    _verify(proto, type(deployed).__name__)
     compared: dict[str, Any] = _compared(deployed, proto, sample) if check else {}
     size = _write(proto, target)
     compression = 4 * float_values(deployed) / size
@@ -194,10 +193,30 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
 
 
+def _verify(proto: Any, name: str) -> None:
+    """Raise for a graph that is invalid, or that is for one batch size: torch fixes it without a word."""
+    import onnx
+
+    batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if not batch.dim_param:
+        raise RuntimeError(
+            f"torch cannot export {name} for any batch size: its code depends on the size of axis 0, "
+            f"and would run for {batch.dim_value} only"
+        )
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # Of several types, without a common base.
+        raise RuntimeError(f"torch made a graph of {name} that is not valid: {_cause(error)}") from error
+
+
 def _compared(deployed: nn.Module, proto: Any, sample: Tensor) -> dict[str, Any]:
     """The fields of the report that need onnxruntime."""
-    comparison = checking.compare(deployed, proto, checking.far_inputs(sample))
-    integer, floating = checking.kernels(proto)
+    try:
+        comparison = checking.compare(deployed, proto, checking.far_inputs(sample))
+        integer, floating = checking.kernels(proto)
+    except Exception as error:
+        name = type(deployed).__name__
+        raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error
     return {
         "max_abs_diff": comparison.max_abs_diff,
         "code_flip_rate": comparison.code_flip_rate,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .quantizer import LSQQuantizer
 
@@ -18,8 +19,10 @@ _SAMPLE = 16384
 def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     """Run ``batches`` through the float network and initialise every activation quantizer that has no scale yet.
 
-    The network runs in evaluation mode, without gradients and with all quantizers off. Training flags and the state
-    of torch's random generators are left as they were.
+    The network runs in evaluation mode, without gradients and with all quantizers off. A BatchNorm that was never
+    trained (running mean 0 and variance 1) normalizes by the batch instead: its statistics would let activations grow
+    from layer to layer as they never do in training. Training flags, running statistics and the state of torch's random
+    generators are left as they were.
 
     Args:
         model: a network whose layers were already swapped.
@@ -37,12 +40,15 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         assert isinstance(quantizer, LSQQuantizer)
         seen.setdefault(quantizer, []).append(_sample(args[0].detach()))
 
+    untrained = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_untrained(m)]
     was_training = {module: module.training for module in model.modules()}
     was_enabled = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
     hooks = [q.register_forward_pre_hook(observe) for q in waiting]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         model.eval()
+        for norm in untrained:
+            norm.training, norm.track_running_stats = True, False
         for quantizer in was_enabled:
             quantizer.enabled = False
         count = 0
@@ -53,6 +59,8 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         if count == 0:
             raise ValueError("calibration is empty: give a tensor, or an iterable with at least one batch")
     finally:
+        for norm in untrained:
+            norm.track_running_stats = True
         for hook in hooks:
             hook.remove()
         for quantizer, enabled in was_enabled.items():
@@ -67,6 +75,13 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
             f"calibration never reached {', '.join(unseen)}: each takes its scale from its first training forward",
             stacklevel=3,
         )
+
+
+def _is_untrained(norm: _BatchNorm) -> bool:
+    # Not by num_batches_tracked, which is 0 after loading weights from before it existed.
+    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return False
+    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
 
 
 def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:

@@ -113,7 +113,7 @@ class LSQQuantizer(nn.Module):
 
     @property
     def raw_scale(self) -> nn.Parameter:
-        """The learned parameter: log(s) or s, by ``scale_domain``."""
+        """The learned parameter, log(s) or s by ``scale_domain``."""
         return self.lsq_log_scale if self.scale_domain == "log" else self.lsq_scale  # type: ignore[return-value]
 
     @property
