@@ -337,12 +337,12 @@ def test_the_model_stays_as_it_is_and_may_be_converted_already(tmp_path):
     model = trained("cnn", CONFIGS["W4A4"]).train()
     model[0].eval()
     state = copy.deepcopy(model.state_dict())
-    flags = [m.training for m in model.modules()]
-    deployed = convert(model)
+    deployed = convert(model).train()
+    flags = [m.training for m in [*model.modules(), *deployed.modules()]]
     first = export_onnx(model, images(8), tmp_path / "a.onnx", check=False)
     second = export_onnx(deployed, images(8), str(tmp_path / "b.onnx"), check=False)
     assert first.path.read_bytes() == second.path.read_bytes()
-    assert [m.training for m in model.modules()] == flags
+    assert [m.training for m in [*model.modules(), *deployed.modules()]] == flags
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in [*model.modules(), *deployed.modules()])
 
