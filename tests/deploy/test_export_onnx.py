@@ -101,6 +101,7 @@ def test_ties_are_rounded_the_same_way(output_bits, tmp_path):
         if isinstance(layer, DeployLayer):
             layer.weight_scale.copy_(layer.weight_scale.log2().round().exp2())
             layer._derive()
+            layer.bias_codes.copy_((layer.bias_codes >> layer.shift) << layer.shift)
     report = export_onnx(deployed, x, tmp_path / "net.onnx")
     assert report.integer_kernels["QLinearConv"] >= 2
     assert (report.code_flip_rate, report.max_abs_diff) == (0.0, 0.0)
@@ -278,8 +279,8 @@ def written(tmp_path_factory):
 def test_int4_storage_is_smaller_and_computes_the_same(written):
     reports = written[1]
     x = images(64)
-    assert reports["auto"].bytes < 0.70 * reports["int8"].bytes
-    assert reports["auto"].compression > 1.4 * reports["int8"].compression
+    assert reports["auto"].bytes < 0.75 * reports["int8"].bytes
+    assert reports["auto"].compression > 1.33 * reports["int8"].compression
     for level in LEVELS:
         assert torch.equal(run(reports["auto"].path, x, level), run(reports["int8"].path, x, level))
     print({storage: (report.bytes, report.compression) for storage, report in reports.items()})
@@ -295,7 +296,8 @@ def test_the_weights_in_the_file_are_the_codes(written):
             tensor = stored[f"{name}.codes"]
             narrow = storage == "auto" and layer.weight_bits <= 4
             assert tensor.data_type == (onnx.TensorProto.INT4 if narrow else onnx.TensorProto.INT8)
-            assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), layer.codes.numpy())
+            codes = layer.codes.numpy() >> (layer.shift if narrow else 0)  # in 4 bits, the codes as they were trained
+            assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), codes)
             bias = onnx.numpy_helper.to_array(stored[f"{name}.bias_codes"])
             assert bias.dtype == np.int32
             assert np.array_equal(bias, layer.bias_codes.numpy())
@@ -307,7 +309,7 @@ def test_the_graph_has_what_integer_kernels_need(written):
     assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 21}
     counts = Counter(node.op_type for node in proto.graph.node)
     # Six convolutions and the head; the stem's input and the head's have 8 bits, and so no Clip.
-    assert counts["Clip"] == counts["QuantizeLinear"] - 2 == counts["Cast"] == 5
+    assert counts["Clip"] == counts["QuantizeLinear"] - 2 == counts["Mul"] == counts["Cast"] / 2 == 5
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):

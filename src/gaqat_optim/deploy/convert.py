@@ -14,7 +14,7 @@ from ..quant.quantizer import LSQQuantizer
 from .fold import Affine, following_norms
 from .layers import DEPLOYED, ActivationCodes, DeployLayer, largest_sum
 
-_INT32_MAX = 2**31 - 1
+_INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 # The smallest normal float32.
 _SMALLEST = torch.finfo(torch.float32).tiny
 # A channel without weights has a bias of about this size: 22 bits of precision, and far from any overflow.
@@ -29,7 +29,8 @@ def convert(model: nn.Module) -> nn.Module:
     .. math::
 
         a = \mathrm{clamp}(\mathrm{round}(x / s_a), Q_n, Q_p), \qquad
-        y_c = s_a s'_c \left( \sum a\,q_c + b_c \right)
+        y_c = u_c \left( \sum a\,2^k q_c + b_c \right), \qquad
+        u_c = s_a s'_c / 2^k
 
     with an exact sum and one multiplication, in float32. A BatchNorm behind the layer goes into the scale and the
     bias, with the weight's codes as they were trained:
@@ -37,13 +38,16 @@ def convert(model: nn.Module) -> nn.Module:
     .. math::
 
         s'_c = s_c \gamma_c / \sigma_c, \qquad
-        b_c = \mathrm{round}\left( \frac{\beta_c + (b_c^{\mathrm{float}} - \mu_c) \gamma_c / \sigma_c}{s_a s'_c} \right)
+        b_c = \mathrm{round}\left( \frac{\beta_c + (b_c^{\mathrm{float}} - \mu_c) \gamma_c / \sigma_c}{u_c} \right)
         \in \mathrm{int32}
 
     so that a negative gamma gives a negative scale. This rounding of the bias is the one difference from the network
-    that was trained, beyond the last bits of floating-point sums. A channel whose gamma is zero keeps its bias alone,
-    and so does one whose gamma is so small that the bias would not fit, which is a warning. A layer whose weight or
-    input is in floating point has its bias there too.
+    that was trained, beyond the last bits of floating-point sums. In units of the sum (k = 0) it would be coarse at few
+    bits: a trained 3-bit network then decided otherwise for 13 % of its images. So the weight, of b < 8 bits, stands
+    2^k times larger in its 8-bit container, with k up to 8 - b, and the unit of the bias is that much finer.
+
+    A channel whose gamma is zero keeps its bias alone, and so does one whose gamma is so small that the bias would not
+    fit, which is a warning. A layer whose weight or input is in floating point has its bias there too.
 
     The BatchNorm is found by tracing the network symbolically, and replaced by an identity. It is folded where it is
     the only user of the layer's output, is used once, and has running statistics; elsewhere, and in a network that
@@ -135,6 +139,7 @@ def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
         if not bool(torch.isfinite(gain).all() & torch.isfinite(bias).all()):
             raise ValueError(f"the BatchNorm behind {name!r} has values that are not finite")
     parts: dict[str, Any] = {}
+    shift = 0
     if layer.weight_quantizer is None:
         weight = layer.weight.detach()
         if gain is not None:
@@ -143,9 +148,12 @@ def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
     else:
         codes, scale = _codes(layer.weight, layer.weight_quantizer)
         scale = scale if gain is None else (scale * gain).to(torch.float32)
+        if bias is not None and activation is not None:
+            shift = _room(layer.weight_quantizer.bits, activation)
         if bias is not None:
+            codes, scale = codes * 2**shift, scale * 2.0**-shift
             codes, scale = _without_vanishing(name or "the model", codes, scale, bias, activation)
-        parts |= {"codes": codes, "weight_scale": scale, "weight_bits": layer.weight_quantizer.bits}
+        parts |= {"codes": codes, "weight_scale": scale, "weight_bits": layer.weight_quantizer.bits, "shift": shift}
         if bias is not None and activation is not None:
             parts["bias_codes"] = _round_to(bias, activation.scale * scale)
     if bias is not None and "bias_codes" not in parts:
@@ -178,6 +186,19 @@ def _codes(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:
         shape[quantizer.channel_axis] = -1
     codes = (weight.to(dtype) / scale.to(dtype).reshape(shape)).clamp(quantizer.qmin, quantizer.qmax).round()
     return codes.to(torch.int8), _float32(scale if quantizer.channel_axis is not None else scale.reshape(()))
+
+
+def _room(bits: int, activation: ActivationCodes) -> int:
+    """By how many binary digits codes of ``bits`` bits can be shifted up in 8 bits.
+
+    Processors without an instruction for it add two products of activations and weights in 16 bits. Where narrow codes
+    cannot overflow those, shifted ones must not either.
+    """
+    shift = 8 - bits
+    pair = 2 * max(-activation.qmin, activation.qmax) * 2 ** (bits - 1)
+    while shift > 0 and pair * 2**shift > _INT16_MAX:
+        shift -= 1
+    return shift
 
 
 def _round_to(v: Tensor, unit: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ LOWEST_OPSET = 21
 SIGNED_ZERO_POINT = 128
 
 # Metadata that stays in the file: whose codes a node computes, and the width of the weights that a node unpacks.
-QUANTIZER, WEIGHT_BITS = "gaqat.quantizer", "gaqat.weight_bits"
+QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT = "gaqat.quantizer", "gaqat.weight_bits", "gaqat.weight_shift"
 
 
 def emitting() -> bool:
@@ -64,7 +64,7 @@ def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer
     )
 
 
-def emit_dequantize(codes: Tensor, scale: Tensor, weight_bits: int | None = None) -> Tensor:
+def emit_dequantize(codes: Tensor, scale: Tensor, weight_bits: int | None = None, shift: int = 0) -> Tensor:
     """DequantizeLinear of constant codes (int8 or int32), with zero points written out.
 
     onnxruntime chooses its integer kernels only where the zero points are there, zero or not.
@@ -73,6 +73,7 @@ def emit_dequantize(codes: Tensor, scale: Tensor, weight_bits: int | None = None
         codes: of shape ``(channels, ...)``.
         scale: float32, of shape ``()`` or ``(channels,)``.
         weight_bits: width of the codes, noted in the file for the choice of their storage.
+        shift: how many binary digits the codes were shifted up by, noted likewise.
     """
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",
@@ -81,5 +82,5 @@ def emit_dequantize(codes: Tensor, scale: Tensor, weight_bits: int | None = None
         dtype=torch.float32,
         shape=codes.shape,
         version=LOWEST_OPSET,
-        metadata_props=None if weight_bits is None else {WEIGHT_BITS: str(weight_bits)},
+        metadata_props=None if weight_bits is None else {WEIGHT_BITS: str(weight_bits), WEIGHT_SHIFT: str(shift)},
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .emit import QUANTIZER, WEIGHT_BITS
+from .emit import QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT
 
 _WIDEST_INT4 = 4
 
@@ -22,7 +22,7 @@ def strip(proto: Any) -> None:
     proto.producer_name, proto.producer_version, proto.doc_string, graph.doc_string = "gaqat-optim", "", "", ""
     del graph.value_info[:]
     for noted in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        kept = [entry for entry in noted.metadata_props if entry.key in (QUANTIZER, WEIGHT_BITS)]
+        kept = [entry for entry in noted.metadata_props if entry.key in (QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT)]
         del noted.metadata_props[:]
         noted.metadata_props.extend(kept)
         noted.doc_string = ""
@@ -74,31 +74,54 @@ def _behind(node: Any, position: int, makers: dict[str, Any]) -> tuple[Any, str]
 
 
 def store_int4(proto: Any) -> None:
-    """Store codes of up to 4 bits as INT4, with a Cast to INT8 that runtimes compute once, when they load the file.
+    """Store codes of up to 4 bits as INT4, with operators to INT8 that runtimes compute once, when they load the file.
 
-    A DequantizeLinear directly on INT4 is as small, but has no integer kernels.
+    They shift the codes up to where the layer wants them in the 8 bits. A DequantizeLinear directly on INT4 is as
+    small, but has no integer kernels.
     """
     import onnx
 
     graph = proto.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    narrow = {
-        node.input[0]
-        for node in graph.node
-        for entry in node.metadata_props
-        if entry.key == WEIGHT_BITS and int(entry.value) <= _WIDEST_INT4 and node.input[0] in stored
-    }
-    casts = []
-    for name in sorted(narrow):
-        codes = onnx.numpy_helper.to_array(stored[name])
+    shifts: dict[str, int] = {}
+    for node in graph.node:
+        noted = {
+            entry.key: int(entry.value) for entry in node.metadata_props if entry.key in (WEIGHT_BITS, WEIGHT_SHIFT)
+        }
+        if noted.get(WEIGHT_BITS, _WIDEST_INT4 + 1) <= _WIDEST_INT4 and node.input[0] in stored:
+            shifts[node.input[0]] = noted[WEIGHT_SHIFT]
+    unpacked: dict[str, str] = {}
+    nodes: list[Any] = []
+    for number, (name, shift) in enumerate(sorted(shifts.items())):
+        codes = onnx.numpy_helper.to_array(stored[name]) >> shift
         packed = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, codes.shape, pack_int4(codes), raw=True)
         stored[name].CopyFrom(packed)
-        casts.append(onnx.helper.make_node("Cast", [name], [f"{name}_int8"], to=onnx.TensorProto.INT8))
+        nodes += _shifted_to_int8(name, shift, f"w{number}")
+        unpacked[name] = nodes[-1].output[0]
+    for shift in sorted(set(shifts.values()) - {0}):
+        graph.initializer.append(onnx.helper.make_tensor(_power(shift), onnx.TensorProto.INT32, [], [2**shift]))
     for node in graph.node:
         for i, name in enumerate(node.input):
-            if name in narrow:
-                node.input[i] = f"{name}_int8"
-    _replace_nodes(graph, [*casts, *graph.node])
+            node.input[i] = unpacked.get(name, name)
+    _replace_nodes(graph, [*nodes, *graph.node])
+
+
+def _shifted_to_int8(name: str, shift: int, short: str) -> list[Any]:
+    """Operators that give the INT4 constant ``name`` times 2^shift, as INT8."""
+    import onnx
+
+    integer = onnx.TensorProto
+    if shift == 0:
+        return [onnx.helper.make_node("Cast", [name], [short], to=integer.INT8)]
+    return [
+        onnx.helper.make_node("Cast", [name], [f"{short}_int32"], to=integer.INT32),  # INT8 has no product.
+        onnx.helper.make_node("Mul", [f"{short}_int32", _power(shift)], [f"{short}_shifted"]),
+        onnx.helper.make_node("Cast", [f"{short}_shifted"], [short], to=integer.INT8),
+    ]
+
+
+def _power(shift: int) -> str:
+    return f"two_to_the_{shift}"
 
 
 def pack_int4(codes: NDArray[np.int8]) -> bytes:

@@ -68,12 +68,13 @@ class DeployLayer(nn.Module):
 
     Args:
         source: the quantized layer, whose geometry is taken over.
-        codes: the weight as int8 codes, or ``None``.
+        codes: the weight as int8 codes, or ``None``: the trained ones times 2^``shift``.
         weight_scale: float32 of shape ``()`` or ``(channels,)``, beside ``codes``.
         float_weight: the weight as float32 where there are no codes.
         bias_codes: the bias as int32 codes with the scale ``unit``, or ``None``.
         float_bias: the bias as float32, or ``None``.
-        weight_bits: width of the codes.
+        weight_bits: width of the trained codes.
+        shift: by how many binary digits they are shifted up in 8 bits, which makes ``unit`` that much finer.
         input_quantizer: ``None`` for an input in floating point.
         output_quantizer: ``None`` for an output in floating point.
         folded: whether a BatchNorm was folded into the layer.
@@ -98,12 +99,13 @@ class DeployLayer(nn.Module):
         bias_codes: Tensor | None = None,
         float_bias: Tensor | None = None,
         weight_bits: int | None = None,
+        shift: int = 0,
         input_quantizer: ActivationCodes | None = None,
         output_quantizer: ActivationCodes | None = None,
         folded: bool = False,
     ) -> None:
         super().__init__()
-        self.weight_bits, self.folded = weight_bits, folded
+        self.weight_bits, self.shift, self.folded = weight_bits, shift, folded
         self.register_buffer("codes", codes)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("float_weight", float_weight)
@@ -198,7 +200,7 @@ class DeployLayer(nn.Module):
         x = x.to(torch.float32) if self.input_quantizer is None else self.input_quantizer.dequantized(x)
         weight, bias = self.float_weight, self.float_bias
         if self.codes is not None and self.weight_scale is not None:
-            weight = emit_dequantize(self.codes, self.weight_scale, self.weight_bits)
+            weight = emit_dequantize(self.codes, self.weight_scale, self.weight_bits, self.shift)
         if self.bias_codes is not None and self.unit is not None:
             bias = emit_dequantize(self.bias_codes, self.unit)
         assert weight is not None
