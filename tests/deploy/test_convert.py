@@ -652,17 +652,33 @@ def test_activation_codes_of_any_float_dtype():
 
 
 @pytest.mark.parametrize(
-    ("weight_bits", "activation_bits", "shift"),
-    [(8, 8, 0), (4, 4, 4), (3, 3, 5), (2, 2, 6), (4, 8, 3), (3, 8, 4), (8, 4, 0), (6, 8, 1), (7, 8, 0)],
+    ("weight_bits", "activation_bits", "signed", "shift"),
+    [
+        (8, 8, False, 0),
+        (4, 4, False, 4),
+        (3, 3, False, 5),
+        (2, 2, False, 6),
+        (4, 8, False, 3),
+        (3, 8, False, 4),
+        (8, 4, False, 0),
+        (6, 8, False, 1),
+        (7, 8, False, 0),
+        (8, 4, True, 0),
+        (4, 4, True, 3),
+        (2, 2, True, 5),
+        (4, 8, True, 3),
+    ],
 )
-def test_narrow_weights_use_the_room_of_their_container_but_not_more(weight_bits, activation_bits, shift):
-    config = QuantConfig(weight_bits, activation_bits, first_last_bits="same", activation_signed=False)
+def test_narrow_weights_use_the_room_of_their_container_but_not_more(weight_bits, activation_bits, signed, shift):
+    config = QuantConfig(weight_bits, activation_bits, first_last_bits="same", activation_signed=signed)
     layer = convert(quantize_model(nn.Linear(6, 4), config, calibration=torch.rand(32, 6)))
     assert layer.shift == shift
     codes = layer.codes.to(torch.int64)
     assert bool((codes % 2**shift == 0).all())
     # Two products in 16 bits, as on processors without an instruction for four in 32: only 8-bit weights may overflow.
-    largest = 2 * (2**activation_bits - 1) * 2 ** (weight_bits - 1 + shift)
+    # In uint8, signed codes lie around 128.
+    activation = 127 + 2 ** (activation_bits - 1) if signed else 2**activation_bits - 1
+    largest = 2 * activation * 2 ** (weight_bits - 1 + shift)
     assert largest < 2**15 or shift == 0
 
 

@@ -136,7 +136,7 @@ class Twice(nn.Module):
         self.right = nn.Linear(16, 16)
 
     def forward(self, x):
-        x = torch.relu(self.shared(torch.relu(self.shared(x))))
+        x = torch.relu(self.shared(torch.relu(self.shared(x) + self.shared(x).exp())))
         return self.left(x) + self.right(x) + self.right(x).exp()
 
 
@@ -564,3 +564,16 @@ print(convert(quantize_model(torch.nn.Linear(4, 2), calibration=x))(x).shape)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([8, 2])\n"
+
+
+@pytest.mark.parametrize("config", ["W8A8", "W3A3"])
+def test_runs_the_same_under_the_option_for_processors_without_vnni(config, tmp_path):
+    """There onnxruntime rewrites weights beyond 7 bits, and their zero points with them: none may be shared."""
+    x = images(64, seed=3)
+    path = export_onnx(trained("resnet", CONFIGS[config]), x, tmp_path / "net.onnx", check=False).path
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    found = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(
+        None, {"input": x.numpy()}
+    )
+    assert torch.allclose(torch.from_numpy(found[0]), run(path, x), atol=1e-5)

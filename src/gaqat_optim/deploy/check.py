@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .emit import QUANTIZER, SIGNED_ZERO_POINT
+from .emit import QUANTIZER
 from .layers import ActivationCodes
 
 Codes = dict[str, list[NDArray[Any]]]
@@ -57,9 +57,7 @@ def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized:
         optimized: whether onnxruntime optimizes the graph, as it does by default, or runs it operator by operator.
     """
     session, names = _session_with_codes(proto, optimized)
-    offsets = {
-        m.name: SIGNED_ZERO_POINT if m.signed else 0 for m in deployed.modules() if isinstance(m, ActivationCodes)
-    }
+    offsets = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationCodes)}
     outputs = [value.name for value in proto.graph.output]
     difference, codes, flipped, decisions, agreeing = 0.0, 0, 0, 0, 0
     for x in inputs:

@@ -192,10 +192,11 @@ def _room(bits: int, activation: ActivationCodes) -> int:
     """By how many binary digits codes of ``bits`` bits can be shifted up in 8 bits.
 
     Processors without an instruction for it add two products of activations and weights in 16 bits. Where narrow codes
-    cannot overflow those, shifted ones must not either.
+    cannot overflow those, shifted ones must not either. The activation is there as it stands in its container, with
+    the zero point of a signed one in it.
     """
     shift = 8 - bits
-    pair = 2 * max(-activation.qmin, activation.qmax) * 2 ** (bits - 1)
+    pair = 2 * (activation.qmax + activation.zero_point) * 2 ** (bits - 1)
     while shift > 0 and pair * 2**shift > _INT16_MAX:
         shift -= 1
     return shift

@@ -14,9 +14,6 @@ from ..quant.functional import integer_bounds
 # The lowest opset that has INT4; also the version in which QuantizeLinear and DequantizeLinear are written.
 LOWEST_OPSET = 21
 
-# What a signed code of zero is in its unsigned container.
-SIGNED_ZERO_POINT = 128
-
 # Metadata that stays in the file: whose codes a node computes, and the width of the weights that a node unpacks.
 QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT = "gaqat.quantizer", "gaqat.weight_bits", "gaqat.weight_shift"
 
@@ -28,12 +25,17 @@ def emitting() -> bool:
     return torch.onnx.is_in_onnx_export() and torch.compiler.is_exporting()
 
 
+def zero_point(signed: bool) -> int:
+    """What an activation's code of zero is in its uint8 container."""
+    return 128 if signed else 0
+
+
 def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer: str) -> Tensor:
     """QuantizeLinear -> Clip -> DequantizeLinear; the Clip only where the codes do not fill their container.
 
-    The container is uint8 at any width, since runtimes have no kernels on narrower types. Signed codes lie around
-    :data:`SIGNED_ZERO_POINT` in it, since onnxruntime's convolution takes one type for its input and its output, and
-    an input after a ReLU is unsigned.
+    The container is uint8 at any width, since runtimes have no kernels on narrower types. Signed codes lie around its
+    middle, since onnxruntime's convolution takes one type for its input and its output, and an input after a ReLU is
+    unsigned.
 
     Args:
         x: float32, any shape.
@@ -42,7 +44,7 @@ def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer
         signed: whether they have a sign.
         quantizer: name under which the node that computes the codes can be found in the file.
     """
-    offset = SIGNED_ZERO_POINT if signed else 0
+    offset = zero_point(signed)
     zero = torch.tensor(offset, dtype=torch.uint8)
     clips = bits < 8
     name = {QUANTIZER: quantizer}

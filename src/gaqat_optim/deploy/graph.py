@@ -73,6 +73,27 @@ def _behind(node: Any, position: int, makers: dict[str, Any]) -> tuple[Any, str]
     return node, value
 
 
+def own_zero_points(proto: Any) -> None:
+    """Give every weight a zero point of its own, where torch's exporter merged equal ones.
+
+    Under ``session.x64quantprecision`` onnxruntime rewrites weights and their zero points, each under a new name made
+    of the old one, and refuses the file when it comes to a shared zero point again.
+    """
+    graph = proto.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    taken: set[str] = set()
+    for node in graph.node:
+        if not any(entry.key == WEIGHT_BITS for entry in node.metadata_props):
+            continue
+        name = node.input[2]
+        if name in taken:
+            node.input[2] = f"{name}_{len(taken)}_own"
+            copy = graph.initializer.add()
+            copy.CopyFrom(stored[name])
+            copy.name = node.input[2]
+        taken.add(node.input[2])
+
+
 def store_int4(proto: Any) -> None:
     """Store codes of up to 4 bits as INT4, with operators to INT8 that runtimes compute once, when they load the file.
 
@@ -96,7 +117,7 @@ def store_int4(proto: Any) -> None:
         codes = onnx.numpy_helper.to_array(stored[name]) >> shift
         packed = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, codes.shape, pack_int4(codes), raw=True)
         stored[name].CopyFrom(packed)
-        nodes += _shifted_to_int8(name, shift, f"w{number}")
+        nodes += _shifted_to_int8(name, shift, f"gaqat.{number}")
         unpacked[name] = nodes[-1].output[0]
     for shift in sorted(set(shifts.values()) - {0}):
         graph.initializer.append(onnx.helper.make_tensor(_power(shift), onnx.TensorProto.INT32, [], [2**shift]))
@@ -121,7 +142,7 @@ def _shifted_to_int8(name: str, shift: int, short: str) -> list[Any]:
 
 
 def _power(shift: int) -> str:
-    return f"two_to_the_{shift}"
+    return f"gaqat.two_to_the_{shift}"
 
 
 def pack_int4(codes: NDArray[np.int8]) -> bytes:

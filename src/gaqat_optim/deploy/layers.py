@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..quant.functional import integer_bounds
 from ..quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedModule, QuantLinear
-from .emit import emit_activation, emit_dequantize, emitting
+from .emit import emit_activation, emit_dequantize, emitting, zero_point
 
 # Integers of smaller magnitude are float32 numbers, and so are all sums of them that stay below it.
 _EXACT_IN_FLOAT32 = 2**24
@@ -37,6 +37,7 @@ class ActivationCodes(nn.Module):
         super().__init__()
         self.bits, self.signed, self.name = bits, signed, name
         self.qmin, self.qmax = integer_bounds(bits, signed)
+        self.zero_point = zero_point(signed)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import check as checking
 from .convert import convert
 from .emit import LOWEST_OPSET
-from .graph import keep_floating, store_int4, strip
+from .graph import keep_floating, own_zero_points, store_int4, strip
 from .layers import ActivationCodes, DeployLayer
 from .report import ExportReport
 
@@ -43,9 +43,9 @@ def export_onnx(
     or by its own output quantizer (``output_bits`` of :class:`~gaqat_optim.QuantConfig`). A convolution that feeds
     a residual addition needs that quantizer, or stays in floating point: ``float_kernels`` of the report counts them.
 
-    On x86 processors without the VNNI instructions, onnxruntime adds products of 8-bit weights and unsigned 8-bit
-    activations in 16 bits, which can saturate. There, set ``session.x64quantprecision`` to ``"1"`` in its session
-    options.
+    On x86 processors without the VNNI instructions, onnxruntime adds two products of weights and activations in 16
+    bits, which can saturate where weights have 8 bits. There, set ``session.x64quantprecision`` to ``"1"`` in its
+    session options.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`, or one from :func:`~gaqat_optim.convert`. It
@@ -91,6 +91,7 @@ def export_onnx(
     proto = _exported(deployed, sample, opset)
     strip(proto)
     keep_floating(proto)
+    own_zero_points(proto)
     if storage == "auto":
         store_int4(proto)
     _verify(proto, type(deployed).__name__)
