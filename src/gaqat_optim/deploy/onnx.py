@@ -168,9 +168,8 @@ def _exported(deployed: nn.Module, sample: Tensor, opset: int) -> Any:
         sample = torch.cat([sample, sample])  # A size of 1 would be taken for a constant.
     try:
         with warnings.catch_warnings():
-            # torch warns about its own internals while it exports: nothing that a caller could act upon.
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            # The exporter copies one of torch's own structures, which warns of a use that torch itself makes of it.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             program = torch.onnx.export(
                 deployed,
                 (sample,),
