@@ -113,7 +113,8 @@ def verdict(records: Sequence[Record], measure: str = "last_step_accuracy", *, w
     cells = max(difference.cells for difference in found.values())
     return (
         f"Against LSQ {where}, at n={cells} paired cell{'s' if cells > 1 else ''} (one held-out domain, one seed "
-        f"each), in points: {'; '.join(parts)}. In the pilot study, seeing a difference of one point took 30-55 paired cells."
+        f"each), in points: {'; '.join(parts)}. In the pilot study, seeing a difference of one point took 30-55 paired "
+        "cells."
     )
 
 
