@@ -1,4 +1,4 @@
-"""What :class:`GAQATOptimizer` refuses at construction, before a step is wasted."""
+"""What :class:`GAQATOptimizer` refuses, before it changes anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .freezing import FreezePolicy
@@ -49,3 +49,18 @@ def check_trained(base: torch.optim.Optimizer, model: nn.Module, scales: Mapping
     if missing:
         listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         warnings.warn(f"the base optimizer does not train these parameters of the model: {listed}", stacklevel=3)
+
+
+def check_gradients(grads: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]) -> None:
+    """The gradients of a first pass: there must be some, and none of them sparse."""
+    if not grads:
+        raise RuntimeError(
+            "no parameter of the base optimizer has a gradient: the first backward() must come before perturbed(), "
+            "and a closure must call backward()"
+        )
+    for p, g in grads.items():
+        if g.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {names.get(p, 'a parameter')!r} is sparse, which two passes cannot combine: "
+                "build its module with sparse=False"
+            )

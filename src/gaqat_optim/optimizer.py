@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from .batchnorm import copies, put_back, running_statistics_kept
 from .checkpoint import Freezing, merge, separate
-from .checks import check_arguments, check_trained
+from .checks import check_arguments, check_gradients, check_trained
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
 from .monitor import ScaleMonitor, find_scales
 from .perturbations import SAGM, Perturbation
@@ -208,7 +208,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         owned = {p: p.grad for p in radii}  # what .grad is given back if the block raises
         # A view, as DistributedDataParallel makes of its buckets, is overwritten by the second backward.
         g_task = {p: g if g._base is None else g.clone() for p, g in owned.items() if g is not None}
-        self._check_gradients(g_task)
+        check_gradients(g_task, self._names)
         displaced = [p for p in g_task if radii[p] is not None]
         theta = [p.detach().clone() for p in displaced]
         self._in_second_pass = True
@@ -239,19 +239,6 @@ class GAQATOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 radii[p] = None if rho == 0 and "rho" in group else rho
         return radii
-
-    def _check_gradients(self, grads: dict[Parameter, Tensor]) -> None:
-        if not grads:
-            raise RuntimeError(
-                "no parameter of the base optimizer has a gradient: the first backward() must come before perturbed(), "
-                "and a closure must call backward()"
-            )
-        for p, g in grads.items():
-            if g.layout != torch.strided:
-                raise RuntimeError(
-                    f"the gradient of {self._names.get(p, 'a parameter')!r} is sparse, "
-                    "which two passes cannot combine: build its module with sparse=False"
-                )
 
     @torch.no_grad()
     def _displace(

@@ -185,7 +185,9 @@ class LSQQuantizer(nn.Module):
         signed = self._signed if self._signed is not None else _any_rank(bool((v < 0).any()), v.device)
         if scale is None:
             bounds = integer_bounds(self.bits, signed)
-            scale = _mean_over_ranks(initial_scale(v, *bounds, self.channel_axis, self.init))
+            scale = initial_scale(v, *bounds, self.channel_axis, self.init)
+            if self.batched:  # Weights are the same on all ranks, batches are not.
+                scale = _mean_over_ranks(scale)
         raw = torch.as_tensor(scale, dtype=torch.float32).clamp(_SMALLEST, _LARGEST)
         self.raw_scale.copy_(raw.log() if self.scale_domain == "log" else raw)
         self._signed = signed
