@@ -59,6 +59,43 @@ def three_dimensional():
     return nn.Sequential(nn.Conv3d(1, 4, 2), nn.ReLU(), nn.Conv3d(4, 4, 2), nn.Flatten(), nn.Linear(32, 4))
 
 
+class UNet(nn.Module):
+    """Down, up by a grouped transposed convolution to a given size, and a skip connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(2, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, groups=2)
+        self.last = nn.ConvTranspose2d(8, 4, 1)
+
+    def forward(self, x):
+        up = self.up(torch.relu(self.down(x)), output_size=x.shape[-2:])
+        return self.last(torch.relu(torch.cat([up, x], dim=1))).mean((2, 3))
+
+
+def transposed_1d():
+    return nn.Sequential(nn.ConvTranspose1d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(60, 4))
+
+
+def transposed_3d():
+    return nn.Sequential(nn.ConvTranspose3d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4))
+
+
+class WordClassifier(nn.Module):
+    """Embeddings of real-valued tokens (their integer part), averaged, with a bag beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(10, 8, padding_idx=0)
+        self.bag = nn.EmbeddingBag(10, 8, mode="sum")
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        tokens = (3 * x.abs()).long().clamp(max=9)
+        weights = torch.ones_like(tokens, dtype=self.head.weight.dtype)
+        return self.head(torch.cat([self.words(tokens).mean(1), self.bag(tokens, per_sample_weights=weights)], dim=1))
+
+
 def single_layer():
     return nn.Linear(8, 4)
 
@@ -71,6 +108,10 @@ NETWORKS = {
     "tied weights": (TiedWeights, (8,)),
     "conv1d": (one_dimensional, (3, 8)),
     "conv3d": (three_dimensional, (1, 4, 4, 4)),
+    "u-net": (UNet, (2, 8, 8)),
+    "transposed conv1d": (transposed_1d, (3, 8)),
+    "transposed conv3d": (transposed_3d, (1, 2, 2, 2)),
+    "embeddings": (WordClassifier, (8,)),
     "single layer": (single_layer, (8,)),
 }
 

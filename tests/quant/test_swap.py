@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -41,18 +42,19 @@ def test_forward_and_backward_equal_the_layers_on_quantized_operands(name, granu
     model, x, _ = build(name)
     quantized = quantize_model(model, QuantConfig(3, 4, weight_granularity=granularity), calibration=x)
 
-    def recompute(module, args):
+    def recompute(module, args, kwargs):
         """The float layer's own function, on operands quantized by the pure function."""
         q = module.input_quantizer
-        a = lsq_quantize(args[0], q.scale, q.qmin, q.qmax)
-        q = module.weight_quantizer
-        w = lsq_quantize(module.weight, q.scale, q.qmin, q.qmax, channel_axis=q.channel_axis)
+        a = args[0] if q is None else lsq_quantize(args[0], q.scale, q.qmin, q.qmax)
         plain = next(t for t in type(module).__mro__ if t.__module__.startswith("torch.nn"))
-        return torch.func.functional_call(_as_float(module, plain), {"weight": w}, (a,))
+        twin = _as_float(module, plain)
+        return torch.func.functional_call(
+            twin, {"weight": quantized_channel_by_channel(module)}, (a, *args[1:]), kwargs
+        )
 
     seen = []
     hooks = [
-        m.register_forward_hook(lambda m, args, out: seen.append((out, recompute(m, args))))
+        m.register_forward_hook(lambda m, args, kw, out: seen.append((out, recompute(m, args, kw))), with_kwargs=True)
         for m in quantized.modules()
         if isinstance(m, QuantizedModule)
     ]
@@ -63,6 +65,23 @@ def test_forward_and_backward_equal_the_layers_on_quantized_operands(name, granu
         hook.remove()
     out.square().mean().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in quantized.parameters())
+
+
+def quantized_channel_by_channel(module):
+    """The weight, each output channel quantized by itself with its own scale."""
+    q, weight = module.weight_quantizer, module.weight.clone()
+    if q.channel_axis is None:
+        return lsq_quantize(weight, q.scale, q.qmin, q.qmax)
+    for channel, scale in enumerate(q.scale):
+        where = channel
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            # weight: (inputs, outputs / groups, ...); an output channel sees the inputs of its group.
+            inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
+            first = channel // outputs * inputs
+            where = (slice(first, first + inputs), channel % outputs)
+        weight[where] = lsq_quantize(module.weight[where], scale, q.qmin, q.qmax)
+    assert len(q.scale) == getattr(module, "out_channels", module.weight.shape[0])
+    return weight
 
 
 def _as_float(module, plain):
@@ -202,13 +221,10 @@ def test_param_groups_spare_scales_from_weight_decay():
     assert len(param_groups(cnn())) == 1
 
 
-class Container(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(4, 4)
-
-    def forward(self, x):
-        return self.embedding(x)
+def weight_normed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in many networks
+        return nn.utils.weight_norm(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -243,13 +259,55 @@ def test_bad_input_is_named_and_changes_nothing(arguments, error, words, inplace
     [
         ("resnet", TypeError, "takes an nn.Module, got str"),
         (nn.Sequential(nn.ReLU()), ValueError, "nothing to quantize: Sequential has no Linear, .* parameters: none"),
-        (Container(), ValueError, "Its modules with parameters: Embedding"),
+        (nn.Sequential(nn.Bilinear(2, 2, 2)), ValueError, "Its modules with parameters: Bilinear"),
         (nn.TransformerEncoderLayer(8, 2), ValueError, "TransformerEncoderLayer, whose fast path .* exclude="),
     ],
 )
 def test_models_that_cannot_be_quantized(model, error, words):
     with pytest.raises(error, match=words):
         quantize_model(model)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.LSTM(2, 2), "LSTM has its recurrence in one kernel, .* write it with nn.Linear"),
+        (nn.GRUCell(2, 2), "GRUCell has its recurrence"),
+        (nn.LazyLinear(2), "LazyLinear has no shape yet: run one forward pass"),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+            "ParametrizedLinear computes its weight: fold",
+        ),
+        (weight_normed(), "Linear computes its weight in a hook: .* remove_weight_norm"),
+        (nn.Embedding(3, 2, sparse=True), "Embedding has sparse gradients, .* sparse=False"),
+        (nn.EmbeddingBag(3, 2, max_norm=1.0), "EmbeddingBag changes its weight .* max_norm=None"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_by_name_unless_excluded(module, words):
+    model = nn.ModuleDict({"part": module, "head": nn.Linear(2, 2)})
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=rf"'part' cannot be quantized\. {words}.*; or leave .*exclude=\('part',\)"):
+        quantize_model(model, inplace=True)
+    assert [type(m) for m in model.modules()] == before
+    quantized = quantize_model(model, QuantConfig(exclude=("part",)), inplace=True)
+    assert type(quantized["part"]) is type(module)
+    assert isinstance(quantized["head"], QuantizedModule)
+
+
+def test_indices_are_no_activations():
+    quantized = quantize_model(build("embeddings")[0], QuantConfig(4, 4, first_last_bits="same"))
+    assert quantized.words.input_quantizer is None
+    assert quantized.words.weight_quantizer.scale.shape == (10,)
+    only_activations = quantize_model(build("embeddings")[0], QuantConfig(None, 4))
+    assert type(only_activations.words) is nn.Embedding
+    assert isinstance(only_activations.head, QuantizedModule)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "u-net", "conv1d"])
+def test_layers_take_their_input_by_torch_s_own_name(name):
+    model, x, _ = build(name)
+    layer = next(m for m in quantize_model(model).modules() if isinstance(m, QuantizedModule))
+    assert torch.equal(layer(input=x), layer(x))
 
 
 def test_twice_is_an_error():

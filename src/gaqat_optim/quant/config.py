@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -105,15 +105,28 @@ class QuantConfig:
     def _base(self) -> LayerConfig:
         return LayerConfig(**{name: getattr(self, name) for name in _LAYER_FIELDS})
 
-    def resolve(self, layers: Mapping[str, nn.Module]) -> dict[str, LayerConfig | None]:
+    def excluded(self, modules: Mapping[str, nn.Module]) -> set[nn.Module]:
+        """Those of ``modules`` that ``exclude`` names.
+
+        Raises:
+            ValueError: a pattern that matches none of them.
+        """
+        found = {id(module): module for module in modules.values()}
+        return {found[i] for pattern in self.exclude for i in _matches(pattern, modules, "exclude")}
+
+    def resolve(
+        self, layers: Mapping[str, nn.Module], excluded: Collection[nn.Module] | None = None
+    ) -> dict[str, LayerConfig | None]:
         """The settings of every layer, or ``None`` where it stays in floating point.
 
         Args:
             layers: the quantizable layers by qualified name, in order; one used twice stands under both names.
+            excluded: what :meth:`excluded` found among them and others; by default, among them.
 
         Raises:
             ValueError: a pattern or type in ``overrides`` or ``exclude`` that matches no layer.
         """
+        excluded = self.excluded(layers) if excluded is None else excluded
         # By identity, so that a layer with two names has one setting whichever of them a pattern meets.
         settings = {id(layer): self._base() for layer in layers.values()}
         if self.first_last_bits != "same" and layers:
@@ -123,9 +136,8 @@ class QuantConfig:
         for key, changes in self.overrides.items():
             for module in _matches(key, layers, "overrides"):
                 settings[module] = _override(settings[module], changes)
-        excluded = {module for pattern in self.exclude for module in _matches(pattern, layers, "exclude")}
         return {
-            name: None if id(layer) in excluded or settings[id(layer)].quantizes_nothing else settings[id(layer)]
+            name: None if layer in excluded or settings[id(layer)].quantizes_nothing else settings[id(layer)]
             for name, layer in layers.items()
         }
 

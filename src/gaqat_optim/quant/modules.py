@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LayerConfig
 from .quantizer import LSQQuantizer
+
+Q = TypeVar("Q", bound="type[QuantizedModule]")
+
+# Exact type to quantized type. A subclass with its own forward is not in it, and so keeps that forward.
+QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
+
+
+def quantizes(*types: type[nn.Module]) -> Callable[[Q], Q]:
+    """Register a class as the quantized version of a module type, for :func:`quantize_model` to swap by.
+
+    The class derives from :class:`QuantizedModule` and from the type, and says in ``compute`` what the layer does with
+    a quantized input and weight.
+
+    Args:
+        types: the exact types that it replaces.
+
+    Example:
+        >>> import torch
+        >>> from gaqat_optim import quantize_model
+        >>> class Cosine(nn.Linear):
+        ...     def forward(self, x):
+        ...         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1))
+        >>> @quantizes(Cosine)
+        ... class QuantCosine(QuantizedModule, Cosine):
+        ...     def compute(self, x, weight):
+        ...         return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=1))
+        >>> net = quantize_model(nn.Sequential(Cosine(4, 2)), calibration=torch.rand(8, 4))
+        >>> type(net[0]).__name__
+        'QuantCosine'
+        >>> del QUANTIZED[Cosine]
+    """
+
+    def register(cls: Q) -> Q:
+        QUANTIZED.update(dict.fromkeys(types, cls))
+        return cls
+
+    return register
 
 
 class QuantizedModule(nn.Module):
@@ -17,6 +56,8 @@ class QuantizedModule(nn.Module):
     A quantized layer is made from a float layer by :meth:`from_float`, never by its constructor. It holds the very
     Parameter objects of the float layer, under their old names, so that optimizers, tied weights and state dicts go on.
     """
+
+    takes_codes: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
 
     weight: Tensor
     weight_quantizer: LSQQuantizer | None
@@ -32,12 +73,12 @@ class QuantizedModule(nn.Module):
             quantized.__dict__[registry] = module.__dict__[registry].copy()
         device = quantized.weight.device
         kinds = {"init": layer.init, "scale_domain": layer.scale_domain, "device": device}
-        per_channel = {"channels": quantized.weight.shape[0], "channel_axis": 0}
+        per_channel = {"channels": quantized.by_channel(quantized.weight).shape[0], "channel_axis": 0}
         weight = activation = output = None
         if layer.weight_bits is not None:
             granularity = per_channel if layer.weight_granularity == "channel" else {}
             weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds)  # type: ignore[arg-type]
-        if layer.activation_bits is not None:
+        if layer.activation_bits is not None and cls.takes_codes:
             signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
             activation = LSQQuantizer(layer.activation_bits, signed=signed, batched=True, **kinds)  # type: ignore[arg-type]
         if layer.output_bits is not None:
@@ -53,21 +94,42 @@ class QuantizedModule(nn.Module):
             if quantizer is not None:
                 yield name, quantizer
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.input_quantizer(x) if self.input_quantizer is not None else x
-        weight = self.weight_quantizer(self.weight) if self.weight_quantizer is not None else self.weight
-        y = self._layer(x, weight)
+    def initialize_weight(self) -> None:
+        """Set the scales of the weight from its values."""
+        if self.weight_quantizer is not None:
+            self.weight_quantizer.initialize(self.by_channel(self.weight))
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        if self.weight_quantizer is None:
+            return self.weight
+        return self.from_channels(self.weight_quantizer(self.by_channel(self.weight)))
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
+        x = self.input_quantizer(input) if self.input_quantizer is not None else input
+        y = self.compute(x, self.quantized_weight(), *args, **kwargs)
         return self.output_quantizer(y) if self.output_quantizer is not None else y
 
-    def _layer(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the float layer computes, on quantized operands."""
+    # -- what the kinds of layers differ in --------------------------------------------------------------------
+
+    def compute(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the float layer computes, on quantized operands; further arguments are those of its forward."""
         raise NotImplementedError
 
+    def by_channel(self, weight: Tensor) -> Tensor:
+        """The weight with its output channels on axis 0, where the quantizer looks for them."""
+        return weight
 
+    def from_channels(self, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`by_channel`."""
+        return weight
+
+
+@quantizes(nn.Linear)
 class QuantLinear(QuantizedModule, nn.Linear):
     """:class:`torch.nn.Linear` on a quantized input and weight."""
 
-    def _layer(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
 
@@ -76,26 +138,98 @@ class _QuantConv(QuantizedModule):
 
     bias: Tensor | None
 
-    def _layer(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return,operator]
 
 
+@quantizes(nn.Conv1d)
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """:class:`torch.nn.Conv1d` on a quantized input and weight."""
 
 
+@quantizes(nn.Conv2d)
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """:class:`torch.nn.Conv2d` on a quantized input and weight."""
 
 
+@quantizes(nn.Conv3d)
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """:class:`torch.nn.Conv3d` on a quantized input and weight."""
 
 
-# Exact type to quantized type. A subclass with its own forward is not in it, and so keeps that forward.
-QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {
-    nn.Linear: QuantLinear,
-    nn.Conv1d: QuantConv1d,
-    nn.Conv2d: QuantConv2d,
-    nn.Conv3d: QuantConv3d,
-}
+class _QuantConvTranspose(QuantizedModule):
+    """What the transposed convolutions share.
+
+    Their weight has the shape (inputs, outputs / groups, ...): the output channels of group g are axis 1 of the g-th
+    part of axis 0.
+    """
+
+    operation: ClassVar[Callable[..., Tensor]]
+
+    def compute(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+        layer: Any = self  # the attributes of torch's class beside this one
+        padding = layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
+        )
+        arguments = (layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+        y: Tensor = type(self).operation(x, weight, *arguments)
+        return y
+
+    def by_channel(self, weight: Tensor) -> Tensor:
+        groups: Any = self.groups
+        return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def from_channels(self, weight: Tensor) -> Tensor:
+        return self.by_channel(weight)  # Exchanging the two axes within each group is its own inverse.
+
+
+@quantizes(nn.ConvTranspose1d)
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """:class:`torch.nn.ConvTranspose1d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose1d)
+
+
+@quantizes(nn.ConvTranspose2d)
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose2d)
+
+
+@quantizes(nn.ConvTranspose3d)
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """:class:`torch.nn.ConvTranspose3d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose3d)
+
+
+@quantizes(nn.Embedding)
+class QuantEmbedding(QuantizedModule, nn.Embedding):
+    """:class:`torch.nn.Embedding` with a quantized weight, one scale a row. Its input are indices, and stay so."""
+
+    takes_codes = False
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+@quantizes(nn.EmbeddingBag)
+class QuantEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
+    """:class:`torch.nn.EmbeddingBag` with a quantized weight, one scale a row. Its input are indices, and stay so."""
+
+    takes_codes = False
+
+    def compute(
+        self, x: Tensor, weight: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        return F.embedding_bag(
+            x,
+            weight,
+            offsets,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )

@@ -14,6 +14,7 @@ from .calibrate import calibrate
 from .config import LayerConfig, QuantConfig
 from .modules import QUANTIZED, QuantizedModule
 from .quantizer import LSQQuantizer
+from .refused import refusal
 
 
 def quantize_model(
@@ -23,11 +24,13 @@ def quantize_model(
     calibration: Tensor | Iterable[Any] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Replace the linear and convolutional layers of ``model`` by versions that train through LSQ quantizers.
+    """Replace the layers of ``model`` by versions that train through LSQ quantizers.
 
-    Layers are matched by exact type (``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``): a subclass keeps
-    its own forward, in floating point. Every other module, every hook and every key of the state dict stays; the new
-    keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales.
+    Those are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d`` and, with
+    quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by exact type: a subclass keeps
+    its own forward, in floating point, unless it is registered (``gaqat_optim.quant.modules.quantizes``). Every other
+    module, every hook and every key of the state dict stays; the new keys are those of the quantizers. Build the
+    optimizer after this call, or it will not train the scales.
 
     Args:
         model: the network, usually trained in floating point. It is copied unless ``inplace``.
@@ -43,8 +46,9 @@ def quantize_model(
 
     Raises:
         TypeError: ``model`` or ``config`` is of the wrong type, or a calibration batch is.
-        ValueError: nothing to quantize, already quantized, a pattern that matches no layer, an empty calibration, or
-            weights or activations that are not finite. ``model`` is then as it was.
+        ValueError: nothing to quantize, already quantized, a module that cannot be (such as an LSTM), a pattern that
+            matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then as
+            it was.
 
     Example:
         >>> import torch
@@ -95,7 +99,14 @@ def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Modul
             raise ValueError(
                 f"the model is quantized already: {name!r} is a quantizer. Call quantize_model once, on the float model"
             )
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) in QUANTIZED}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    reasons = {name: reason for name, module in modules.items() if (reason := refusal(module)) is not None}
+    layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
+    excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
+    for name, reason in reasons.items():
+        if modules[name] not in excluded:
+            shown = name or "the model"
+            raise ValueError(f"{shown!r} cannot be quantized. {reason}; or leave it as it is with exclude=({shown!r},)")
     if not layers:
         held = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -104,11 +115,20 @@ def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Modul
             f"nothing to quantize: {type(model).__name__} has no {', '.join(t.__name__ for t in QUANTIZED)} "
             f"(exact types; a subclass is left alone). Its modules with parameters: {', '.join(held) or 'none'}"
         )
-    settings = [(name, layers[name], layer) for name, layer in config.resolve(layers).items() if layer is not None]
+    settings = [
+        (name, layers[name], layer)
+        for name, layer in config.resolve(layers, excluded).items()
+        if layer is not None and not _only_the_input(layers[name], layer)
+    ]
     if not settings:
         raise ValueError(f"nothing to quantize: the configuration leaves all {len(layers)} layers in floating point")
     _refuse_fast_path(model, {module for _, module, _ in settings})
     return settings
+
+
+def _only_the_input(module: nn.Module, layer: LayerConfig) -> bool:
+    """Whether nothing but the input would be quantized, in a module whose input is indices."""
+    return not QUANTIZED[type(module)].takes_codes and layer.weight_bits is None and layer.output_bits is None
 
 
 def _refuse_fast_path(model: nn.Module, chosen: set[nn.Module]) -> None:
@@ -124,8 +144,7 @@ def _quantized(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedMod
     quantized = QUANTIZED[type(module)].from_float(module, layer)
     for attribute, quantizer in quantized.quantizers():
         quantizer.name = f"{name}.{attribute}" if name else attribute
-    if quantized.weight_quantizer is not None:
-        quantized.weight_quantizer.initialize(quantized.weight)
+    quantized.initialize_weight()
     return quantized
 
 
