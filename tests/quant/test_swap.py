@@ -335,5 +335,36 @@ def test_summary_is_a_table():
         ("3", 3, 4, 288),
     ]
     assert summary[1].activation_scale == pytest.approx(quantized[3].input_quantizer.scale.item())
-    assert str(summary).splitlines()[0].split() == ["layer", "type", "weights", "activations", "output"]
+    w, w_hat = quantized[3].weight.double(), quantized_channel_by_channel(quantized[3]).double()
+    assert summary[1].weight_snr == pytest.approx(10 * torch.log10((w**2).sum() / ((w_hat - w) ** 2).sum()).item())
+    assert 10 < summary[1].weight_snr < 25 < summary[0].weight_snr < 50  # 3 bits, 8 bits
+    assert str(summary).splitlines()[0].split() == ["layer", "type", "weights", "signal/noise", "activations", "output"]
     assert str(summary).splitlines()[-1] == "in floating point: 8 (Linear)"
+
+
+def test_an_average_of_weights_takes_scales_geometrically_and_calibration_with_it():
+    model, x, _ = build("cnn")
+    quantized = quantize_model(model)  # not calibrated when the average begins
+    average = torch.optim.swa_utils.AveragedModel(quantized)
+    scales = []
+    for factor in (1.0, 4.0):
+        quantized.train()(x)
+        with torch.no_grad():
+            quantized[3].weight_quantizer.raw_scale.add_(torch.tensor(factor).log())
+        scales.append(quantized[3].weight_quantizer.scale.detach().clone())
+        average.update_parameters(quantized)
+    averaged = average.module[3].weight_quantizer.scale
+    assert torch.allclose(averaged, (scales[0] * scales[1]).sqrt(), rtol=1e-5)
+    torch.optim.swa_utils.update_bn([x], average)
+    assert average.eval()(x).shape == (16, 4)
+    assert average.module[0].input_quantizer.is_set
+
+
+def test_a_network_on_the_meta_device_takes_its_scales_from_a_state_dict():
+    model, x, _ = build("cnn")
+    source = quantize_model(model, calibration=x).eval()
+    with torch.device("meta"):
+        empty = quantize_model(build("cnn")[0])
+    assert not any(q.is_set for q in empty.modules() if isinstance(q, LSQQuantizer))
+    empty.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(empty.eval()(x), source(x))

@@ -96,7 +96,7 @@ class QuantizedModule(nn.Module):
 
     def initialize_weight(self) -> None:
         """Set the scales of the weight from its values."""
-        if self.weight_quantizer is not None:
+        if self.weight_quantizer is not None and not self.weight.is_meta:  # else by a state dict, or in training
             self.weight_quantizer.initialize(self.by_channel(self.weight))
 
     def quantized_weight(self) -> Tensor:

@@ -193,11 +193,13 @@ class LSQQuantizer(nn.Module):
         self._signed = signed
         self.scale_is_signed.fill_(signed)
         self.scale_range.copy_(torch.stack([raw.min() / _REACH, raw.max() * _REACH]))
-        self._read_range()
+        self._read_buffers()
 
     def forward(self, v: Tensor) -> Tensor:
         if not self.enabled:
             return v
+        if self._range is None:
+            self._read_buffers()  # AveragedModel or a broadcast may have filled them, without a word.
         if self._range is None:
             if not self.training:
                 raise RuntimeError(self._unset_message())
@@ -222,13 +224,16 @@ class LSQQuantizer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        self._read_range()
-        if self.is_set:
-            self._signed = bool(self.scale_is_signed)
+        self._range = None
+        self._read_buffers()
 
-    def _read_range(self) -> None:
+    def _read_buffers(self) -> None:
+        if self.scale_range.is_meta:
+            return
         low, high = self.scale_range.tolist()
-        self._range = (max(low, _SMALLEST), min(high, _LARGEST)) if high > 0 else None
+        if high > 0:
+            self._range = max(low, _SMALLEST), min(high, _LARGEST)
+            self._signed = bool(self.scale_is_signed)
 
 
 def _distributed() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .modules import QuantizedModule
@@ -20,6 +21,7 @@ class QuantRecord:
         weight_bits: width of the weights, or ``None`` for floating point; likewise the other widths.
         weight_granularity: ``"channel"`` or ``"tensor"``; ``None`` without a weight quantizer.
         weight_scale: mean of the weight scales.
+        weight_snr: signal to noise of the quantized weight in decibel, 10 log10(sum w^2 / sum (w_hat - w)^2).
         activation_bits: width of the input.
         activation_signed: whether the input's codes have a sign; ``None`` while not calibrated.
         activation_scale: the input's scale, ``None`` while not calibrated.
@@ -32,6 +34,7 @@ class QuantRecord:
     weight_bits: int | None
     weight_granularity: str | None
     weight_scale: float | None
+    weight_snr: float | None
     activation_bits: int | None
     activation_signed: bool | None
     activation_scale: float | None
@@ -47,7 +50,7 @@ class QuantSummary(list[QuantRecord]):
         self.left_in_float = left_in_float
 
     def __str__(self) -> str:
-        rows = [("layer", "type", "weights", "activations", "output"), *map(_row, self)]
+        rows = [("layer", "type", "weights", "signal/noise", "activations", "output"), *map(_row, self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.left_in_float:
@@ -64,12 +67,14 @@ def quantization_summary(model: nn.Module) -> QuantSummary:
         model: a network from :func:`quantize_model`.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from gaqat_optim import QuantConfig, quantize_model
+        >>> _ = torch.manual_seed(0)
         >>> net = quantize_model(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), QuantConfig(3, 3, exclude=["1"]))
         >>> print(quantization_summary(net))
-        layer  type         weights             activations              output
-        0      QuantLinear  8 bits per channel  8 bits (not calibrated)  floating
+        layer  type         weights             signal/noise  activations              output
+        0      QuantLinear  8 bits per channel  ... dB        8 bits (not calibrated)  floating
         in floating point: 1 (Linear)
     """
     records, left = [], []
@@ -92,6 +97,7 @@ def _record(name: str, module: QuantizedModule) -> QuantRecord:
         weight_bits=_bits(weight),
         weight_granularity=granularity,
         weight_scale=_mean_scale(weight),
+        weight_snr=_signal_to_noise(module),
         activation_bits=_bits(activation),
         activation_signed=None if activation is None else activation.signed,
         activation_scale=_mean_scale(activation),
@@ -108,8 +114,20 @@ def _mean_scale(quantizer: LSQQuantizer | None) -> float | None:
     return quantizer.scale.mean().item() if quantizer is not None and quantizer.is_set else None
 
 
-def _row(record: QuantRecord) -> tuple[str, str, str, str, str]:
+@torch.no_grad()
+def _signal_to_noise(module: QuantizedModule) -> float | None:
+    """Of the weight, in decibel: infinite where it is represented exactly, NaN for zeros."""
+    quantizer = module.weight_quantizer
+    if quantizer is None or not quantizer.is_set:
+        return None
+    weight = module.weight.double()
+    noise = (module.quantized_weight().double() - weight).square().sum()
+    return (10 * torch.log10(weight.square().sum() / noise)).item()
+
+
+def _row(record: QuantRecord) -> tuple[str, str, str, str, str, str]:
     weights = activations = output = "floating"
+    snr = "" if record.weight_snr is None else f"{record.weight_snr:.1f} dB"
     if record.weight_bits is not None:
         weights = f"{record.weight_bits} bits per {record.weight_granularity}"
     if record.activation_bits is not None:
@@ -119,4 +137,4 @@ def _row(record: QuantRecord) -> tuple[str, str, str, str, str]:
         )
     if record.output_bits is not None:
         output = f"{record.output_bits} bits"
-    return record.name or "(model)", record.type, weights, activations, output
+    return record.name or "(model)", record.type, weights, snr, activations, output
