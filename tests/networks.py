@@ -96,6 +96,20 @@ class WordClassifier(nn.Module):
         return self.head(torch.cat([self.words(tokens).mean(1), self.bag(tokens, per_sample_weights=weights)], dim=1))
 
 
+class SmallTransformer(nn.Module):
+    """Patches, two encoder layers of torch's own, the mean, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
 def single_layer():
     return nn.Linear(8, 4)
 
@@ -112,6 +126,7 @@ NETWORKS = {
     "transposed conv1d": (transposed_1d, (3, 8)),
     "transposed conv3d": (transposed_3d, (1, 2, 2, 2)),
     "embeddings": (WordClassifier, (8,)),
+    "transformer": (SmallTransformer, (3, 8, 8)),
     "single layer": (single_layer, (8,)),
 }
 

@@ -708,3 +708,22 @@ def test_the_finer_unit_of_biases_keeps_the_codes_of_training():
     print(f"codes that differ from training: {flips[False]} with the finer unit, {flips[True]} without")
     assert flips[True] > 50
     assert flips[False] <= flips[True] / 10
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_become_tables_of_the_quantized_values(kind):
+    model = nn.Sequential(kind(10, 6), nn.Linear(6, 4))
+    tokens = torch.randint(10, (32, 3))
+    model = quantize_model(model, QuantConfig(3, 8, first_last_bits="same"), calibration=tokens).eval()
+    deployed = convert(model)
+    assert type(deployed[0]) is kind
+    assert torch.equal(deployed[0](tokens), model[0](tokens))
+    assert not torch.equal(deployed[0].weight, model[0].weight)
+
+
+def test_what_has_no_deployed_form_is_named_with_what_to_do():
+    model = quantize_model(nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 2)))
+    with pytest.raises(
+        ValueError, match=r"'0': there is no deployed form of QuantConvTranspose2d yet.*exclude=\('0',\)"
+    ):
+        convert(model)

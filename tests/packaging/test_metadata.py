@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import gaqat_optim
+from gaqat_optim.quant.modules import QUANTIZED
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = "gaqat-optim"
@@ -58,6 +59,7 @@ def test_importing_the_package_imports_no_extra():
 import sys, torch
 before = set(sys.modules)
 import gaqat_optim
+from gaqat_optim.quant.modules import QUANTIZED
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -78,3 +80,9 @@ def test_the_api_page_documents_every_public_name_and_no_other():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", page, re.MULTILINE)
     assert sorted(documented) == sorted(gaqat_optim.__all__)
+
+
+def test_the_page_on_networks_names_every_module_that_is_quantized():
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    table = page[page.index("| module |") : page.index("What is refused")]
+    assert [kind.__name__ for kind in QUANTIZED if f"`{kind.__name__}`" not in table] == []

@@ -56,7 +56,7 @@ def test_forward_and_backward_equal_the_layers_on_quantized_operands(name, granu
     hooks = [
         m.register_forward_hook(lambda m, args, kw, out: seen.append((out, recompute(m, args, kw))), with_kwargs=True)
         for m in quantized.modules()
-        if isinstance(m, QuantizedModule)
+        if isinstance(m, QuantizedModule) and not isinstance(m, nn.MultiheadAttention)  # which has tests of its own
     ]
     out = quantized.train()(x)
     assert len(seen) >= len(hooks) > 0
@@ -260,7 +260,6 @@ def test_bad_input_is_named_and_changes_nothing(arguments, error, words, inplace
         ("resnet", TypeError, "takes an nn.Module, got str"),
         (nn.Sequential(nn.ReLU()), ValueError, "nothing to quantize: Sequential has no Linear, .* parameters: none"),
         (nn.Sequential(nn.Bilinear(2, 2, 2)), ValueError, "Its modules with parameters: Bilinear"),
-        (nn.TransformerEncoderLayer(8, 2), ValueError, "TransformerEncoderLayer, whose fast path .* exclude="),
     ],
 )
 def test_models_that_cannot_be_quantized(model, error, words):

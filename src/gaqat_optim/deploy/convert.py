@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quant.modules import QuantizedModule
+from ..quant.modules import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
 from ..quant.quantizer import LSQQuantizer
 from .fold import Affine, following_norms
 from .layers import DEPLOYED, ActivationCodes, DeployLayer, largest_sum
 
 _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
+# Deployed as floating-point tables of the quantized values: a lookup computes nothing that integers would speed up.
+_TABLES: dict[type, type[nn.Module]] = {QuantEmbedding: nn.Embedding, QuantEmbeddingBag: nn.EmbeddingBag}
 # The smallest normal float32.
 _SMALLEST = torch.finfo(torch.float32).tiny
 # A channel without weights has a bias of about this size: 22 bits of precision, and far from any overflow.
@@ -84,7 +86,9 @@ def convert(model: nn.Module) -> nn.Module:
     swapped: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in norms.values()}
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedModule):
+            if type(module) in _TABLES:
+                swapped[module] = _table(module)
+            elif isinstance(module, QuantizedModule):
                 swapped[module] = _deployed(name, module, norms.get(module))
     for parent in list(model.modules()):
         for slot, child in parent._modules.items():
@@ -104,8 +108,11 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize_model first, and train")
     for name, layer in layers.items():
         shown = name or "the model"
-        if type(layer) not in DEPLOYED:
-            raise ValueError(f"{shown!r}: there is no deployed form of {type(layer).__name__}")
+        if type(layer) not in DEPLOYED and not (type(layer) in _TABLES and layer.output_quantizer is None):
+            raise ValueError(
+                f"{shown!r}: there is no deployed form of {type(layer).__name__} yet. Leave it in floating point: "
+                f"quantize_model with exclude=({shown!r},)"
+            )
         for kind, quantizer in layer.quantizers():
             _check_quantizer(f"{name}.{kind}" if name else kind, quantizer)
         for what, value in layer.named_parameters(recurse=False):
@@ -123,6 +130,16 @@ def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:
     scale = quantizer.scale.detach().to(torch.float32)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"the quantizer {name!r} has a scale that is not finite and positive: {scale.tolist()}")
+
+
+def _table(layer: Any) -> nn.Module:
+    """The floating-point embedding with the values that the codes of ``layer`` stand for."""
+    kind = _TABLES[type(layer)]
+    table = kind.__new__(kind)
+    table.__dict__ = {k: v for k, v in vars(layer).items() if not k.endswith("_quantizer")}
+    table._modules = {}
+    table._parameters = {"weight": nn.Parameter(layer.quantized_weight(), requires_grad=False)}
+    return table
 
 
 def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:

@@ -49,15 +49,11 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
             quantized.__dict__[registry] = module.__dict__[registry].copy()
         quantized.out_proj = QuantLinear.from_float(quantized.out_proj, layer)  # type: ignore[assignment]
         for role, weight in zip(_ROLES, quantized._weights(), strict=True):
-            kinds: dict[str, Any] = {
-                "init": layer.init,
-                "scale_domain": layer.scale_domain,
-                "device": weight.device,
-            }
+            kinds: dict[str, Any] = {"init": layer.init, "scale_domain": layer.scale_domain, "device": weight.device}
             of_weight = of_input = None
             if layer.weight_bits is not None:
-                channel = {"channels": weight.shape[0], "channel_axis": 0}
-                granularity = channel if layer.weight_granularity == "channel" else {}
+                per_channel = {"channels": weight.shape[0], "channel_axis": 0}
+                granularity: dict[str, Any] = per_channel if layer.weight_granularity == "channel" else {}
                 of_weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds).train(module.training)
             if layer.activation_bits is not None:
                 signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
@@ -160,7 +156,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(samples, -1, -1)], dim=1)
             v = torch.cat([v, self.bias_v.expand(samples, -1, -1)], dim=1)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (torch.unflatten(x, -1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         if mask is not None:
@@ -170,7 +166,9 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         weights = None
         if need_weights:
             scores = q * math.sqrt(1 / self.head_dim) @ k.transpose(-2, -1)
-            weights = F.dropout(F.softmax(scores if mask is None else scores + mask, dim=-1), dropout)
+            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+            if dropout > 0:  # Not with 0, which draws random numbers too.
+                weights = F.dropout(weights, dropout)
             y = weights @ v
             if average_attn_weights:
                 weights = weights.mean(dim=1)
@@ -221,7 +219,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
             if tuple(attn_mask.shape) != expected:
                 raise RuntimeError(f"attn_mask has the shape {tuple(attn_mask.shape)}; it should be {expected}")
             mask = _additive("attn_mask", attn_mask, dtype)
-            mask = mask.unflatten(0, (samples, -1)) if mask.dim() == 3 else mask[None, None]
+            mask = torch.unflatten(mask, 0, (samples, self.num_heads)) if mask.dim() == 3 else mask[None, None]
         if key_padding_mask is not None:
             if key_padding_mask.dim() == 1:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
@@ -249,18 +247,20 @@ def attention_refusal(module: nn.Module) -> str | None:
     True
     >>> attention = nn.MultiheadAttention(4, 2)
     >>> _ = nn.utils.parametrizations.weight_norm(attention.out_proj)
-    >>> print(attention_refusal(attention))
-    its out_proj is a ParametrizedNonDynamicallyQuantizableLinear: only torch's own, with plain weights, can be quantized
+    >>> print(attention_refusal(attention))  # doctest: +ELLIPSIS
+    MultiheadAttention has a Parametrized... as out_proj: only torch's own can be quantized
     """
     if not isinstance(module, nn.MultiheadAttention):
         return None
     out = module.out_proj
     if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or "weight" not in out._parameters:
-        return f"its out_proj is a {type(out).__name__}: only torch's own, with plain weights, can be quantized"
+        return f"MultiheadAttention has a {type(out).__name__} as out_proj: only torch's own can be quantized"
     names = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     computed = [name for name in names if module._parameters.get(name) is None]
     if computed:
-        return f"its {computed[0]} is not a parameter, but computed from others: fold it in"
+        return (
+            f"MultiheadAttention computes its {computed[0]} in a hook: fold that in with remove_weight_norm or the like"
+        )
     return None
 
 

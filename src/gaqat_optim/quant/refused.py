@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from .attention import attention_refusal
 from .modules import QUANTIZED
 
 
@@ -31,4 +32,4 @@ def refusal(module: nn.Module) -> str | None:
             return f"{kind} has sparse gradients, which do not pass through a quantizer: build it with sparse=False"
         if module.max_norm is not None:
             return f"{kind} changes its weight in every forward: build it with max_norm=None"
-    return None
+    return attention_refusal(module) if type(module) is nn.MultiheadAttention else None

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..names import is_scale_name
+from .attention import disable_fast_paths
 from .calibrate import calibrate
 from .config import LayerConfig, QuantConfig
 from .modules import QUANTIZED, QuantizedModule
@@ -26,11 +27,12 @@ def quantize_model(
 ) -> nn.Module:
     """Replace the layers of ``model`` by versions that train through LSQ quantizers.
 
-    Those are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d`` and, with
-    quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by exact type: a subclass keeps
-    its own forward, in floating point, unless it is registered (``gaqat_optim.quant.modules.quantizes``). Every other
-    module, every hook and every key of the state dict stays; the new keys are those of the quantizers. Build the
-    optimizer after this call, or it will not train the scales.
+    Those are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d``, the projections
+    of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers are turned
+    off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by exact type: a
+    subclass keeps its own forward, in floating point, unless it is registered
+    (``gaqat_optim.quant.modules.quantizes``). Every other module, every hook and every key of the state dict stays; the
+    new keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales.
 
     Args:
         model: the network, usually trained in floating point. It is copied unless ``inplace``.
@@ -75,6 +77,7 @@ def quantize_model(
         if module not in replacements:
             replacements[module] = _quantized(name, module, layer)
     replaced = []
+    flags: list[tuple[nn.Module, str, Any]] = []
     try:
         for parent in list(model.modules()):
             for slot, child in parent._modules.items():
@@ -83,11 +86,14 @@ def quantize_model(
         for parent, slot, child in replaced:
             parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
+        flags = disable_fast_paths(result)  # Calibration runs in evaluation mode, where they are taken.
         if calibration is not None:
             calibrate(result, calibration)
     except BaseException:
         for parent, slot, child in replaced:
             parent._modules[slot] = child
+        for module, attribute, before in flags:
+            setattr(module, attribute, before)
         raise
     return result
 
@@ -122,22 +128,12 @@ def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Modul
     ]
     if not settings:
         raise ValueError(f"nothing to quantize: the configuration leaves all {len(layers)} layers in floating point")
-    _refuse_fast_path(model, {module for _, module, _ in settings})
     return settings
 
 
 def _only_the_input(module: nn.Module, layer: LayerConfig) -> bool:
     """Whether nothing but the input would be quantized, in a module whose input is indices."""
     return not QUANTIZED[type(module)].takes_codes and layer.weight_bits is None and layer.output_bits is None
-
-
-def _refuse_fast_path(model: nn.Module, chosen: set[nn.Module]) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and chosen.intersection(module.children()):
-            raise ValueError(
-                f"{name!r} is an nn.TransformerEncoderLayer, whose fast path in evaluation mode reads its weights past "
-                f"the quantizers: it cannot be quantized yet. Leave it in floating point with exclude=('{name}.*',)"
-            )
 
 
 def _quantized(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
