@@ -44,7 +44,10 @@ def test_compiles_to_one_graph_in_training_and_evaluation(name):
     assert_close(
         gradients(model, lambda: compiled(x)), gradients(reference, lambda: reference(x)), rtol=1e-5, atol=1e-7
     )
-    assert torch.allclose(compiled.eval()(x), reference.eval()(x), rtol=1e-5, atol=1e-7)
+    # Norms, dropout and attention compile again for evaluation by themselves; the quantizers add no reason to.
+    own_reasons = any(isinstance(m, (nn.BatchNorm2d, nn.Dropout, nn.MultiheadAttention)) for m in model.modules())
+    with torch._dynamo.config.patch(error_on_recompile=not own_reasons):
+        assert torch.allclose(compiled.eval()(x), reference.eval()(x), rtol=1e-5, atol=1e-7)
 
 
 @every_network

@@ -205,7 +205,8 @@ class LSQQuantizer(nn.Module):
                 raise RuntimeError(self._unset_message())
             self.initialize(v.detach())
         grad_scale = 1.0
-        if self.training and torch.is_grad_enabled():
+        # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
             with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
                 self.raw_scale.clamp_(low, min(high, torch.finfo(self.raw_scale.dtype).max))
@@ -213,9 +214,8 @@ class LSQQuantizer(nn.Module):
         return lsq_quantize(v, self.scale, self.qmin, self.qmax, grad_scale=grad_scale, channel_axis=self.channel_axis)
 
     def _grad_scale(self, v: Tensor) -> float:
-        count = v.numel() // self.raw_scale.numel()
-        if self.batched and v.dim() > 1:
-            count //= max(v.shape[0], 1)
+        sizes = v.shape[1:] if self.batched and v.dim() > 1 else v.shape
+        count = math.prod(sizes) // self.raw_scale.numel()
         return 1.0 / math.sqrt(max(count, 1) * self.qmax)
 
     # -- its state ---------------------------------------------------------------------------------------------
