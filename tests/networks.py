@@ -96,6 +96,57 @@ class WordClassifier(nn.Module):
         return self.head(torch.cat([self.words(tokens).mean(1), self.bag(tokens, per_sample_weights=weights)], dim=1))
 
 
+class BasicBlock(nn.Module):
+    """ResNet's, with a projection where the shape changes."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+def resnet():
+    blocks = [BasicBlock(8, 8, 1), BasicBlock(8, 16, 2), BasicBlock(16, 16, 1)]
+    stem = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's: expand, depthwise, project, ReLU6 in between."""
+
+    def __init__(self, channels, expansion):
+        super().__init__()
+        hidden = channels * expansion
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def mobilenet():
+    stem = [nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0), nn.Linear(8, 4)]
+    return nn.Sequential(*stem, InvertedResidual(8, 3), InvertedResidual(8, 2), *head)
+
+
 class SmallTransformer(nn.Module):
     """Patches, two encoder layers of torch's own, the mean, a head."""
 
@@ -126,6 +177,8 @@ NETWORKS = {
     "transposed conv1d": (transposed_1d, (3, 8)),
     "transposed conv3d": (transposed_3d, (1, 2, 2, 2)),
     "embeddings": (WordClassifier, (8,)),
+    "resnet": (resnet, (3, 8, 8)),
+    "mobilenet": (mobilenet, (3, 8, 8)),
     "transformer": (SmallTransformer, (3, 8, 8)),
     "single layer": (single_layer, (8,)),
 }
