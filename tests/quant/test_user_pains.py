@@ -33,10 +33,8 @@ def test_pain_01_scales_turn_negative_and_training_collapses(base, domain):
     """ZouJiu1/LSQplus 12, OpenPPL/ppq 518, Xilinx/brevitas 1328: 500 steps at ten times a sensible learning rate."""
     model, x, y = build("cnn")
     model = quantize_model(model, QuantConfig(4, 4, scale_domain=domain), calibration=x)
-    # Sensible: 1e-3 for Adam, 0.05 for SGD.
-    optimizer = (
-        torch.optim.Adam(model.parameters(), 1e-2) if base == "adam" else torch.optim.SGD(model.parameters(), 0.5)
-    )
+    kind, sensible = {"adam": (torch.optim.Adam, 1e-3), "sgd": (torch.optim.SGD, 0.05)}[base]
+    optimizer = kind(model.parameters(), lr=10 * sensible)
     losses = []
     for _ in range(500):
         optimizer.zero_grad()
@@ -76,11 +74,11 @@ def test_pain_04_weights_beyond_the_range_must_get_no_gradient():
     """hustzxd/LSQuantization 1: the missing mask cost ten points of accuracy."""
     weight = torch.tensor([-3.0, 0.4, 3.0], requires_grad=True)
     lsq_quantize(weight, torch.tensor([0.25]), -4, 3).sum().backward()
-    assert weight.grad.tolist() == [0, 0, 0][:1] + [1] + [0] or weight.grad.tolist() == [0.0, 1.0, 0.0]
+    assert weight.grad.tolist() == [0, 1, 0]
 
 
 def test_pain_06_missing_or_unexpected_scale_keys_on_load():
-    """brevitas 420, 386, 1177; NNCF 214; ao 4921; quanto 354: float into quantized, and quantized before any forward."""
+    """brevitas 420, 386, 1177; NNCF 214; ao 4921; quanto 354: float into quantized, and before any forward."""
     floating, x, _ = build("cnn")
     never_run, trained = quantize_model(floating), quantize_model(floating, calibration=x)
     missing, unexpected = copy.deepcopy(trained).load_state_dict(floating.state_dict(), strict=False)
@@ -116,7 +114,7 @@ def test_pain_14_learned_scales_are_dropped_on_conversion_and_depthwise_fails():
     x = torch.rand(8, 3, 8, 8)
     model = quantize_model(model, QuantConfig(4, 4, first_last_bits="same"), calibration=x).eval()
     with torch.no_grad():
-        model[2].weight_quantizer.raw_scale += torch.linspace(-0.3, 0.3, 6)  # as if learned
+        model[2].weight_quantizer.raw_scale.add_(torch.linspace(-0.3, 0.3, 6))  # as if learned
     assert torch.allclose(convert(model)[2].weight, model[2].quantized_weight(), rtol=1e-6)
 
 
@@ -124,19 +122,21 @@ def test_pain_15_tied_weights_come_apart():
     """Model-Optimizer 2131, vllm 45543: one Parameter before, one after, moved by both gradients."""
     model = quantize_model(TiedWeights(), calibration=torch.randn(16, 8))
     assert model.a.weight is model.b.weight
+    weight = model.a.weight
+    before = weight.detach().clone()
+    assert sum(p is weight for p in model.parameters()) == 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(4, 8)).sum().backward()
-    both = model.a.weight.grad.clone()
-    model.zero_grad()
-    model.a.weight_quantizer.enabled = True
-    h = torch.relu(model.a(torch.zeros(4, 8)))
-    model.b(h).sum().backward()
-    assert not torch.equal(both, model.a.weight.grad)
+    optimizer.step()
+    assert model.a.weight is model.b.weight is weight
+    assert not torch.equal(weight, before)
+    assert not torch.equal(model.a.input_quantizer.scale, model.b.input_quantizer.scale)  # each layer its own scales
 
 
 def test_pain_15_an_lstm_fails_late_or_in_silence():
     """aimet 3937: refused by name, at once, with what to do."""
     model = nn.ModuleDict({"encoder": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
-    with pytest.raises(ValueError, match="'encoder' cannot be quantized. LSTM .* nn.Linear; or .*exclude"):
+    with pytest.raises(ValueError, match=r"'encoder' cannot be quantized\. LSTM .* nn.Linear; or .*exclude"):
         quantize_model(model)
 
 
