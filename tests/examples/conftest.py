@@ -1,9 +1,7 @@
-"""What the tests of the examples share: a torchvision that can be imported, and small image trees."""
+"""What the tests of the examples share: small image trees."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,40 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-# torchvision registers shape functions for these two operators when it is imported. Where its compiled part does not
-# fit the installed torch (no build of it fits this one on a CPU), the operators do not exist and the import fails.
-# Their names are then enough: models and transforms call none of them.
-_OPERATORS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library object that defined it
-
-
-def _import_torchvision() -> None:
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in _OPERATORS:
-            library.define(operator)
-        _libraries.append(library)
-        import torchvision
-    assert torchvision.__version__
-
-
-@pytest.fixture(scope="session")
-def torchvision() -> None:
-    """Makes `import torchvision` work, whether or not its compiled part does; without the package, skips."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of the compiled part that it could not load
-            _import_torchvision()
-    except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed")
 
 
 @pytest.fixture
