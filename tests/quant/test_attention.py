@@ -578,3 +578,22 @@ def test_autocast_and_compile():
     for training in (True, False):
         quantized.train(training)
         assert torch.equal(traced(x, x, x)[0], want)
+
+
+def test_quantize_model_turns_the_fast_paths_off_and_on_again_if_it_fails():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(4, 5, 8), torch.zeros(4, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    flags = [(m.activation_relu_or_gelu, model.use_nested_tensor) for m in model.layers]
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_model(model, calibration=torch.full((2, 5, 8), torch.nan), inplace=True)
+    assert flags == [(m.activation_relu_or_gelu, model.use_nested_tensor) for m in model.layers]
+
+    quantized = quantize_model(model, QuantConfig(3, 3), calibration=x)
+    expected = quantized.train()(x, src_key_padding_mask=padding).detach()
+    with torch.no_grad():
+        found = quantized.eval()(x, src_key_padding_mask=padding)
+        floating = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=1e-5, atol=1e-6)
+    assert (found[:, :3] - floating[:, :3]).abs().mean() > 0.02

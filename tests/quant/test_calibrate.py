@@ -91,3 +91,23 @@ def test_uncalibrated_scales_start_at_the_first_training_forward():
     scale = lazy.input_quantizer.scale.clone()
     lazy(100 * X)
     assert torch.equal(lazy.input_quantizer.scale, scale)
+
+
+def test_an_untrained_batchnorm_normalizes_by_the_batch():
+    # By its running statistics (0 and 1) the next layer's scale would be 100 times too large, and nothing learned.
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    nn.init.normal_(model[0].weight, std=100.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    quantized = quantize_model(model, QuantConfig(init="lsq"), calibration=X)
+    assert quantized[2].input_quantizer.scale.item() == pytest.approx(
+        2 * 0.8 / 127**0.5, rel=0.1
+    )  # mean |N(0, 1)|: 0.8
+    assert all(torch.equal(quantized.state_dict()[k], v) for k, v in before.items())
+    assert quantized[1].training
+    assert quantized[1].track_running_stats
+    # One that was trained counts, even if it has no record of its batches, as in old checkpoints.
+    model[1].running_mean += 1.0
+    model[1].running_var *= 1e4
+    trained = quantize_model(model, QuantConfig(init="lsq"), calibration=X)
+    hidden = (X @ model[0].weight.T + model[0].bias - 1) / 100
+    assert trained[2].input_quantizer.scale.item() == pytest.approx(2 * hidden.abs().mean().item() / 127**0.5, rel=1e-3)
