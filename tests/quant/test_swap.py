@@ -258,6 +258,7 @@ def test_bad_input_is_named_and_changes_nothing(arguments, error, words, inplace
     ("model", "error", "words"),
     [
         ("resnet", TypeError, "takes an nn.Module, got str"),
+        (nn.GRU(2, 2), ValueError, r"the model cannot be quantized\. GRU .* nn\.Linear$"),
         (nn.Sequential(nn.ReLU()), ValueError, "nothing to quantize: Sequential has no Linear, .* parameters: none"),
         (nn.Sequential(nn.Bilinear(2, 2, 2)), ValueError, "Its modules with parameters: Bilinear"),
     ],

@@ -67,10 +67,10 @@ def quantize_model(
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    _settings(model, config)  # Everything that can be refused is, before the copy.
+    settings = _settings(model, config)  # Everything that can be refused is, before the copy.
     if not inplace:
         model = copy.deepcopy(model)
-    settings = _settings(model, config)
+        settings = _settings(model, config)
 
     replacements: dict[nn.Module, QuantizedModule] = {}
     for name, module, layer in settings:
@@ -111,8 +111,9 @@ def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Modul
     excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
     for name, reason in reasons.items():
         if modules[name] not in excluded:
-            shown = name or "the model"
-            raise ValueError(f"{shown!r} cannot be quantized. {reason}; or leave it as it is with exclude=({shown!r},)")
+            if not name:
+                raise ValueError(f"the model cannot be quantized. {reason}")
+            raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is with exclude=({name!r},)")
     if not layers:
         held = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
