@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .quantizer import LSQQuantizer
+from .unchanged import detached_loader, random_states_kept
 
+# A progress bar appears when calibration takes longer than this many seconds.
+PROGRESS_DELAY = 2.0
 # Values kept per quantizer and batch: enough for a scale, little enough for many layers and batches.
 _SAMPLE = 16384
 
@@ -21,8 +24,9 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
 
     The network runs in evaluation mode, without gradients and with all quantizers off. A BatchNorm that was never
     trained (running mean 0 and variance 1) normalizes by the batch instead: its statistics would let activations grow
-    from layer to layer as they never do in training. Training flags, running statistics and the state of torch's random
-    generators are left as they were.
+    from layer to layer as they never do in training. Training flags, running statistics, the state of all random
+    generators and that of a ``DataLoader`` are left as they were; an iterator, which cannot be rewound, is used up.
+    Where tqdm is installed, a calibration of more than two seconds shows a progress bar.
 
     Args:
         model: a network whose layers were already swapped.
@@ -52,7 +56,7 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         for quantizer in was_enabled:
             quantizer.enabled = False
         count = 0
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.no_grad(), random_states_kept(batches, device):
             for x in _inputs(batches):
                 model(x.to(device))
                 count += 1
@@ -86,7 +90,7 @@ def _is_untrained(norm: _BatchNorm) -> bool:
 
 def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     """The input tensor of each batch."""
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
+    for batch in [batches] if isinstance(batches, Tensor) else _with_progress(detached_loader(batches)):
         x = batch
         if isinstance(batch, Mapping):
             x = next(iter(batch.values()), None)
@@ -98,6 +102,15 @@ def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
                 f"got {type(batch).__name__} with {type(x).__name__}"
             )
         yield x
+
+
+def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:  # No dependency for a bar.
+        return batches
+    bar: Iterable[Any] = tqdm(batches, desc="calibration", unit="batch", delay=PROGRESS_DELAY, leave=False)
+    return bar
 
 
 def _sample(v: Tensor) -> Tensor:
