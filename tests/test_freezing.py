@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gaqat_optim import DisorderFreeze, NeverFreeze
-from gaqat_optim.freezing import SignWindow, WindowStatistics
+from gaqat_optim.windows import SignWindow, WindowStatistics
 from oracle import SignCounter
 
+UNFROZEN = torch.zeros(4, dtype=torch.bool)
 GRADIENT = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0])
 
 
@@ -66,7 +67,7 @@ def test_a_scale_without_gradients_shows_nothing_and_is_not_frozen():
     s = window.statistics()
     assert all(math.isnan(v.item()) for v in (s.disorder_task, s.disorder_smooth, s.conflict, s.opposition))
     for policy in (DisorderFreeze(), DisorderFreeze(quantile=1.0), DisorderFreeze(when="above")):
-        assert not policy.judge(s).item()
+        assert not policy.judge(s, torch.tensor([False]), 0).item()
 
 
 def statistics(task, smooth=None):
@@ -90,11 +91,13 @@ def statistics(task, smooth=None):
     ],
 )
 def test_policies(policy, frozen):
-    assert policy.judge(statistics([0.1, 0.25, 0.5, 0.9], [0.9, 0.8, 0.7, 0.1])).tolist() == frozen
+    assert policy.judge(statistics([0.1, 0.25, 0.5, 0.9], [0.9, 0.8, 0.7, 0.1]), UNFROZEN, 0).tolist() == frozen
 
 
 def test_quantile_takes_ties_to_the_exact_fraction_and_skips_the_unused():
-    judged = DisorderFreeze(quantile=0.5).judge(statistics([0.0, math.nan, 0.0, 0.0, 0.0]))
+    judged = DisorderFreeze(quantile=0.5).judge(
+        statistics([0.0, math.nan, 0.0, 0.0, 0.0]), torch.zeros(5, dtype=torch.bool), 0
+    )
     assert judged.sum().item() == 2
     assert not judged[1]
 

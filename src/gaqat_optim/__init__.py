@@ -3,9 +3,18 @@
 from .deploy.convert import convert
 from .deploy.onnx import export_onnx
 from .deploy.report import ExportReport
-from .freezing import DisorderFreeze, NeverFreeze
+from .freezing import (
+    AlternateFreeze,
+    AlwaysFreeze,
+    ConflictFreeze,
+    DisorderFreeze,
+    FreezeOnce,
+    NeverFreeze,
+    OppositionFreeze,
+    RandomFreeze,
+)
 from .optimizer import GAQATOptimizer
-from .perturbations import SAGM, SAM
+from .perturbations import ASAM, GSAM, SAGM, SAM
 from .quant.config import QuantConfig
 from .quant.functional import lsq_quantize
 from .quant.quantizer import LSQQuantizer
@@ -14,15 +23,23 @@ from .quant.swap import param_groups, quantization_disabled, quantize_model
 from .report import ScaleRecord, plot_conflict
 
 __all__ = [
+    "ASAM",
+    "GSAM",
     "SAGM",
     "SAM",
+    "AlternateFreeze",
+    "AlwaysFreeze",
+    "ConflictFreeze",
     "DisorderFreeze",
     "ExportReport",
+    "FreezeOnce",
     "GAQATOptimizer",
     "LSQQuantizer",
     "NeverFreeze",
+    "OppositionFreeze",
     "QuantConfig",
     "QuantRecord",
+    "RandomFreeze",
     "ScaleRecord",
     "convert",
     "export_onnx",

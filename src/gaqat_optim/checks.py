@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -27,7 +28,7 @@ def check_arguments(
         raise TypeError(f"perturbation must be one such as SAGM(rho=0.05), got {perturbation!r}")
     if not hasattr(freezing, "judge"):
         raise TypeError(f"freezing must be a policy such as DisorderFreeze(), or None; got {freezing!r}")
-    if freezing.freeze == "task" and not perturbation.has_task_part:
+    if freezing.freeze == "task" and perturbation.task_weight == 0:
         raise ValueError(
             f'{type(freezing).__name__}(freeze="task") has no effect under {type(perturbation).__name__}, whose step '
             'does not use g_task: take freeze="both", "smooth" or None, or SAGM'
@@ -49,6 +50,17 @@ def check_trained(base: torch.optim.Optimizer, model: nn.Module, scales: Mapping
     if missing:
         listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         warnings.warn(f"the base optimizer does not train these parameters of the model: {listed}", stacklevel=3)
+
+
+def check_pass(perturbation: Perturbation, grad_scale: float | Tensor, per_rank: bool) -> None:
+    """Raise ValueError for arguments of a second pass that cannot work."""
+    if not isinstance(grad_scale, Tensor) and not (grad_scale > 0 and math.isfinite(grad_scale)):
+        raise ValueError(f"grad_scale must be positive and finite, got {grad_scale!r}")
+    if per_rank and perturbation.task_weight is None:
+        raise ValueError(
+            f"{type(perturbation).__name__} needs g_task averaged over the ranks before the second pass: leave "
+            "per_rank, and no_sync() in the first pass, out"
+        )
 
 
 def check_gradients(grads: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]) -> None:

@@ -1,102 +1,22 @@
-"""Gradient disorder and conflict of scales, and the policies that freeze by them.
+"""The policies that freeze scales: GAQAT's rule, and the controls that an honest comparison needs.
 
-``SignWindow`` is the state: counters for every scale element, kept on the device and updated for all of them at once.
-A policy is a frozen dataclass with a pure function from the counters of a window to a mask. Judging and counting use
-tensor operations only, so that nothing waits for the device.
+A policy is a frozen dataclass with one pure function, from what a window showed to a mask of scale elements. It uses
+tensor operations only, so that nothing waits for the device. A class of your own with the members of
+:class:`FreezePolicy` serves as well.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from .windows import WindowStatistics
+
 FreezeTarget = Literal["task", "smooth", "both"]
-
-
-@dataclass(frozen=True)
-class WindowStatistics:
-    """What a window of perturbed steps showed, one entry per scale element; NaN where there was no gradient.
-
-    Attributes:
-        disorder_task: fraction of steps in which the sign of g_task was not that of the step before.
-        disorder_smooth: the same of g_smooth.
-        conflict: fraction of steps in which the signs of g_task and g_smooth differed.
-        opposition: 1 where the sums of g_task and of g_smooth over the window have opposite signs, else 0.
-    """
-
-    disorder_task: Tensor
-    disorder_smooth: Tensor
-    conflict: Tensor
-    opposition: Tensor
-
-
-@dataclass
-class SignWindow:
-    """Counters over the current window of perturbed steps.
-
-    A zero gradient (or NaN) takes the sign before it. An element that has had no sign yet is not compared: a window
-    of K steps so makes K comparisons, K - 1 if it is the first, and none for a scale that is never used.
-    """
-
-    sign_task: Tensor
-    sign_smooth: Tensor
-    flips_task: Tensor
-    flips_smooth: Tensor
-    compared_task: Tensor
-    compared_smooth: Tensor
-    conflicts: Tensor
-    pairs: Tensor
-    sum_task: Tensor
-    sum_smooth: Tensor
-
-    @classmethod
-    def zeros(cls, count: int, device: torch.device) -> SignWindow:
-        """A window that has seen nothing, for ``count`` scale elements."""
-        return cls(*(torch.zeros(count, device=device) for _ in fields(cls)))
-
-    def observe(self, g_task: Tensor, g_smooth: Tensor) -> None:
-        """Count one perturbed step.
-
-        Args:
-            g_task: gradients of all scale elements in the first pass, shape ``(count,)``.
-            g_smooth: those in the second pass.
-        """
-        self.sign_task = _count_flips(self.sign_task, g_task, self.flips_task, self.compared_task)
-        self.sign_smooth = _count_flips(self.sign_smooth, g_smooth, self.flips_smooth, self.compared_smooth)
-        both = (self.sign_task != 0) & (self.sign_smooth != 0)
-        self.pairs += both
-        self.conflicts += both & (self.sign_task != self.sign_smooth)
-        self.sum_task += g_task
-        self.sum_smooth += g_smooth
-
-    def statistics(self) -> WindowStatistics:
-        """What the steps counted so far show."""
-        opposed = torch.sign(self.sum_task) * torch.sign(self.sum_smooth) < 0
-        return WindowStatistics(
-            disorder_task=self.flips_task / self.compared_task,  # 0/0 is NaN: nothing to compare.
-            disorder_smooth=self.flips_smooth / self.compared_smooth,
-            conflict=self.conflicts / self.pairs,
-            opposition=torch.where(self.pairs > 0, opposed.float(), torch.nan),
-        )
-
-    def restart(self) -> None:
-        """Begin the next window. The last signs stay: its first step is compared with them."""
-        for f in fields(self):
-            if not f.name.startswith("sign_"):
-                getattr(self, f.name).zero_()
-
-
-def _count_flips(previous: Tensor, gradient: Tensor, flips: Tensor, compared: Tensor) -> Tensor:
-    """Count ``gradient`` against the ``previous`` signs, in place; returns the signs for the next step."""
-    sign = torch.sign(gradient).nan_to_num(0.0)
-    sign = torch.where(sign == 0, previous, sign)
-    comparable = previous != 0  # then sign is not 0 either
-    compared += comparable
-    flips += comparable & (sign != previous)
-    return sign
+_TARGETS = (None, "task", "smooth", "both")
 
 
 class FreezePolicy(Protocol):
@@ -110,8 +30,21 @@ class FreezePolicy(Protocol):
     def freeze(self) -> FreezeTarget | None:
         """Which part is frozen; ``None`` for the task part where the step has one, else both."""
 
-    def judge(self, statistics: WindowStatistics) -> Tensor:
-        """The elements (boolean mask) that are frozen for the next window."""
+    @property
+    def from_the_start(self) -> bool:
+        """Whether everything is frozen before the first judgement."""
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        """Decide for the next window.
+
+        Args:
+            statistics: what the window that ended showed, one entry per scale element.
+            frozen: the mask during that window.
+            windows: how many windows were judged before it.
+
+        Returns:
+            The elements that are frozen for the next window: a boolean mask, on the device of ``frozen``.
+        """
 
 
 @dataclass(frozen=True)
@@ -120,19 +53,58 @@ class NeverFreeze:
 
     Example:
         >>> statistics = WindowStatistics(*torch.zeros(4, 3))
-        >>> NeverFreeze().judge(statistics).tolist()
+        >>> NeverFreeze().judge(statistics, torch.zeros(3, dtype=torch.bool), 0).tolist()
         [False, False, False]
     """
 
     window: ClassVar[int] = 100
     freeze: ClassVar[FreezeTarget | None] = None
+    from_the_start: ClassVar[bool] = False
 
-    def judge(self, statistics: WindowStatistics) -> Tensor:
-        return torch.zeros_like(statistics.disorder_task, dtype=torch.bool)
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return torch.zeros_like(frozen)
 
 
 @dataclass(frozen=True)
-class DisorderFreeze:
+class AlwaysFreeze:
+    """Freeze every scale from the first step on. With ``freeze="both"``, the scales are fixed.
+
+    Args:
+        freeze: what is frozen, as in :class:`DisorderFreeze`.
+
+    Example:
+        >>> statistics = WindowStatistics(*torch.zeros(4, 3))
+        >>> AlwaysFreeze().judge(statistics, torch.ones(3, dtype=torch.bool), 0).tolist()
+        [True, True, True]
+    """
+
+    window: ClassVar[int] = 100
+    from_the_start: ClassVar[bool] = True
+    freeze: FreezeTarget | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "freeze", _TARGETS)
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return torch.ones_like(frozen)
+
+
+@dataclass(frozen=True)
+class _Windowed:
+    """What the policies that judge windows share."""
+
+    from_the_start: ClassVar[bool] = False
+    window: int = 100
+    freeze: FreezeTarget | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, int) or self.window < 2:
+            raise ValueError(f"{type(self).__name__}: window must be an integer >= 2, got {self.window!r}")
+        _check_choice(self, "freeze", _TARGETS)
+
+
+@dataclass(frozen=True)
+class DisorderFreeze(_Windowed):
     """GAQAT's rule: every ``window`` perturbed steps, freeze the scales whose gradient disorder is low, thaw the rest.
 
     The disorder of a gradient is the fraction of steps in which its sign flips. A g_task of low disorder keeps pushing
@@ -158,39 +130,165 @@ class DisorderFreeze:
 
     Example:
         >>> statistics = WindowStatistics(torch.tensor([0.1, 0.5, torch.nan]), *torch.zeros(3, 3))
-        >>> DisorderFreeze(threshold=0.3).judge(statistics).tolist()
+        >>> DisorderFreeze(threshold=0.3).judge(statistics, torch.zeros(3, dtype=torch.bool), 0).tolist()
         [True, False, False]
 
     Reference: *GAQAT*, arXiv 2412.05551.
     """
 
-    window: int = 100
     threshold: float = 0.3
     quantile: float | None = field(default=None, kw_only=True)
     measure: Literal["task", "smooth"] = field(default="task", kw_only=True)
-    freeze: FreezeTarget | None = field(default=None, kw_only=True)
     when: Literal["below", "above"] = field(default="below", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 2:
-            raise ValueError(f"DisorderFreeze: window must be an integer >= 2, got {self.window!r}")
-        for name in ("threshold", "quantile"):
-            value = getattr(self, name)
-            if not (value is None and name == "quantile") and not 0 <= value <= 1:
-                raise ValueError(f"DisorderFreeze: {name} must be from 0 to 1, got {value!r}")
-        choices = {
-            "measure": ("task", "smooth"),
-            "freeze": (None, "task", "smooth", "both"),
-            "when": ("below", "above"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"DisorderFreeze: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        super().__post_init__()
+        _check_fraction(self, "threshold")
+        if self.quantile is not None:
+            _check_fraction(self, "quantile")
+        _check_choice(self, "measure", ("task", "smooth"))
+        _check_choice(self, "when", ("below", "above"))
 
-    def judge(self, statistics: WindowStatistics) -> Tensor:
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
         disorder = statistics.disorder_task if self.measure == "task" else statistics.disorder_smooth
         if self.quantile is None:
             return disorder < self.threshold if self.when == "below" else disorder > self.threshold
         order = (disorder if self.when == "below" else -disorder).nan_to_num(torch.inf)
         rank = order.argsort(stable=True).argsort()
         return (rank < self.quantile * disorder.isfinite().sum()) & disorder.isfinite()
+
+
+@dataclass(frozen=True)
+class FreezeOnce(DisorderFreeze):
+    """The rule of :class:`DisorderFreeze` without thawing: what is frozen once stays frozen.
+
+    With scales in the linear domain and a large learning rate this has ended in collapse; it is here to be compared
+    with.
+
+    Args:
+        window: as in :class:`DisorderFreeze`, and so for the others.
+        threshold: as there.
+        quantile: as there; the fraction is chosen anew in every window, and joins what is frozen.
+        measure: as there.
+        freeze: as there.
+        when: as there.
+
+    Example:
+        >>> statistics = WindowStatistics(*torch.tensor([[0.1, 0.5, 0.5]] * 4))
+        >>> FreezeOnce(threshold=0.3).judge(statistics, torch.tensor([False, True, False]), 1).tolist()
+        [True, True, False]
+    """
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return frozen | super().judge(statistics, frozen, windows)
+
+
+@dataclass(frozen=True)
+class RandomFreeze(_Windowed):
+    """Freeze a random fraction of the scale elements, drawn anew for every window: what any freezing at all does.
+
+    Args:
+        window: number of perturbed steps between draws, at least 2.
+        fraction: of the elements, from 0 to 1.
+        seed: of the draws, which no other random state enters: all ranks, and a resumed run, draw the same.
+        freeze: what is frozen, as in :class:`DisorderFreeze`.
+
+    Example:
+        >>> statistics = WindowStatistics(*torch.zeros(4, 4))
+        >>> RandomFreeze(fraction=0.5).judge(statistics, torch.zeros(4, dtype=torch.bool), 0).sum().item()
+        2
+    """
+
+    fraction: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction(self, "fraction")
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed << 32) + windows)
+        drawn = torch.randperm(frozen.numel(), generator=generator) < round(self.fraction * frozen.numel())
+        return drawn.to(frozen.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ConflictFreeze(_Windowed):
+    """Freeze the scales whose two gradients had different signs in more than ``threshold`` of the steps.
+
+    Args:
+        window: number of perturbed steps between judgements, at least 2.
+        threshold: conflict above which a scale is frozen, from 0 to 1.
+        freeze: what is frozen, as in :class:`DisorderFreeze`.
+
+    Example:
+        >>> statistics = WindowStatistics(*torch.zeros(2, 2), torch.tensor([0.4, 0.6]), torch.zeros(2))
+        >>> ConflictFreeze(threshold=0.5).judge(statistics, torch.zeros(2, dtype=torch.bool), 0).tolist()
+        [False, True]
+    """
+
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction(self, "threshold")
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return statistics.conflict > self.threshold
+
+
+@dataclass(frozen=True)
+class OppositionFreeze(_Windowed):
+    """Freeze where the disorder of g_task is low and its sum over the window is opposed to that of g_smooth.
+
+    Low disorder alone does not mean conflict: g_smooth may push the same way. This asks for the conflict itself.
+
+    Args:
+        window: number of perturbed steps between judgements, at least 2.
+        threshold: disorder of g_task below which an opposed scale is frozen, from 0 to 1.
+        freeze: what is frozen, as in :class:`DisorderFreeze`.
+
+    Example:
+        >>> disorder, opposed = torch.tensor([0.1, 0.1, 0.9]), torch.tensor([1.0, 0.0, 1.0])
+        >>> statistics = WindowStatistics(disorder, disorder, disorder, opposed)
+        >>> OppositionFreeze(threshold=0.3).judge(statistics, torch.zeros(3, dtype=torch.bool), 0).tolist()
+        [True, False, False]
+    """
+
+    threshold: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction(self, "threshold")
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return (statistics.disorder_task < self.threshold) & (statistics.opposition > 0)
+
+
+@dataclass(frozen=True)
+class AlternateFreeze(_Windowed):
+    """Freeze every scale in every other window, from the second on: alternating updates, whatever the gradients say.
+
+    Args:
+        window: number of perturbed steps in a window, at least 2.
+        freeze: what is frozen, as in :class:`DisorderFreeze`.
+
+    Example:
+        >>> statistics, frozen = WindowStatistics(*torch.zeros(4, 1)), torch.tensor([False])
+        >>> [AlternateFreeze().judge(statistics, frozen, windows).item() for windows in range(4)]
+        [True, False, True, False]
+    """
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return torch.full_like(frozen, windows % 2 == 0)
+
+
+def _check_fraction(policy: Any, name: str) -> None:
+    value = getattr(policy, name)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{type(policy).__name__}: {name} must be from 0 to 1, got {value!r}")
+
+
+def _check_choice(policy: Any, name: str, allowed: tuple[str | None, ...]) -> None:
+    if getattr(policy, name) not in allowed:
+        raise ValueError(f"{type(policy).__name__}: {name} must be one of {allowed}, got {getattr(policy, name)!r}")

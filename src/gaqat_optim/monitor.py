@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .freezing import FreezePolicy, FreezeTarget, SignWindow, WindowStatistics
+from .freezing import FreezePolicy, FreezeTarget
 from .names import is_scale_name
 from .report import ScaleRecord
+from .sharded import sharded_like, whole
+from .windows import SignWindow, WindowStatistics
 
 
 def find_scales(
@@ -60,17 +62,22 @@ class ScaleMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: nothing counted, nothing frozen."""
+        """Forget everything: nothing counted, and frozen what the policy freezes from the start."""
         count = sum(self.sizes)
         self.window = SignWindow.zeros(count, self.device)
         self.judged = WindowStatistics(*torch.full((4, count), torch.nan, device=self.device))
-        self.frozen = torch.zeros(count, dtype=torch.bool, device=self.device)
+        self.frozen = torch.full((count,), self.policy.from_the_start, device=self.device)
         self.steps = 0
 
     @property
     def has_judged(self) -> bool:
         """Whether a window is complete, so that something may be frozen."""
         return self.steps >= self.policy.window
+
+    @property
+    def may_freeze(self) -> bool:
+        """Whether something may be frozen, as far as can be said without asking the device."""
+        return bool(self.scales) and (self.policy.from_the_start or self.has_judged)
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
@@ -79,22 +86,34 @@ class ScaleMonitor:
         parts = []
         for p in self.scales.values():
             g = grads.get(p)
-            flat = torch.zeros(p.numel(), device=self.device) if g is None else g.reshape(-1)
+            flat = torch.zeros(p.numel(), device=self.device) if g is None else whole(g).reshape(-1)
             parts.append(flat.to(self.device, torch.float32))
         return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+
+    def split(self, values: Tensor) -> dict[Parameter, Tensor]:
+        """``values``, one for each scale element, as one tensor for each scale, in its shape."""
+        parts = torch.split(values, self.sizes)
+        return {p: part.view(p.shape) for p, part in zip(self.scales.values(), parts, strict=True)}
 
     def without_frozen(
         self, part: FreezeTarget, params: Sequence[Parameter], grads: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         """``grads``, with zeros in the elements whose ``part`` ("task" or "smooth") is frozen."""
-        if not self.has_judged or self.target not in (part, "both"):
+        if not self.may_freeze or self.target not in (part, "both"):
             return grads
         masks = self._masks()
         return [g.masked_fill(masks[p], 0.0) if p in masks else g for p, g in zip(params, grads, strict=True)]
 
     def _masks(self) -> dict[Parameter, Tensor]:
-        parts = torch.split(self.frozen, self.sizes)
-        return {p: m.view_as(p).to(p.device) for p, m in zip(self.scales.values(), parts, strict=True)}
+        return {p: sharded_like(mask, p) for p, mask in self.split(self.frozen).items()}
+
+    @torch.no_grad()
+    def leave_out_frozen_task(self) -> None:
+        """Zero the gradients of scales where the task part is frozen, for a step that has no other part."""
+        if self.may_freeze and self.target in ("task", "both"):
+            for p, mask in self._masks().items():
+                if p.grad is not None:
+                    p.grad.masked_fill_(mask, 0.0)
 
     @contextmanager
     def held_where_frozen(self) -> Iterator[None]:
@@ -102,7 +121,7 @@ class ScaleMonitor:
 
         A zero gradient alone would not do: momentum and weight decay move a parameter without one.
         """
-        if not self.has_judged or self.target != "both":
+        if not self.may_freeze or self.target != "both":
             yield
             return
         before = {p: p.detach().clone() for p in self.scales.values()}
@@ -112,14 +131,20 @@ class ScaleMonitor:
 
     # -- counting ----------------------------------------------------------------------------------------------
 
-    def commit(self, g_task: Tensor, g_smooth: Tensor) -> None:
-        """Count one perturbed step; at the end of a window, judge it and freeze and thaw for the next."""
+    def commit(self, g_task: Tensor, g_smooth: Tensor) -> bool:
+        """Count one perturbed step; at the end of a window, judge it and freeze and thaw for the next.
+
+        Returns:
+            Whether a window ended.
+        """
         self.window.observe(g_task, g_smooth)
         self.steps += 1
         if self.steps % self.policy.window == 0:
             self.judged = self.window.statistics()
-            self.frozen = self.policy.judge(self.judged)
+            self.frozen = self.policy.judge(self.judged, self.frozen, self.steps // self.policy.window - 1)
             self.window.restart()
+            return True
+        return False
 
     # -- reading and saving ------------------------------------------------------------------------------------
 
@@ -135,7 +160,7 @@ class ScaleMonitor:
             owner = model.get_submodule(name.rpartition(".")[0])
             value = getattr(owner, "scale", p)  # The quantizer may learn a function of the scale, such as its log.
             value = value if isinstance(value, Tensor) and value.numel() == p.numel() else p
-            records.append(ScaleRecord(name, value.detach().float().mean().item(), *row))
+            records.append(ScaleRecord(name, whole(value.detach()).float().mean().item(), *row))
         return records
 
     def packed(self) -> dict[Parameter, Tensor]:
@@ -143,6 +168,17 @@ class ScaleMonitor:
         rows = [*_values(self.window), *_values(self.judged), self.frozen.float()]
         parts = torch.split(torch.stack(rows), self.sizes, dim=1)
         return {p: part.clone() for p, part in zip(self.scales.values(), parts, strict=True)}
+
+    def extended(self, scales: Mapping[str, Parameter]) -> ScaleMonitor:
+        """A monitor of ``scales`` that knows of each what this one knows; of the others, nothing yet."""
+        other = ScaleMonitor(scales, self.policy, self.target == "task")
+        fresh = other.packed()
+        other.unpack({**fresh, **{p: state for p, state in self.packed().items() if p in fresh}}, self.steps)
+        return other
+
+    def rearranged(self, values: Tensor, other: ScaleMonitor) -> Tensor:
+        """``values``, one for each scale element of this monitor, as those of ``other``; zeros where they are new."""
+        return other.gather(self.split(values))
 
     def unpack(self, packed: Mapping[Parameter, Tensor], steps: int) -> None:
         """Take up the state that :meth:`packed` gave, after ``steps`` perturbed steps.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import Parameter
 from typing_extensions import override
 
 from .batchnorm import copies, put_back, running_statistics_kept
 from .checkpoint import Freezing, merge, separate
-from .checks import check_arguments, check_gradients, check_trained
+from .checks import check_arguments, check_gradients, check_pass, check_trained
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
 from .monitor import ScaleMonitor, find_scales
 from .perturbations import SAGM, Perturbation
+from .ranks import averaged_with_the_second_pass, check_agreement, process_group
 from .report import ScaleRecord
 
 
@@ -47,12 +46,12 @@ class GAQATOptimizer(torch.optim.Optimizer):
         base: an instance, built on the parameters of ``model`` after :func:`quantize_model`. LBFGS, which evaluates
             its closure as it likes, cannot be wrapped.
         model: the network; an ``nn.Module``, or a wrapper such as DistributedDataParallel.
-        perturbation: :class:`SAGM` or :class:`SAM`.
+        perturbation: :class:`SAGM`, :class:`SAM`, :class:`ASAM` or :class:`GSAM`.
         freezing: a policy such as :class:`DisorderFreeze`; :class:`NeverFreeze` or ``None`` freeze nothing.
         scales: which parameters are scales, if they are not those of this package: the parameters themselves, or a
             predicate on qualified name and parameter.
         interval: make the second pass only in every ``interval``-th step. Only those steps count in the window; the
-            others are plain steps of the base.
+            others are steps of the base with ``g_task``, left out where it is frozen.
 
     Raises:
         TypeError: an argument of the wrong type, or a base that cannot be wrapped.
@@ -110,9 +109,10 @@ class GAQATOptimizer(torch.optim.Optimizer):
         self.freezing = freezing
         self.interval = interval
         self._names = {p: name for name, p in model.named_parameters()}
-        found = find_scales(model, scales)
+        self._chosen = scales if scales is None or callable(scales) else list(scales)
+        found = find_scales(model, self._chosen)
         check_trained(base, model, found)
-        self._monitor = ScaleMonitor(found, freezing, perturbation.has_task_part)
+        self._monitor = ScaleMonitor(found, freezing, perturbation.task_weight != 0)
         self._steps = 0
         self._in_second_pass = False
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -130,8 +130,16 @@ class GAQATOptimizer(torch.optim.Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
+        """Add a group to the base optimizer. Scales in it are counted, judged and frozen from now on."""
+        candidates = find_scales(self.model, self._chosen)
         self.base.add_param_group(param_group)
+        self._names = {p: name for name, p in self.model.named_parameters()}
+        trained = {p for group in self.base.param_groups for p in group["params"]}
+        monitor = self._monitor.extended({name: p for name, p in candidates.items() if p in trained})
+        if self._pending is not None:
+            task, smooth = self._pending
+            self._pending = self._monitor.rearranged(task, monitor), self._monitor.rearranged(smooth, monitor)
+        self._monitor = monitor
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -154,24 +162,30 @@ class GAQATOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: the closure computed no gradient, or ``step`` is called inside :meth:`perturbed`. Whatever
-                the closure raises comes through; parameters and running statistics are then as before the step.
+                the closure raises comes through; parameters, buffers and the tensors that ``.grad`` held are then as
+                before the step.
         """
         if self._in_second_pass:
             raise RuntimeError("step() inside perturbed(): leave the with block first, it restores the parameters")
         loss = None
         if closure is not None:
             loss = self._closure_passes(closure)
+        if self.interval > 1 and self._pending is None:
+            self._monitor.leave_out_frozen_task()
         with torch.no_grad(), self._monitor.held_where_frozen():
             self.base.step()
         if self._pending is not None:
-            self._monitor.commit(*self._pending)
+            judged = self._monitor.commit(*self._pending)
             self._pending = None
+            if judged and (group := process_group(self.model)) is not None:
+                check_agreement(self._monitor.frozen, group)
         self._steps += 1
         return loss
 
     def _closure_passes(self, closure: Callable[[], Any]) -> Any:
         self._pending = None
-        statistics = copies([m for m in self.model.modules() if isinstance(m, _NormBase)])
+        buffers = copies(self._buffers())
+        owned = [(p, p.grad) for group in self.base.param_groups for p in group["params"]]
         try:
             with torch.enable_grad():
                 loss = closure()
@@ -179,12 +193,23 @@ class GAQATOptimizer(torch.optim.Optimizer):
                     with self.perturbed():
                         closure()
         except BaseException:
-            put_back(statistics)
+            put_back(buffers)
+            for p, g in owned:
+                p.grad = g
             raise
         return loss
 
+    def _buffers(self) -> list[Tensor]:
+        """The buffers that neither a second pass nor a failed one may change: all but those of quantizers.
+
+        A quantizer that took its first scale in such a pass keeps it, in its parameter and in its buffers.
+        """
+        quantizers = {self.model.get_submodule(name.rpartition(".")[0]) for name in self._monitor.scales}
+        owners = [m for m in self.model.modules() if m._buffers and m not in quantizers]
+        return [buffer for module in owners for buffer in module.buffers(recurse=False)]
+
     @contextmanager
-    def perturbed(self, *, grad_scale: float | Tensor = 1.0) -> Iterator[None]:
+    def perturbed(self, *, grad_scale: float | Tensor = 1.0, per_rank: bool = False) -> Iterator[None]:
         """The second pass: within the block the parameters are displaced, and gradients start from none.
 
         Call it with the first pass's gradients in ``.grad``, run the second forward and backward in the block, and
@@ -194,20 +219,23 @@ class GAQATOptimizer(torch.optim.Optimizer):
         Args:
             grad_scale: the factor on the loss, as from ``GradScaler.get_scale()``: the displacement needs the true
                 gradient. ``.grad`` stays scaled.
+            per_rank: say that the first pass ran under DistributedDataParallel's ``no_sync()``: each rank is displaced
+                by the gradient of its own batch, and the gradients of both passes are averaged over the ranks at once,
+                in the second backward.
 
         Raises:
             RuntimeError: no parameter has a gradient, a gradient is sparse, or the block is nested in another.
-            ValueError: ``grad_scale`` is not positive and finite.
+            ValueError: ``grad_scale`` is not positive and finite, or ``per_rank`` with a perturbation that needs both
+                averaged gradients (:class:`GSAM`).
         """
         if self._in_second_pass:
             raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")
-        if not isinstance(grad_scale, Tensor) and not (grad_scale > 0 and math.isfinite(grad_scale)):
-            raise ValueError(f"grad_scale must be positive and finite, got {grad_scale!r}")
+        check_pass(self.perturbation, grad_scale, per_rank)
         self._pending = None
         radii = self._radii()
         owned = {p: p.grad for p in radii}  # what .grad is given back if the block raises
         # A view, as DistributedDataParallel makes of its buckets, is overwritten by the second backward.
-        g_task = {p: g if g._base is None else g.clone() for p, g in owned.items() if g is not None}
+        first = g_task = {p: g if g._base is None else g.clone() for p, g in owned.items() if g is not None}
         check_gradients(g_task, self._names)
         displaced = [p for p in g_task if radii[p] is not None]
         theta = [p.detach().clone() for p in displaced]
@@ -216,13 +244,16 @@ class GAQATOptimizer(torch.optim.Optimizer):
             self._displace(displaced, [g_task[p] for p in displaced], [radii[p] or 0.0 for p in displaced], grad_scale)
             for p in owned:
                 p.grad = None
-            with running_statistics_kept(self.model):
+            if per_rank:
+                weight = self.perturbation.task_weight or 0.0
+                g_task = averaged_with_the_second_pass(g_task, self._monitor, weight, process_group(self.model))
+            with running_statistics_kept(self.model, self._buffers()):
                 yield
             self._combine(g_task, {p: p.grad for p in owned if p.grad is not None}, grad_scale)
         except BaseException:
             for p, g in owned.items():
-                if g is not None and g is not g_task[p]:
-                    g.copy_(g_task[p])
+                if g is not None and g is not first[p]:
+                    g.copy_(first[p])
                 p.grad = g
             raise
         finally:
@@ -232,12 +263,13 @@ class GAQATOptimizer(torch.optim.Optimizer):
             self._in_second_pass = False
 
     def _radii(self) -> dict[Parameter, float | None]:
-        """The radius for every parameter; ``None`` in a group that sets its own to 0, which is not displaced."""
+        """The radius for every parameter; ``None`` if it is not displaced, as in a group that sets its own to 0."""
         radii: dict[Parameter, float | None] = {}
+        kept = set() if self.perturbation.displaces_scales else set(self._monitor.scales.values())
         for group in self.base.param_groups:
             rho = group.get("rho", self.perturbation.rho)
             for p in group["params"]:
-                radii[p] = None if rho == 0 and "rho" in group else rho
+                radii[p] = None if (rho == 0 and "rho" in group) or p in kept else rho
         return radii
 
     @torch.no_grad()
@@ -296,7 +328,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         base, freezing = separate(state_dict, self.base.param_groups)
-        monitor = ScaleMonitor(self._monitor.scales, self.freezing, self.perturbation.has_task_part)
+        monitor = ScaleMonitor(self._monitor.scales, self.freezing, self.perturbation.task_weight != 0)
         if freezing is not None:
             monitor.unpack(freezing.scales, freezing.perturbed_steps)
         self.base.load_state_dict(base)

@@ -14,7 +14,8 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+
+from .sharded import inner_product, total_norm
 
 
 class Perturbation(Protocol):
@@ -25,8 +26,16 @@ class Perturbation(Protocol):
         """Radius of the ascent for parameter groups that set no ``"rho"`` of their own."""
 
     @property
-    def has_task_part(self) -> bool:
-        """Whether ``g_task`` enters the combined gradient, so that freezing it has an effect."""
+    def task_weight(self) -> float | None:
+        """What ``g_task`` weighs in the combined gradient relative to ``g_smooth``, as far as it is a constant.
+
+        0 where the step does not use ``g_task`` at all, so that freezing it would have no effect; ``None`` where the
+        weight depends on the gradients.
+        """
+
+    @property
+    def displaces_scales(self) -> bool:
+        """Whether scales take part in the displacement."""
 
     def direction(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
@@ -67,7 +76,8 @@ class SAM:
     """
 
     rho: float = 0.05
-    has_task_part: ClassVar[bool] = False
+    task_weight: ClassVar[float | None] = 0.0
+    displaces_scales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_non_negative("SAM", "rho", self.rho)
@@ -113,7 +123,8 @@ class SAGM:
 
     rho: float = 0.05
     alpha: float = 1e-3
-    has_task_part: ClassVar[bool] = True
+    task_weight: ClassVar[float | None] = 1.0
+    displaces_scales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_non_negative("SAGM", "rho", self.rho)
@@ -128,6 +139,103 @@ class SAGM:
         return [torch.add(task, smooth).mul_(0.5) for task, smooth in zip(g_task, g_smooth, strict=True)]
 
 
+@dataclass(frozen=True)
+class ASAM:
+    r"""Adaptive sharpness-aware minimisation: the radius is measured relative to each weight.
+
+    .. math::
+        T = |\theta| + \eta, \qquad \epsilon = \rho \frac{T^2 g_{task}}{\lVert T g_{task} \rVert}, \qquad
+        g = g_{smooth}
+
+    element by element, so that rescaling a layer does not change how sharp the minimum looks. Scales of quantizers are
+    not displaced: they are no weights, and a log-scale has no size that would mean anything.
+
+    Args:
+        rho: relative radius of the ascent; about ten times that of :class:`SAM`.
+        eta: added to every weight's size, so that small ones are displaced too.
+
+    Raises:
+        ValueError: ``rho`` or ``eta`` is negative or not finite.
+
+    Example:
+        >>> ASAM(rho=1.0, eta=0.0).direction([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])], [1.0], 1.0)
+        [tensor([0.6000, 1.6000])]
+
+    Reference: Kwon et al., *ASAM*, arXiv 2102.11600.
+    """
+
+    rho: float = 0.5
+    eta: float = 0.01
+    task_weight: ClassVar[float | None] = 0.0
+    displaces_scales: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_non_negative("ASAM", "rho", self.rho)
+        _check_non_negative("ASAM", "eta", self.eta)
+
+    def direction(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
+    ) -> list[Tensor]:
+        # Squares of small weights need more than half precision.
+        sizes = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).abs() + self.eta for p in params]
+        scaled = [g * size for g, size in zip(grads, sizes, strict=True)]
+        displacements = _ascent(scaled, rhos, 0.0, grad_scale)
+        return [(d * size).to(p.dtype) for d, size, p in zip(displacements, sizes, params, strict=True)]
+
+    def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
+        return list(g_smooth)
+
+
+@dataclass(frozen=True)
+class GSAM:
+    r"""Surrogate-gap sharpness-aware minimisation: descend by ``g_smooth``, and close the gap to the loss itself.
+
+    .. math::
+        \epsilon = \frac{\rho}{\lVert g_{task} \rVert} g_{task}, \qquad
+        g = g_{smooth} - \alpha \Bigl(g_{task} -
+            \frac{\langle g_{task}, g_{smooth} \rangle}{\lVert g_{smooth} \rVert^2} g_{smooth}\Bigr)
+
+    The part of ``g_task`` orthogonal to ``g_smooth`` is ascended: that lowers the difference between the loss at the
+    displaced point and the loss, and leaves the former as it is, to first order. Frozen parts are left out before.
+
+    Args:
+        rho: radius of the ascent, in units of the parameters; at least 0.
+        alpha: weight of the orthogonal part; at least 0.
+
+    Raises:
+        ValueError: ``rho`` or ``alpha`` is negative or not finite.
+
+    Example:
+        >>> GSAM(alpha=0.5).combine([torch.tensor([1.0, 2.0])], [torch.tensor([0.0, 4.0])])
+        [tensor([-0.5000,  4.0000])]
+
+    Reference: Zhuang et al., *Surrogate Gap Minimization Improves Sharpness-Aware Training*, arXiv 2203.08065.
+    """
+
+    rho: float = 0.05
+    alpha: float = 0.4
+    task_weight: ClassVar[float | None] = None
+    displaces_scales: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_non_negative("GSAM", "rho", self.rho)
+        _check_non_negative("GSAM", "alpha", self.alpha)
+
+    def direction(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
+    ) -> list[Tensor]:
+        return _ascent(grads, rhos, 0.0, grad_scale)
+
+    def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
+        if not g_smooth:
+            return []
+        squared = inner_product(g_smooth, g_smooth)
+        # A zero g_smooth has no direction: all of g_task is orthogonal to it.
+        along = torch.where(squared > 0, inner_product(g_task, g_smooth) / squared, 0.0)
+        weight = 1 + self.alpha * along
+        return [(s * weight.to(s)).sub_(t, alpha=self.alpha) for t, s in zip(g_task, g_smooth, strict=True)]
+
+
 def _check_non_negative(owner: str, name: str, value: float) -> None:
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{owner}: {name} must be a finite number >= 0, got {value!r}")
@@ -135,7 +243,7 @@ def _check_non_negative(owner: str, name: str, value: float) -> None:
 
 def _ascent(grads: Sequence[Tensor], rhos: Sequence[float], alpha: float, grad_scale: float | Tensor) -> list[Tensor]:
     """(rho/(norm + 1e-12) - alpha) * g for true gradients g; zero where their norm is not finite."""
-    norm = get_total_norm(grads) / grad_scale
+    norm = total_norm(grads) / grad_scale
     finite = torch.isfinite(norm)
     displacements = []
     for g, rho in zip(grads, rhos, strict=True):

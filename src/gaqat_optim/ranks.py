@@ -1,0 +1,68 @@
+"""What the ranks of DistributedDataParallel have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import Parameter
+
+from .monitor import ScaleMonitor
+
+
+def process_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The group over which ``model`` averages its gradients; ``None`` if it is no DistributedDataParallel."""
+    return model.process_group if isinstance(model, DistributedDataParallel) else None
+
+
+def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean of ``values`` over the ranks of ``group`` (``None``: all), the same bits on each."""
+    total = values.clone()
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group)
+
+
+@torch.no_grad()
+def averaged_with_the_second_pass(
+    g_task: Mapping[Parameter, Tensor], monitor: ScaleMonitor, weight: float, group: dist.ProcessGroup | None
+) -> dict[Parameter, Tensor]:
+    """Leave ``g_task`` in ``.grad``: the second backward adds to it, and then averages both over the ranks at once.
+
+    Args:
+        g_task: the gradients of this rank alone.
+        monitor: the scales; their gradients are few and needed apart, and are averaged here.
+        weight: what g_task weighs relative to the gradient of the second pass.
+        group: the ranks.
+
+    Returns:
+        What is left of g_task to be combined after the second pass: zeros, but for the scales.
+    """
+    scales = monitor.split(mean_over_ranks(monitor.gather(g_task), group))
+    left = {}
+    for p, g in g_task.items():
+        if p in scales:
+            left[p] = scales[p].to(g)
+        else:
+            left[p] = torch.zeros_like(g)
+            if weight:
+                p.grad = g * weight
+    return left
+
+
+def check_agreement(frozen: Tensor, group: dist.ProcessGroup) -> None:
+    """The mask must be the same on all ranks of ``group``, or their networks would drift apart.
+
+    Raises:
+        RuntimeError: it is not; on every rank alike.
+    """
+    extremes = torch.stack([frozen.int(), -frozen.int()])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    if not torch.equal(extremes[0], -extremes[1]):
+        count = int((extremes[0] != -extremes[1]).sum())
+        raise RuntimeError(
+            f"the ranks disagree on {count} frozen scale elements: their gradients were not averaged over the ranks. "
+            "Run the first pass without no_sync(), or say perturbed(per_rank=True)"
+        )

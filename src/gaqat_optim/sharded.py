@@ -1,0 +1,44 @@
+"""Parameters and gradients that ``fully_shard`` has spread over ranks (DTensors), where a whole value is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself or, of a sharded one, all of it. Every rank of its mesh has to ask."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, of the shape of ``like`` and the same on all ranks, laid out as ``like`` is."""
+    if not hasattr(like, "full_tensor"):
+        return value.to(like.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    # No rank has to send what all of them have.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm over all of ``tensors`` together, sharded or not, as a plain scalar tensor."""
+    meshes: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        meshes.setdefault(getattr(t, "device_mesh", None), []).append(t)
+    norms = [whole(torch.nn.utils.get_total_norm(group)) for group in meshes.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
+
+
+def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The inner product of ``a`` and ``b`` over all tensors together, as a plain scalar tensor; at least float32."""
+    products = []
+    for x, y in zip(a, b, strict=True):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        products.append(whole((x.to(dtype) * y.to(dtype)).sum()))
+    return torch.stack([p.to(products[0].device) for p in products]).sum()
