@@ -3,12 +3,11 @@
 And a torchvision that can be imported.
 """
 
-import sys
-import warnings
-
 import hypothesis
 import pytest
 import torch
+
+from torchvision_import import import_torchvision
 
 hypothesis.settings.register_profile(
     "suite",
@@ -29,36 +28,10 @@ def _repeatable():
     torch.set_num_threads(threads)
 
 
-# torchvision registers shape functions for these two operators when it is imported. Where its compiled part does not
-# fit the installed torch (no build of it fits this one on a CPU), the operators do not exist and the import fails.
-# Their names are then enough: models and transforms call none of them.
-_OPERATORS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library object that defined it
-
-
-def _import_torchvision() -> None:
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in _OPERATORS:
-            library.define(operator)
-        _libraries.append(library)
-        import torchvision
-    assert torchvision.__version__
-
-
 @pytest.fixture(scope="session")
 def torchvision() -> None:
     """Makes `import torchvision` work, whether or not its compiled part does; without the package, skips."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of the compiled part that it could not load
-            _import_torchvision()
+        import_torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")

@@ -1,4 +1,4 @@
-"""Small networks that tests share."""
+"""Networks that tests share: small ones, and torchvision's."""
 
 import torch
 from torch import nn
@@ -165,6 +165,26 @@ def single_layer():
     return nn.Linear(8, 4)
 
 
+def resnet18():
+    from torchvision import models
+
+    return models.resnet18(num_classes=4)
+
+
+def mobilenet_v3_small():
+    from torchvision import models
+
+    return models.mobilenet_v3_small(num_classes=4, dropout=0.0)
+
+
+def vit_b_16():
+    from torchvision import models
+
+    model = models.vit_b_16(image_size=32, num_classes=4)
+    nn.init.normal_(model.heads.head.weight, std=0.05)  # it is zero, and would let no gradient through
+    return model
+
+
 # name -> (builder, shape of one sample)
 NETWORKS = {
     "mlp": (mlp, (8,)),
@@ -183,9 +203,22 @@ NETWORKS = {
     "single layer": (single_layer, (8,)),
 }
 
+# Of full size, without trained weights: for tests that can wait for them. Their builders import torchvision, which only
+# works in a test that asked for the fixture of that name. Images of 64 pixels leave BatchNorm 2 x 2 of them at the end.
+TORCHVISION = {
+    "resnet18": (resnet18, (3, 64, 64)),
+    "mobilenet_v3_small": (mobilenet_v3_small, (3, 64, 64)),
+    "vit_b_16": (vit_b_16, (3, 32, 32)),
+}
 
-def build(name, batch=16):
-    """The network, inputs and labels."""
+
+def build(name, batch=None):
+    """The network, inputs and labels; by default 16 of them, and 2 for a network of full size."""
     torch.manual_seed(0)
-    builder, shape = NETWORKS[name]
-    return builder(), torch.randn(batch, *shape), torch.randint(4, (batch,))
+    builder, shape = {**NETWORKS, **TORCHVISION}[name]
+    batch = batch or (2 if name in TORCHVISION else 16)
+    model, x, y = builder(), torch.randn(batch, *shape), torch.randint(4, (batch,))
+    if name in TORCHVISION:
+        # With the running statistics that a network is born with, so many layers would fade out in evaluation.
+        torch.optim.swa_utils.update_bn([x], model)
+    return model, x, y

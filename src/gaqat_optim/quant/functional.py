@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -46,7 +45,9 @@ def lsq_quantize(
     above the upper. PyTorch's own ``_fake_quantize_learnable_*`` operators mask after rounding instead, which turns
     the sign of the scale gradient for ``v/s`` between :math:`Q_p` and :math:`Q_p + 1/2`.
 
-    The computation is in float32 (float64 if ``v`` or ``scale`` is float64); the result has the dtype of ``v``.
+    The computation is in float32 (float64 if ``v`` or ``scale`` is float64); the result has the dtype of ``v``. An
+    infinite value is clipped like any other. A NaN stays NaN, in its element and in the gradient of its scale; its own
+    gradient is 0 or :math:`G`. There is no second derivative: asking for one is an error.
 
     Args:
         v: tensor of any shape and floating dtype.
@@ -122,6 +123,26 @@ def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
     return (a * b).sum(others) if others else a * b
 
 
+class _NotTwice(torch.autograd.Function):
+    """``grad`` itself; its derivative by anything in ``of``, which it depends on, is an error.
+
+    Not ``once_differentiable``: that looks at the incoming gradient alone, not at v and scale, and torch.func gets
+    around it. Either way the second derivative would be zero without a word.
+    """
+
+    @staticmethod
+    def forward(grad: Tensor, *of: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError("trying to differentiate twice: the LSQ quantizer has no second derivative")
+
+
 class _LSQ(torch.autograd.Function):
     """LSQ forward and backward, with the scale gradient as a difference of two inner products.
 
@@ -142,9 +163,9 @@ class _LSQ(torch.autograd.Function):
         ctx.save_for_backward(v, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        v, scale = ctx.saved_tensors
+        saved, incoming = ctx.saved_tensors, grad
+        v, scale, grad = saved[0].detach(), saved[1].detach(), grad.detach()
         dtype = _compute_dtype(v, scale)
         grad = grad.to(dtype)
         u = (v.to(dtype) / _along_axis(scale.to(dtype), v.dim(), ctx.channel_axis)).clamp_(ctx.qmin, ctx.qmax)
@@ -154,4 +175,7 @@ class _LSQ(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             total = _dot(grad, u.round(), ctx.channel_axis) - _dot(grad_v, u, ctx.channel_axis)
             grad_scale = (total * ctx.grad_scale).reshape(scale.shape).to(scale.dtype)
-        return (grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None), grad_scale, None, None, None, None
+        grads = [grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None, grad_scale]
+        if torch.is_grad_enabled():  # create_graph=True, or torch.func
+            grads = [None if g is None else _NotTwice.apply(g, incoming, *saved) for g in grads]  # type: ignore[no-untyped-call]
+        return grads[0], grads[1], None, None, None, None

@@ -30,7 +30,8 @@ def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, met
         tensor([2.])
     """
     rows = v.detach().float()
-    rows = rows.reshape(1, -1) if channel_axis is None else rows.movedim(channel_axis, 0).flatten(1)
+    rows = rows.reshape(1, -1) if channel_axis is None else rows.movedim(channel_axis, 0)
+    rows = rows.reshape(len(rows), -1)
     scale = lsq_scale(rows, qmax) if method == "lsq" else mse_scale(rows, qmin, qmax)
     known = scale > 0
     if bool(known.all()):
