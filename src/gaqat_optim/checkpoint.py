@@ -38,9 +38,11 @@ class Freezing:
 def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
     """``base``, a state dict of the optimizer with these ``groups``, with ``freezing`` in it."""
     ids = dict(_pairs(groups, base["param_groups"]))
-    state = dict(base["state"])
+    # With an entry for every parameter or for none: torch's distributed checkpoints refuse anything between, which
+    # those of the scales alone would be beside a base without state.
+    state = {**({i: {} for i in ids.values()} if freezing.scales else {}), **base["state"]}
     for p, packed in freezing.scales.items():
-        state[ids[p]] = {**state.get(ids[p], {}), _STATE: packed}  # A copy: the entry is the base's run-time state.
+        state[ids[p]] = {**state[ids[p]], _STATE: packed}  # A copy: the entry is the base's run-time state.
     counts = {_STEPS: freezing.steps, _PERTURBED_STEPS: freezing.perturbed_steps}
     return {**base, "state": state, "param_groups": [{**group, **counts} for group in base["param_groups"]]}
 
@@ -56,6 +58,12 @@ def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing
         "param_groups": [{k: v for k, v in group.items() if k not in counts} for group in saved_groups],
     }
     if not saved_groups or _STEPS not in saved_groups[0]:
+        if any(isinstance(i, str) for group in saved_groups for i in group["params"]):
+            # Nothing may be lost without a word, and this is how set_optimizer_state_dict loses it.
+            raise ValueError(
+                "the state dict has names for parameters, as in distributed checkpoints, and no freezing state. Leave "
+                "flatten_optimizer_state_dict out, which drops it; load a checkpoint of the base optimizer into .base"
+            )
         return base, None
     # Ids come from the saved groups, never from counting: distributed checkpoints use names for them.
     scales = {p: saved_state[i][_STATE] for p, i in _pairs(groups, saved_groups) if _STATE in saved_state.get(i, {})}

@@ -146,6 +146,10 @@ class ScaleMonitor:
             return True
         return False
 
+    def seen(self) -> Tensor:
+        """What the last judged window showed and what is frozen, as one finite tensor of shape (rows, elements)."""
+        return torch.stack([*_values(self.judged), self.frozen.float()]).nan_to_num(-1.0)
+
     # -- reading and saving ------------------------------------------------------------------------------------
 
     def report(self, model: nn.Module) -> list[ScaleRecord]:

@@ -27,6 +27,12 @@ def _of_base(name: str, doc: str) -> property:
     return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
 
 
+def _all_rates_zero(base: torch.optim.Optimizer) -> bool:
+    """Whether all learning rates are 0, as far as can be said without asking the device."""
+    rates = [group.get("lr", 1.0) for group in base.param_groups]
+    return all(not (isinstance(lr, Tensor) and lr.device.type != "cpu") and bool(lr == 0) for lr in rates)
+
+
 class GAQATOptimizer(torch.optim.Optimizer):
     r"""Any ``torch.optim`` optimizer under a sharpness-aware objective, with quantizer scales frozen by conflict.
 
@@ -178,8 +184,11 @@ class GAQATOptimizer(torch.optim.Optimizer):
             judged = self._monitor.commit(*self._pending)
             self._pending = None
             if judged and (group := process_group(self.model)) is not None:
-                check_agreement(self._monitor.frozen, group)
-        self._steps += 1
+                check_agreement(self._monitor, group)
+            self._steps += 1
+        elif closure is not None or not _all_rates_zero(self.base):
+            # torch's distributed checkpoints make a step at rate 0 to have a state to fill; that one is no training.
+            self._steps += 1
         return loss
 
     def _closure_passes(self, closure: Callable[[], Any]) -> Any:
@@ -226,7 +235,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: no parameter has a gradient, a gradient is sparse, or the block is nested in another.
             ValueError: ``grad_scale`` is not positive and finite, or ``per_rank`` with a perturbation that needs both
-                averaged gradients (:class:`GSAM`).
+                averaged gradients (:class:`GSAM`) or under ``fully_shard``.
         """
         if self._in_second_pass:
             raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")

@@ -39,7 +39,12 @@ def averaged_with_the_second_pass(
 
     Returns:
         What is left of g_task to be combined after the second pass: zeros, but for the scales.
+
+    Raises:
+        ValueError: the gradients are shards, which are averaged already.
     """
+    if any(hasattr(g, "full_tensor") for g in g_task.values()):
+        raise ValueError("per_rank is for DistributedDataParallel: no rank of fully_shard has a gradient of its own")
     scales = monitor.split(mean_over_ranks(monitor.gather(g_task), group))
     left = {}
     for p, g in g_task.items():
@@ -52,17 +57,20 @@ def averaged_with_the_second_pass(
     return left
 
 
-def check_agreement(frozen: Tensor, group: dist.ProcessGroup) -> None:
-    """The mask must be the same on all ranks of ``group``, or their networks would drift apart.
+def check_agreement(monitor: ScaleMonitor, group: dist.ProcessGroup) -> None:
+    """A window must have looked the same on all ranks of ``group``, or their networks would drift apart.
+
+    What it showed is compared, not the mask alone: a policy that freezes nothing would never disagree.
 
     Raises:
-        RuntimeError: it is not; on every rank alike.
+        RuntimeError: it has not; on every rank alike.
     """
-    extremes = torch.stack([frozen.int(), -frozen.int()])
+    seen = monitor.seen()
+    extremes = torch.stack([seen, -seen])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    if not torch.equal(extremes[0], -extremes[1]):
-        count = int((extremes[0] != -extremes[1]).sum())
+    other = (extremes[0] != -extremes[1]).any(dim=0)
+    if bool(other.any()):
         raise RuntimeError(
-            f"the ranks disagree on {count} frozen scale elements: their gradients were not averaged over the ranks. "
-            "Run the first pass without no_sync(), or say perturbed(per_rank=True)"
+            f"the ranks saw different gradients of {int(other.sum())} scale elements: they were not averaged over the "
+            "ranks. Run the first pass without no_sync(), or say perturbed(per_rank=True)"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..names import LINEAR_SCALE, LOG_SCALE
 from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize
@@ -100,6 +101,7 @@ class LSQQuantizer(nn.Module):
         self.scale_domain = scale_domain
         self.enabled = True
         self.name = ""
+        self._sharded = False
         start = torch.zeros(channels or 1, device=device)  # log(1); float32 whatever the model's dtype
         name = LOG_SCALE if scale_domain == "log" else LINEAR_SCALE
         self.register_parameter(name, nn.Parameter(start if scale_domain == "log" else start + 1))
@@ -108,6 +110,14 @@ class LSQQuantizer(nn.Module):
         self._range: tuple[float, float] | None = None
         self.register_buffer("scale_is_signed", torch.tensor(bool(signed), device=device))
         self.register_buffer("scale_range", torch.zeros(2, device=device))  # zeros: the scale is not set yet
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts a shard in a parameter's place, this way where a module has a __setattr__ of its own. In a
+        # forward pass it lends the whole parameter, in which nothing written lasts.
+        if name in (LOG_SCALE, LINEAR_SCALE) and hasattr(value, "full_tensor"):
+            self._sharded = True
+        super().__setattr__(name, value)
 
     # -- what the quantizer is ---------------------------------------------------------------------------------
 
@@ -177,11 +187,21 @@ class LSQQuantizer(nn.Module):
             scale: the initial step size, to set it directly instead of computing it from ``v``.
 
         Raises:
-            ValueError: ``v`` is empty or not finite.
+            ValueError: ``v`` is empty or not finite, or ``scale`` is not positive and finite.
+            RuntimeError: ``fully_shard`` has split the scale.
         """
+        if self._sharded:
+            raise RuntimeError(
+                f"the quantizer {self.name!r} cannot take its scale from data once fully_shard has split it: pass "
+                "calibration= to quantize_model, or load a state dict before the first forward pass"
+            )
         if v.numel() == 0 or not bool(torch.isfinite(v).all()):
             what = "no values" if v.numel() == 0 else "values that are not finite"
             raise ValueError(f"cannot initialise the quantizer {self.name!r} from {what}")
+        if scale is not None:
+            given = torch.as_tensor(scale)
+            if not bool((given.isfinite() & (given > 0)).all()):
+                raise ValueError(f"the scale of the quantizer {self.name!r} must be positive and finite, got {scale!r}")
         signed = self._signed if self._signed is not None else _any_rank(bool((v < 0).any()), v.device)
         if scale is None:
             bounds = integer_bounds(self.bits, signed)

@@ -1,0 +1,355 @@
+"""What the ranks of DistributedDataParallel do in the tests."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, NeverFreeze, QuantConfig, quantize_model
+
+from .processes import (
+    COMBINATIONS,
+    PERTURBATIONS,
+    POLICIES,
+    SOME,
+    STEPS,
+    data,
+    loss_of,
+    masks,
+    network,
+    optimizer_for,
+    part_of,
+    quantized,
+    report,
+    sgd,
+    train,
+    whole,
+)
+
+# Perturbations whose gradients of both passes may be averaged at once.
+PER_RANK = [(perturbation, policy) for perturbation, policy in COMBINATIONS if perturbation != "GSAM"]
+SOME_PER_RANK = [(perturbation, policy) for perturbation, policy in SOME if perturbation != "GSAM"]
+
+
+def wrapped(**options: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(quantized(), **options)
+
+
+def synchronised(rank: int, ranks: int, folder: Path) -> Any:
+    """Every perturbation under every policy."""
+    results = {}
+    for perturbation, policy in COMBINATIONS:
+        model = wrapped()
+        optimizer = optimizer_for(model, perturbation, policy)
+        train(model, optimizer, *part_of(rank, ranks))
+        results[f"{perturbation} {policy}"] = whole(model), masks(optimizer), report(optimizer)
+    return results
+
+
+def settings(rank: int, ranks: int, folder: Path) -> Any:
+    """DistributedDataParallel's own settings must make no difference."""
+    results = {}
+    for name, options in {
+        "bucket views": {"gradient_as_bucket_view": True},
+        "static graph": {"static_graph": True},
+        "small buckets": {"bucket_cap_mb": 0.0005},
+    }.items():
+        model = wrapped(**options)
+        optimizer = optimizer_for(model)
+        train(model, optimizer, *part_of(rank, ranks))
+        results[name] = whole(model), masks(optimizer)
+    return results
+
+
+def uncalibrated(rank: int, ranks: int, folder: Path) -> Any:
+    model = quantize_model(network(), QuantConfig(4, 4))
+    model.train()(part_of(rank, ranks)[0])
+    return model.state_dict()
+
+
+def float32_scales(rank: int, ranks: int, folder: Path) -> Any:
+    """Scales in their usual float32, beside float64 weights."""
+    model = DistributedDataParallel(quantize_model(network(), QuantConfig(3, 3), calibration=data()[0]))
+    optimizer = optimizer_for(model)
+    train(model, optimizer, *part_of(rank, ranks))
+    return whole(model)
+
+
+class OnePassOnly(nn.Module):
+    """A network with a branch that is used when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = quantized()
+        self.branch = nn.Linear(3, 3, bias=False).double()
+        nn.init.constant_(self.branch.weight, 0.25)
+        self.use_branch = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        return y + self.branch(y) if self.use_branch else y
+
+
+def one_pass_only(rank: int, ranks: int, folder: Path) -> Any:
+    """A branch used in the first pass only, in the second only; synchronised, and per rank."""
+    results = {}
+    for passes in ((True, False), (False, True)):
+        for per_rank in (False, True):
+            model = DistributedDataParallel(OnePassOnly(), find_unused_parameters=True)
+            optimizer = optimizer_for(model)
+            train_branch(model, optimizer, passes, per_rank, *part_of(rank, ranks))
+            results[f"{passes} per rank: {per_rank}"] = whole(model)
+    return results
+
+
+def train_branch(
+    model: nn.Module,
+    optimizer: GAQATOptimizer,
+    passes: tuple[bool, bool],
+    per_rank: bool,
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    network = model.module if isinstance(model, DistributedDataParallel) else model
+    for _ in range(4):
+        optimizer.zero_grad()
+        network.use_branch = passes[0]
+        with model.no_sync() if per_rank else nullcontext():
+            loss_of(model, x, y).backward()
+        network.use_branch = passes[1]
+        with optimizer.perturbed(per_rank=per_rank):
+            loss_of(model, x, y).backward()
+        optimizer.step()
+
+
+def batch_norm(rank: int, ranks: int, folder: Path) -> Any:
+    """Running statistics after some steps, with and without the broadcast of buffers."""
+    results = {}
+    for broadcast in (True, False):
+        model = quantize_model(batch_norm_network(), QuantConfig(3, 3), calibration=data()[0]).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer versions of torch have another name for it
+            wrapper = DistributedDataParallel(model, **({} if broadcast else {"broadcast_buffers": False}))
+        optimizer = optimizer_for(wrapper)
+        inputs = []
+        model[1].register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0].detach().clone()))
+        train(wrapper, optimizer, *part_of(rank, ranks), 3)
+        norm = model[1]
+        results[f"broadcast: {broadcast}"] = {
+            "parameters": whole(wrapper),
+            "mean": norm.running_mean.clone(),
+            "count": norm.num_batches_tracked.clone(),
+            "inputs": torch.stack(inputs),  # of both passes, in turn
+        }
+    return results
+
+
+def batch_norm_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 13), nn.BatchNorm1d(13), nn.ReLU(), nn.Linear(13, 3)).double()
+
+
+def without_scales(rank: int, ranks: int, folder: Path) -> Any:
+    """A flat start in floating point, over the end of a window."""
+    model = DistributedDataParallel(network())
+    optimizer = GAQATOptimizer(sgd(model), model, perturbation=SAGM(0.2, 0.01), freezing=DisorderFreeze(2))
+    train(model, optimizer, *part_of(rank, ranks), 5)
+    return whole(model)
+
+
+# -- each rank its own ascent ------------------------------------------------------------------------------------
+
+
+def step_per_rank(model: DistributedDataParallel, optimizer: GAQATOptimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    with model.no_sync():
+        loss_of(model, x, y).backward()
+    with optimizer.perturbed(per_rank=True):
+        loss_of(model, x, y).backward()
+    optimizer.step()
+
+
+def per_rank(rank: int, ranks: int, folder: Path) -> Any:
+    results = {}
+    for perturbation, policy in PER_RANK if ranks == 2 else SOME_PER_RANK:
+        model = wrapped(gradient_as_bucket_view=policy == "disorder")
+        optimizer = optimizer_for(model, perturbation, policy)
+        for step in range(STEPS):
+            step_per_rank(model, optimizer, *part_of(rank, ranks, seed=step))
+        results[f"{perturbation} {policy}"] = whole(model), masks(optimizer)
+    return results
+
+
+def reductions(rank: int, ranks: int, folder: Path) -> Any:
+    """Numbers of gradient elements that each of four steps reduces, by DistributedDataParallel and apart."""
+    results = {}
+    for mode in ("synchronised", "per rank"):
+        model = wrapped()
+        optimizer = GAQATOptimizer(sgd(model), model, freezing=DisorderFreeze(3))
+        of_buckets: list[int] = []
+        apart: list[int] = []
+
+        def hook(state, bucket, seen=of_buckets):
+            seen[-1] += bucket.buffer().numel()
+            work = dist.distributed_c10d.all_reduce(bucket.buffer().div_(ranks), async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        def counted(tensor: torch.Tensor, *args: Any, seen: list[int] = apart, **kwargs: Any) -> Any:
+            seen[-1] += tensor.numel()
+            return dist.distributed_c10d.all_reduce(tensor, *args, **kwargs)
+
+        model.register_comm_hook(None, hook)
+        original, dist.all_reduce = dist.all_reduce, counted
+        try:
+            for _ in range(4):
+                of_buckets.append(0)
+                apart.append(0)
+                if mode == "per rank":
+                    step_per_rank(model, optimizer, *part_of(rank, ranks))
+                else:
+                    train(model, optimizer, *part_of(rank, ranks), 1)
+        finally:
+            dist.all_reduce = original
+        results[mode] = {"buckets": of_buckets, "apart": apart}
+    return results
+
+
+def forgotten(rank: int, ranks: int, folder: Path) -> Any:
+    """The first pass under no_sync() without per_rank: the message of the error at the end of the window."""
+    results = {}
+    for policy, freezing in {"disorder": DisorderFreeze(2, 0.6), "nothing freezes": _ShortNever()}.items():
+        model = wrapped()
+        optimizer = GAQATOptimizer(sgd(model), model, perturbation=SAGM(0.2), freezing=freezing)
+        messages = []
+        for step in range(4):
+            x, y = part_of(rank, ranks, seed=step)
+            optimizer.zero_grad()
+            with model.no_sync():
+                loss_of(model, x, y).backward()
+            with optimizer.perturbed():
+                loss_of(model, x, y).backward()
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                messages.append(f"step {step}: {error}")
+                break
+        results[policy] = messages
+    return results
+
+
+class _ShortNever(NeverFreeze):
+    window = 4
+
+
+def accumulated(rank: int, ranks: int, folder: Path) -> Any:
+    """Two micro-batches, the last one synchronised, in both passes."""
+    model = wrapped()
+    optimizer = optimizer_for(model)
+    x, y = part_of(rank, ranks)
+    size = len(x) // 2
+
+    def backward() -> None:
+        with model.no_sync():
+            (loss_of(model, x[:size], y[:size]) / 2).backward()
+        (loss_of(model, x[size:], y[size:]) / 2).backward()
+
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        backward()
+        with optimizer.perturbed():
+            backward()
+        optimizer.step()
+    return whole(model), masks(optimizer)
+
+
+def accumulated_per_rank(rank: int, ranks: int, folder: Path) -> Any:
+    """The same, with each rank's own ascent: all micro-batches of the first pass are under no_sync."""
+    model = wrapped()
+    optimizer = optimizer_for(model)
+    for step in range(STEPS):
+        x, y = part_of(rank, ranks, seed=step)
+        size = len(x) // 2
+        optimizer.zero_grad()
+        with model.no_sync():
+            (loss_of(model, x[:size], y[:size]) / 2).backward()
+            (loss_of(model, x[size:], y[size:]) / 2).backward()
+        with optimizer.perturbed(per_rank=True):
+            with model.no_sync():
+                (loss_of(model, x[:size], y[:size]) / 2).backward()
+            (loss_of(model, x[size:], y[size:]) / 2).backward()
+        optimizer.step()
+    return whole(model), masks(optimizer)
+
+
+# -- ZeroRedundancyOptimizer -------------------------------------------------------------------------------------
+
+
+def zero(rank: int, ranks: int, folder: Path) -> Any:
+    """Adam's state spread over ranks: the same training; saved on rank 0, loaded on all, continued."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
+    def build(spread: bool) -> tuple[nn.Module, GAQATOptimizer]:
+        model = wrapped()
+        base = (
+            ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, lr=0.01)
+            if spread
+            else torch.optim.Adam(model.parameters(), lr=0.01)
+        )
+        return model, GAQATOptimizer(
+            base, model, perturbation=PERTURBATIONS["SAGM"], freezing=POLICIES["disorder"], interval=2
+        )
+
+    batch = part_of(rank, ranks)
+    plain, plain_optimizer = build(spread=False)
+    train(plain, plain_optimizer, *batch, 13)
+
+    model, optimizer = build(spread=True)
+    train(model, optimizer, *batch, 9)
+    message = ""
+    try:
+        optimizer.state_dict()
+    except RuntimeError as error:
+        message = str(error)
+    optimizer.base.consolidate_state_dict(to=0)
+    if rank == 0:
+        torch.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}, folder / "zero.pt")
+    dist.barrier()
+    saved = torch.load(folder / "zero.pt", weights_only=True)
+    resumed, resumed_optimizer = build(spread=True)
+    resumed.module.load_state_dict(saved["model"])
+    resumed_optimizer.load_state_dict(saved["optimizer"])
+    counts = [resumed_optimizer._steps, resumed_optimizer._monitor.steps]
+    train(model, optimizer, *batch, 4)
+    train(resumed, resumed_optimizer, *batch, 4)
+    return {
+        "plain": whole(plain),
+        "uninterrupted": whole(model),
+        "resumed": whole(resumed),
+        "frozen": masks(resumed_optimizer),
+        "counts": counts,
+        "message": message,
+    }
+
+
+SCENARIOS = {
+    "synchronised": synchronised,
+    "settings": settings,
+    "uncalibrated": uncalibrated,
+    "float32 scales": float32_scales,
+    "one pass only": one_pass_only,
+    "batch norm": batch_norm,
+    "without scales": without_scales,
+    "per rank": per_rank,
+    "reductions": reductions,
+    "forgotten": forgotten,
+    "accumulated": accumulated,
+    "accumulated per rank": accumulated_per_rank,
+    "zero": zero,
+}

@@ -1,0 +1,235 @@
+"""DistributedDataParallel: ranks equal one process on the joint batch, stay alike to the bit, and freeze alike."""
+
+import pytest
+import torch
+
+from distributed.ddp_scenarios import PER_RANK, SOME_PER_RANK, OnePassOnly, train_branch
+from distributed.processes import (
+    COMBINATIONS,
+    PERTURBATIONS,
+    POLICIES,
+    STEPS,
+    assert_close,
+    assert_same_bits,
+    data,
+    loss_of,
+    network,
+    one_process,
+    optimizer_for,
+    part_of,
+    quantized,
+    sgd,
+    train,
+    whole,
+)
+from gaqat_optim import GSAM, SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
+from gaqat_optim.monitor import ScaleMonitor, find_scales
+
+
+@pytest.mark.parametrize(("perturbation", "policy"), COMBINATIONS)
+def test_ranks_equal_one_process_on_the_joint_batch(ranks, perturbation, policy):
+    results = [result[f"{perturbation} {policy}"] for result in ranks["synchronised"]]
+    assert_same_bits(results)
+    parameters, frozen, _ = results[0]
+    expected_parameters, expected_frozen = one_process(perturbation, policy)
+    assert_close(parameters, expected_parameters)
+    assert torch.equal(frozen, expected_frozen)
+    assert frozen.any() == (policy != "never")
+
+
+@pytest.mark.parametrize("setting", ["bucket views", "static graph", "small buckets"])
+def test_settings_of_ddp_make_no_difference(two, setting):
+    results = [result[setting] for result in two["settings"]]
+    assert_same_bits(results)
+    assert_close(results[0], one_process())
+
+
+def test_scales_in_float32_beside_float64_weights(two):
+    assert_same_bits(two["float32 scales"])
+    x, y = data()
+    model = quantize_model(network(), QuantConfig(3, 3), calibration=x)
+    train(model, optimizer_for(model), x, y)
+    assert_close(two["float32 scales"][0], whole(model), tolerance=1e-5)  # float32 gradients, summed in another order
+
+
+def test_uncalibrated_scales_start_alike_on_ranks_with_other_data(two):
+    assert_same_bits(two["uncalibrated"])
+    state = two["uncalibrated"][0]
+    assert state["0.input_quantizer.scale_is_signed"].item()  # one rank alone has seen a negative input
+    assert state["0.input_quantizer.scale_range"].min() > 0
+
+
+def test_a_network_without_scales(two):
+    assert_same_bits(two["without scales"])
+    model = network()
+    optimizer = GAQATOptimizer(sgd(model), model, perturbation=SAGM(0.2, 0.01), freezing=DisorderFreeze(2))
+    train(model, optimizer, *data(), 5)
+    assert_close(two["without scales"][0], whole(model))
+
+
+@pytest.mark.parametrize("passes", [(True, False), (False, True)])
+def test_a_parameter_used_in_one_pass_only(two, passes):
+    results = [result[f"{passes} per rank: False"] for result in two["one pass only"]]
+    assert_same_bits(results)
+    model = OnePassOnly()
+    train_branch(model, optimizer_for(model), passes, False, *data())
+    assert_close(results[0], whole(model))
+
+
+@pytest.mark.parametrize("passes", [(True, False), (False, True)])
+def test_a_parameter_used_in_one_pass_only_does_not_part_the_ranks(two, passes):
+    results = [result[f"{passes} per rank: True"] for result in two["one pass only"]]
+    assert_same_bits(results)
+    assert not torch.equal(results[0]["branch.weight"], OnePassOnly().branch.weight)
+
+
+def test_running_statistics_are_those_of_first_passes(two):
+    # Buffers are broadcast before every forward pass, so those of the first rank count.
+    results = [result["broadcast: True"] for result in two["batch norm"]]
+    for result in results:
+        assert_close(result["mean"], running_mean(results[0]["inputs"]))
+        assert result["count"] == 3
+
+
+def test_running_statistics_of_each_rank_without_the_broadcast(two):
+    results = [result["broadcast: False"] for result in two["batch norm"]]
+    for result in results:
+        assert_close(result["mean"], running_mean(result["inputs"]))
+        assert result["count"] == 3
+    assert_same_bits([result["parameters"] for result in results])
+    assert not torch.equal(results[0]["mean"], results[1]["mean"])
+
+
+def running_mean(inputs):
+    """BatchNorm's, of the inputs of both passes in turn, with its usual momentum."""
+    mean = torch.zeros_like(inputs[0, 0])
+    for x in inputs[0::2]:
+        mean = 0.9 * mean + 0.1 * x.mean(0)
+    return mean
+
+
+def test_accumulation_under_no_sync(two):
+    assert_same_bits(two["accumulated"])
+    assert_close(two["accumulated"][0], one_process())
+
+
+# -- each rank its own ascent ------------------------------------------------------------------------------------
+
+
+def displacement(kind, perturbation, p, g, norm, is_scale):
+    """The formulas of the papers, for one parameter."""
+    if kind == "ASAM":
+        return torch.zeros_like(p) if is_scale else perturbation.rho * (p.abs() + perturbation.eta) ** 2 * g / norm
+    return (perturbation.rho / norm - (perturbation.alpha if kind == "SAGM" else 0.0)) * g
+
+
+def passes_of_one_rank(kind, model, named, x, y):
+    """g_task and g_smooth of one rank's batch."""
+    perturbation, params = PERTURBATIONS[kind], list(named.values())
+    scales = [name.endswith("lsq_log_scale") for name in named]
+    task = torch.autograd.grad(loss_of(model, x, y), params)
+    theta = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        sizes = [
+            ((p.abs() + perturbation.eta) * g) if kind == "ASAM" else g
+            for p, g, is_scale in zip(params, task, scales, strict=True)
+            if not (kind == "ASAM" and is_scale)
+        ]
+        norm = torch.cat([size.reshape(-1) for size in sizes]).norm()
+        for p, g, is_scale in zip(params, task, scales, strict=True):
+            p.add_(displacement(kind, perturbation, p, g, norm, is_scale))
+    smooth = torch.autograd.grad(loss_of(model, x, y), params)
+    with torch.no_grad():
+        for p, value in zip(params, theta, strict=True):
+            p.copy_(value)
+    return task, smooth
+
+
+def per_rank_by_hand(kind, policy, ranks, steps=STEPS):
+    """Each rank's passes one after the other, and the mean of their gradients."""
+    model = quantized()
+    named = dict(model.named_parameters())
+    base = sgd(model)
+    monitor = ScaleMonitor(find_scales(model, None), POLICIES[policy], kind == "SAGM")
+    for step in range(steps):
+        passes = [passes_of_one_rank(kind, model, named, *part_of(r, ranks, seed=step)) for r in range(ranks)]
+        task, smooth = ([torch.stack(g).mean(0) for g in zip(*part, strict=True)] for part in zip(*passes, strict=True))
+        seen = [monitor.gather(dict(zip(named.values(), part, strict=True))) for part in (task, smooth)]
+        frozen = monitor.split(monitor.frozen)
+        for p, t, s in zip(named.values(), task, smooth, strict=True):
+            mask = frozen.get(p, torch.tensor(False))
+            t = t.masked_fill(mask, 0.0) if monitor.target in ("task", "both") else t
+            s = s.masked_fill(mask, 0.0) if monitor.target in ("smooth", "both") else s
+            p.grad = (t + s) / 2 if kind == "SAGM" else s
+        before = {p: p.detach().clone() for p in frozen}
+        base.step()
+        if monitor.target == "both":
+            with torch.no_grad():
+                for p, mask in frozen.items():
+                    p.copy_(torch.where(mask, before[p], p))
+        monitor.commit(*seen)
+    return whole(model), monitor.frozen
+
+
+@pytest.mark.parametrize(("perturbation", "policy"), PER_RANK)
+def test_each_of_two_ranks_its_own_ascent(two, perturbation, policy):
+    check_per_rank(two, perturbation, policy)
+
+
+@pytest.mark.parametrize(("perturbation", "policy"), SOME_PER_RANK)
+def test_each_of_four_ranks_its_own_ascent(four, perturbation, policy):
+    check_per_rank(four, perturbation, policy)
+
+
+def check_per_rank(ranks, perturbation, policy):
+    results = [result[f"{perturbation} {policy}"] for result in ranks["per rank"]]
+    assert_same_bits(results)
+    parameters, frozen = per_rank_by_hand(perturbation, policy, len(results))
+    assert_close(results[0][0], parameters, tolerance=1e-6)  # g_task of scales is averaged in float32
+    assert torch.equal(results[0][1], frozen)
+
+
+def test_each_rank_its_own_ascent_over_micro_batches(two):
+    assert_same_bits(two["accumulated per rank"])
+    assert_close(two["accumulated per rank"][0], per_rank_by_hand("SAGM", "disorder", 2), tolerance=1e-6)
+
+
+def test_its_own_ascent_takes_one_reduction_of_the_model_and_a_small_one_of_the_scales(two):
+    model = quantized()
+    elements = sum(p.numel() for p in model.parameters())
+    scales = sum(p.numel() for name, p in model.named_parameters() if name.endswith("lsq_log_scale"))
+    for result in two["reductions"]:
+        assert result["synchronised"]["buckets"] == [2 * elements] * 4
+        assert result["per rank"]["buckets"] == [elements] * 4
+        window_ends = result["synchronised"]["apart"]  # the ranks compare what they saw, once a window
+        assert [bool(n) for n in window_ends] == [False, False, True, False]
+        assert result["per rank"]["apart"] == [scales + n for n in window_ends]
+
+
+@pytest.mark.parametrize(("policy", "step"), [("disorder", 1), ("nothing freezes", 3)])
+def test_no_sync_without_per_rank_is_an_error_on_every_rank(ranks, policy, step):
+    messages = [result[policy] for result in ranks["forgotten"]]
+    assert all(len(found) == 1 and found[0].startswith(f"step {step}:") for found in messages)
+    assert all("per_rank=True" in found[0] for found in messages)
+
+
+def test_gsam_needs_gradients_that_were_averaged_before():
+    model = quantized()
+    optimizer = GAQATOptimizer(sgd(model), model, perturbation=GSAM())
+    loss_of(model, *data()).backward()
+    with pytest.raises(ValueError, match="GSAM needs g_task averaged"), optimizer.perturbed(per_rank=True):
+        pass
+
+
+# -- ZeroRedundancyOptimizer -------------------------------------------------------------------------------------
+
+
+def test_zero_redundancy_trains_alike_and_resumes_from_a_state_dict_of_rank_0(two):
+    results = two["zero"]
+    for name in ("plain", "uninterrupted", "resumed", "frozen"):
+        assert_same_bits([result[name] for result in results])
+    assert_close(results[0]["uninterrupted"], results[0]["plain"])
+    assert_same_bits([results[0]["uninterrupted"], results[0]["resumed"]])
+    assert results[0]["counts"] == [9, 5]
+    assert results[0]["frozen"].any()
+    assert all("consolidate_state_dict" in result["message"] for result in results)
