@@ -238,7 +238,7 @@ def test_interval_makes_the_second_pass_every_nth_step_only():
     for _ in range(7):
         optimizer.step(closure)
     assert calls == [True, True, False, False, True, True, False, False, True, True]
-    assert optimizer._monitor.steps == 3  # perturbed steps alone count in the window
+    assert optimizer._run.monitor.steps == 3  # perturbed steps alone count in the window
 
 
 # -- freezing --------------------------------------------------------------------------------------------------
@@ -306,11 +306,11 @@ def test_steps_that_a_grad_scaler_skipped_do_not_count():
         closure()
         with optimizer.perturbed():
             closure()
-    assert optimizer._monitor.steps == 0
+    assert optimizer._run.monitor.steps == 0
     optimizer.step()
-    assert optimizer._monitor.steps == 1
+    assert optimizer._run.monitor.steps == 1
     optimizer.step()  # no second pass before it: the base's step
-    assert optimizer._monitor.steps == 1
+    assert optimizer._run.monitor.steps == 1
 
 
 # -- restoring -------------------------------------------------------------------------------------------------

@@ -1,69 +1,217 @@
-"""SAM and SAGM against sums written out, in scaled and half precision, and on gradients that are not finite."""
+"""The perturbations against sums written out, in scaled and half precision, and on gradients that are not finite."""
 
+import copy
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from gaqat_optim import SAGM, SAM
+from gaqat_optim import ASAM, GSAM, SAGM, SAM, GAQATOptimizer
 
 RHO = st.floats(0, 2)
+EVERY = [SAM(0.5), SAGM(0.5), ASAM(0.5), GSAM(0.5)]
+every = pytest.mark.parametrize("perturbation", EVERY, ids=lambda p: type(p).__name__)
+
+
+def draw(seed, count=1):
+    """Lists of three float64 tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    lists = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (5,), (1,))]
+        for _ in range(count)
+    ]
+    return lists if count > 1 else lists[0]
+
+
+def flat(tensors):
+    return [x for t in tensors for x in t.flatten().tolist()]
+
+
+def assert_close(got, want):
+    assert [t.dtype for t in got] == [torch.float64] * len(got)
+    for a, b in zip(flat(got), want, strict=True):
+        assert math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-15)  # float64; sums in another order
+
+
+# -- where the second pass looks --------------------------------------------------------------------------------
 
 
 def factor(perturbation, grads, rho):
-    norm = math.sqrt(sum(x * x for g in grads for x in g.flatten().tolist()))
-    return rho / (norm + 1e-12) - getattr(perturbation, "alpha", 0.0)
+    norm = math.sqrt(sum(x * x for x in flat(grads)))
+    return rho / (norm + 1e-12) - (perturbation.alpha if isinstance(perturbation, SAGM) else 0.0)
 
 
-@given(st.integers(0, 10_000), RHO, st.floats(0, 0.1), st.sampled_from([1.0, 1024.0, 0.5]), st.booleans())
-def test_direction_is_the_formula_on_true_gradients(seed, rho, alpha, grad_scale, sagm):
-    generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (5,), (1,))]
-    perturbation = SAGM(rho, alpha) if sagm else SAM(rho)
-    want = [factor(perturbation, grads, rho) * g for g in grads]
-    scaled = [g * grad_scale for g in grads]
+ALPHA = st.floats(0, 0.1)
+GRAD_SCALE = st.sampled_from([1.0, 1024.0, 0.5])
+
+
+@given(
+    st.integers(0, 10_000),
+    st.one_of(st.builds(SAM, RHO), st.builds(SAGM, RHO, ALPHA), st.builds(GSAM, RHO, ALPHA)),
+    RHO,
+    GRAD_SCALE,
+)
+def test_direction_is_the_formula_on_true_gradients(seed, perturbation, rho, grad_scale):
+    grads = draw(seed)
+    want = [factor(perturbation, grads, rho) * x for x in flat(grads)]
     for scale in (grad_scale, torch.tensor(grad_scale)):
-        got = perturbation.direction([torch.zeros_like(g) for g in grads], scaled, [rho] * 3, scale)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+        got = perturbation.direction(
+            [torch.zeros_like(g) for g in grads], [g * grad_scale for g in grads], [rho] * 3, scale
+        )
+        assert_close(got, want)
+
+
+@given(st.integers(0, 10_000), st.tuples(RHO, RHO, RHO), st.floats(0, 1), GRAD_SCALE)
+def test_asam_measures_the_radius_relative_to_each_weight(seed, rhos, eta, grad_scale):
+    weights, grads = draw(seed, 2)
+    sizes = [abs(w) + eta for w in flat(weights)]
+    norm = math.sqrt(sum((t * g) ** 2 for t, g in zip(sizes, flat(grads), strict=True)))
+    radii = [rho for rho, w in zip(rhos, weights, strict=True) for _ in range(w.numel())]
+    want = [rho * t * t * g / (norm + 1e-12) for rho, t, g in zip(radii, sizes, flat(grads), strict=True)]
+    for scale in (grad_scale, torch.tensor(grad_scale)):
+        assert_close(ASAM(9.0, eta).direction(weights, [g * grad_scale for g in grads], rhos, scale), want)
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 10))
+def test_asam_does_not_see_how_a_layer_is_scaled(seed, factor):
+    # Weights times a factor, gradients over it: the displacement is the same relative to the weights.
+    weights, grads = draw(seed, 2)
+    want = [factor * x for x in flat(ASAM(1.0, eta=0.0).direction(weights, grads, [1.0] * 3, 1.0))]
+    scaled = [w * factor for w in weights], [g / factor for g in grads]
+    for a, b in zip(flat(ASAM(1.0, eta=0.0).direction(*scaled, [1.0] * 3, 1.0)), want, strict=True):
+        assert math.isclose(a, b, rel_tol=1e-9)
+
+
+def test_asam_leaves_scales_where_they_are_and_out_of_the_norm():
+    model = nn.ParameterDict({"weight": nn.Parameter(torch.tensor([1.0, -2.0])), "scale": nn.Parameter(torch.ones(1))})
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = GAQATOptimizer(base, model, perturbation=ASAM(1.0, eta=0.0), scales=lambda name, p: name == "scale")
+    model["weight"].grad, model["scale"].grad = torch.tensor([3.0, 2.0]), torch.tensor([1000.0])
+    with optimizer.perturbed():
+        assert model["weight"].tolist() == pytest.approx([1.6, -0.4])  # T g = (3, 4), norm 5; T T g / 5 = (0.6, 1.6)
+        assert model["scale"].item() == 1
+    assert model["weight"].tolist() == [1, -2]
+
+
+@every
+def test_each_group_has_its_radius_under_one_norm(perturbation):
+    weights, grads = [torch.tensor([1.0]), torch.tensor([1.0])], [torch.tensor([3.0]), torch.tensor([4.0])]
+    one = torch.cat(perturbation.direction(weights, grads, [0.5, 0.5], 1.0))
+    other = torch.cat(perturbation.direction(weights, grads, [0.5, 1.0], 1.0))
+    assert other[0] == one[0]
+    alpha = perturbation.alpha if isinstance(perturbation, SAGM) else 0.0  # no part of the radius
+    assert other[1] + 4 * alpha == pytest.approx(2 * (one[1] + 4 * alpha))
+
+
+@every
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_gradients_that_are_not_finite_displace_nothing(perturbation, bad):
+    grads = [torch.tensor([1.0, bad]), torch.ones(2)]
+    got = perturbation.direction([torch.ones(2)] * 2, grads, [0.5, 0.5], 1.0)
+    assert torch.cat(got).tolist() == [0, 0, 0, 0]
+
+
+@every
+def test_zero_gradients_displace_nothing(perturbation):
+    for w in (torch.zeros(2), torch.ones(2)):
+        assert perturbation.direction([w], [torch.zeros(2)], [0.5], 1.0)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("perturbation", [SAM(0.5), GSAM(0.5), SAGM(0.5, alpha=0.0)])
+def test_half_precision_under_a_large_loss_scale(dtype, perturbation):
+    # The factor is about 1e-6 here, which float16 rounds to a few percent.
+    g = torch.tensor([300.0, 400.0], dtype=dtype)
+    (got,) = perturbation.direction([g], [g], [0.5], 65536.0)
+    assert got.dtype == dtype
+    assert got.tolist() == pytest.approx([0.3, 0.4], rel=4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_asam_in_half_precision_with_small_weights(dtype):
+    # Their squares are below the smallest float16.
+    w, g = torch.tensor([1e-4, -2e-4], dtype=dtype), torch.tensor([300.0, 200.0], dtype=dtype)
+    (got,) = ASAM(10.0, eta=0.0).direction([w], [g], [10.0], 65536.0)
+    assert got.dtype == dtype
+    assert got.tolist() == pytest.approx([10 * 0.6 * 1e-4, 10 * 0.8 * 2e-4], rel=2e-2)
+
+
+# -- how the two gradients make one -----------------------------------------------------------------------------
 
 
 def test_combine():
     task, smooth = [torch.tensor([1.0, -2.0])], [torch.tensor([3.0, 2.0])]
     assert SAM().combine(task, smooth)[0].tolist() == [3, 2]
+    assert ASAM().combine(task, smooth)[0].tolist() == [3, 2]
     assert SAGM().combine(task, smooth)[0].tolist() == [2, 0]
-    assert (task[0].tolist(), smooth[0].tolist()) == ([1, -2], [3, 2])  # pure
+    # Inner product -1, squared norm 13: the orthogonal part of g_task is (1 + 3/13, -2 + 2/13).
+    assert GSAM(alpha=0.5).combine(task, smooth)[0].tolist() == pytest.approx([3 - 8 / 13, 2 + 12 / 13])
 
 
-def test_each_group_has_its_radius_under_one_norm():
-    grads = [torch.tensor([3.0]), torch.tensor([4.0])]
-    got = SAM().direction(grads, grads, [0.5, 1.0], 1.0)
-    assert torch.cat(got).tolist() == pytest.approx([0.3, 0.8])
+@given(st.integers(0, 10_000), st.floats(0, 2))
+def test_gsam_takes_off_what_is_orthogonal_to_g_smooth_over_all_parameters_together(seed, alpha):
+    task, smooth = draw(seed, 2)
+    t, s = flat(task), flat(smooth)
+    along = sum(a * b for a, b in zip(t, s, strict=True)) / sum(b * b for b in s)
+    got = GSAM(alpha=alpha).combine(task, smooth)
+    assert [g.shape for g in got] == [g.shape for g in task]
+    assert_close(got, [b - alpha * (a - along * b) for a, b in zip(t, s, strict=True)])
+    # What is taken off has no part along g_smooth.
+    assert sum((a - b) * b for a, b in zip(flat(got), s, strict=True)) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_gradients_that_are_not_finite_displace_nothing(bad):
-    got = SAGM(0.5).direction([torch.zeros(2)] * 2, [torch.tensor([1.0, bad]), torch.ones(2)], [0.5, 0.5], 1.0)
-    assert torch.cat(got).tolist() == [0, 0, 0, 0]
+def test_gsam_without_a_direction_takes_off_all_of_g_task():
+    task = [torch.tensor([1.0, -2.0]), torch.tensor([3.0])]
+    assert flat(GSAM(alpha=0.5).combine(task, [torch.zeros(2), torch.zeros(1)])) == [-0.5, 1, -1.5]
+    assert flat(GSAM(alpha=0.5).combine([torch.zeros(2)], [torch.zeros(2)])) == [0, 0]
+    assert GSAM().combine([], []) == []
 
 
-def test_zero_gradients_displace_nothing():
-    assert SAM(0.5).direction([torch.zeros(2)], [torch.zeros(2)], [0.5], 1.0)[0].tolist() == [0, 0]
+@pytest.mark.parametrize("times", [2.0, -2.0, 0.0])
+def test_gsam_leaves_g_smooth_alone_where_g_task_is_parallel_to_it(times):
+    smooth = draw(3)
+    assert flat(GSAM(alpha=0.7).combine([s * times for s in smooth], smooth)) == pytest.approx(flat(smooth), rel=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_under_a_large_loss_scale(dtype):
-    # The factor is about 1e-6 here, which float16 rounds to a few percent.
-    g = torch.tensor([300.0, 400.0], dtype=dtype)
-    (got,) = SAM(0.5).direction([g], [g], [0.5], 65536.0)
+def test_gsam_in_half_precision(dtype):
+    # 300^2 is infinite in float16.
+    task, smooth = torch.tensor([300.0, 100.0], dtype=dtype), torch.tensor([400.0, 0.0], dtype=dtype)
+    (got,) = GSAM(alpha=0.5).combine([task], [smooth])
     assert got.dtype == dtype
-    assert got.tolist() == pytest.approx([0.3, 0.4], rel=4e-3)
+    assert got.tolist() == pytest.approx([400, -50], rel=1e-2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("perturbation", [SAGM(), GSAM()], ids=["SAGM", "GSAM"])
+def test_what_is_not_finite_stays_visible(perturbation, bad):
+    fine, broken = [torch.ones(2), torch.ones(1)], [torch.tensor([1.0, bad]), torch.ones(1)]
+    for task, smooth in ((fine, broken), (broken, fine), (broken, broken)):
+        assert not torch.cat(perturbation.combine(task, smooth)).isfinite().all()
+
+
+@every
+def test_nothing_changes_its_arguments(perturbation):
+    weights, task, smooth = draw(5, 3)
+    arguments = copy.deepcopy((weights, task, smooth))
+    perturbation.direction(weights, task, [0.1, 0.2, 0.3], torch.tensor(4.0))
+    result = perturbation.combine(task, smooth)
+    for tensors, before in zip((weights, task, smooth), arguments, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert not any(r is t for r in result for t in task)
+
+
+# -- settings ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
-@pytest.mark.parametrize(("kind", "name"), [(SAM, "rho"), (SAGM, "rho"), (SAGM, "alpha")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(SAM, "rho"), (SAGM, "rho"), (SAGM, "alpha"), (ASAM, "rho"), (ASAM, "eta"), (GSAM, "rho"), (GSAM, "alpha")],
+)
 def test_bad_settings_are_named(kind, name, value):
     with pytest.raises(ValueError, match=f"{kind.__name__}: {name} must be a finite number >= 0"):
         kind(**{name: value})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -190,7 +191,8 @@ class RandomFreeze(_Windowed):
     Args:
         window: number of perturbed steps between draws, at least 2.
         fraction: of the elements, from 0 to 1.
-        seed: of the draws, which no other random state enters: all ranks, and a resumed run, draw the same.
+        seed: of the draws, at least 0, which no other random state enters: all ranks, and a resumed run,
+            draw the same.
         freeze: what is frozen, as in :class:`DisorderFreeze`.
 
     Example:
@@ -205,10 +207,13 @@ class RandomFreeze(_Windowed):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_fraction(self, "fraction")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"RandomFreeze: seed must be an integer >= 0, got {self.seed!r}")
 
     def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed << 32) + windows)
-        drawn = torch.randperm(frozen.numel(), generator=generator) < round(self.fraction * frozen.numel())
+        (mixed,) = np.random.SeedSequence([self.seed, windows]).generate_state(1)  # 32 bits, as the generator takes
+        order = torch.randperm(frozen.numel(), generator=torch.Generator().manual_seed(int(mixed)))
+        drawn = order < round(self.fraction * frozen.numel())
         return drawn.to(frozen.device, non_blocking=True)
 
 

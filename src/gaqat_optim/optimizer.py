@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +19,13 @@ from .checkpoint import Freezing, merge, separate
 from .checks import check_arguments, check_gradients, check_pass, check_trained
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
 from .monitor import ScaleMonitor, find_scales
+from .passes import combine, displace, reaches
 from .perturbations import SAGM, Perturbation
 from .ranks import averaged_with_the_second_pass, check_agreement, process_group
 from .report import ScaleRecord
+
+# So many steps without a second pass are no accident: the training loop never makes one.
+_STEPS_WITHOUT = 20
 
 
 def _of_base(name: str, doc: str) -> property:
@@ -31,6 +37,25 @@ def _all_rates_zero(base: torch.optim.Optimizer) -> bool:
     """Whether all learning rates are 0, as far as can be said without asking the device."""
     rates = [group.get("lr", 1.0) for group in base.param_groups]
     return all(not (isinstance(lr, Tensor) and lr.device.type != "cpu") and bool(lr == 0) for lr in rates)
+
+
+@dataclass
+class _Run:
+    """What changes from step to step. One object, so that a wrapper that borrows the class (Lightning's) shares it.
+
+    Attributes:
+        monitor: the scales, counted and frozen.
+        steps: number of steps made.
+        in_second_pass: whether the parameters are displaced.
+        pending: the two gradients of the scales in a second pass that ``step`` has not followed yet.
+        without: number of steps in a row that were due a second pass and had none.
+    """
+
+    monitor: ScaleMonitor
+    steps: int = 0
+    in_second_pass: bool = False
+    pending: tuple[Tensor, Tensor] | None = None
+    without: int = 0
 
 
 class GAQATOptimizer(torch.optim.Optimizer):
@@ -98,15 +123,8 @@ class GAQATOptimizer(torch.optim.Optimizer):
         scales: Iterable[Parameter] | Callable[[str, Parameter], bool] | None = None,
         interval: int = 1,
     ) -> None:
-        # Not super().__init__: the groups and the state are the base's, by property. These are what it would set.
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        self._patch_step_function()
-
+        # Not super().__init__: the groups and the state are the base's, by property.
+        self._without_hooks()
         freezing = NeverFreeze() if freezing is None else freezing
         check_arguments(base, model, perturbation, freezing, interval)
         self.base = base
@@ -118,10 +136,17 @@ class GAQATOptimizer(torch.optim.Optimizer):
         self._chosen = scales if scales is None or callable(scales) else list(scales)
         found = find_scales(model, self._chosen)
         check_trained(base, model, found)
-        self._monitor = ScaleMonitor(found, freezing, perturbation.task_weight != 0)
-        self._steps = 0
-        self._in_second_pass = False
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._run = _Run(ScaleMonitor(found, freezing, perturbation.task_weight != 0))
+
+    def _without_hooks(self) -> None:
+        """What ``Optimizer.__init__`` sets beside groups and state."""
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
 
     # -- the base's own ----------------------------------------------------------------------------------------
 
@@ -131,7 +156,8 @@ class GAQATOptimizer(torch.optim.Optimizer):
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the base optimizer does."""
+        """Reset the gradients, as the base optimizer does. A second pass that no step has followed is forgotten."""
+        self._run.pending = None
         self.base.zero_grad(set_to_none=set_to_none)
 
     @override
@@ -141,18 +167,19 @@ class GAQATOptimizer(torch.optim.Optimizer):
         self.base.add_param_group(param_group)
         self._names = {p: name for name, p in self.model.named_parameters()}
         trained = {p for group in self.base.param_groups for p in group["params"]}
-        monitor = self._monitor.extended({name: p for name, p in candidates.items() if p in trained})
-        if self._pending is not None:
-            task, smooth = self._pending
-            self._pending = self._monitor.rearranged(task, monitor), self._monitor.rearranged(smooth, monitor)
-        self._monitor = monitor
+        run = self._run
+        monitor = run.monitor.extended({name: p for name, p in candidates.items() if p in trained})
+        if run.pending is not None:
+            task, smooth = run.pending
+            run.pending = run.monitor.rearranged(task, monitor), run.monitor.rearranged(smooth, monitor)
+        run.monitor = monitor
 
     # -- a step ------------------------------------------------------------------------------------------------
 
     @property
     def perturbs(self) -> bool:
         """Whether the coming step has a second pass."""
-        return self._steps % self.interval == 0
+        return self._run.steps % self.interval == 0
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -171,39 +198,61 @@ class GAQATOptimizer(torch.optim.Optimizer):
                 the closure raises comes through; parameters, buffers and the tensors that ``.grad`` held are then as
                 before the step.
         """
-        if self._in_second_pass:
+        run = self._run
+        if run.in_second_pass:
             raise RuntimeError("step() inside perturbed(): leave the with block first, it restores the parameters")
         loss = None
         if closure is not None:
             loss = self._closure_passes(closure)
-        if self.interval > 1 and self._pending is None:
-            self._monitor.leave_out_frozen_task()
-        with torch.no_grad(), self._monitor.held_where_frozen():
+        if self.interval > 1 and run.pending is None:
+            run.monitor.leave_out_frozen_task()
+        with torch.no_grad(), run.monitor.held_where_frozen():
             self.base.step()
-        if self._pending is not None:
-            judged = self._monitor.commit(*self._pending)
-            self._pending = None
+        if run.pending is not None:
+            judged = run.monitor.commit(*run.pending)
+            run.pending = None
+            run.without = 0
             if judged and (group := process_group(self.model)) is not None:
-                check_agreement(self._monitor, group)
-            self._steps += 1
+                check_agreement(run.monitor, group)
+            run.steps += 1
         elif closure is not None or not _all_rates_zero(self.base):
             # torch's distributed checkpoints make a step at rate 0 to have a state to fill; that one is no training.
-            self._steps += 1
+            self._count_step_without_second_pass()
         return loss
 
+    def _count_step_without_second_pass(self) -> None:
+        run = self._run
+        if self.perturbs:
+            run.without += 1
+            if run.without == _STEPS_WITHOUT:
+                warnings.warn(
+                    f"{_STEPS_WITHOUT} steps in a row had no second pass: they were steps of "
+                    f"{type(self.base).__name__} alone. Give step() a closure, or use perturbed() before it",
+                    stacklevel=4,
+                )
+        run.steps += 1
+
     def _closure_passes(self, closure: Callable[[], Any]) -> Any:
-        self._pending = None
         buffers = copies(self._buffers())
-        owned = [(p, p.grad) for group in self.base.param_groups for p in group["params"]]
+        params = [p for group in self.base.param_groups for p in group["params"]]
+        owned = [p.grad for p in params]
+        versions = [None if g is None else g._version for g in owned]
         try:
             with torch.enable_grad():
                 loss = closure()
+                now = [None if g is None else g._version for g in (p.grad for p in params)]
+                same = versions == now and all(p.grad is g for p, g in zip(params, owned, strict=True))
+                if self._run.pending is not None and same:
+                    # After perturbed() a closure may have nothing left to compute: Lightning passes such a one.
+                    return loss
+                self._run.pending = None
                 if self.perturbs:
                     with self.perturbed():
                         closure()
         except BaseException:
+            self._run.pending = None
             put_back(buffers)
-            for p, g in owned:
+            for p, g in zip(params, owned, strict=True):
                 p.grad = g
             raise
         return loss
@@ -213,7 +262,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
 
         A quantizer that took its first scale in such a pass keeps it, in its parameter and in its buffers.
         """
-        quantizers = {self.model.get_submodule(name.rpartition(".")[0]) for name in self._monitor.scales}
+        quantizers = {self.model.get_submodule(name.rpartition(".")[0]) for name in self._run.monitor.scales}
         owners = [m for m in self.model.modules() if m._buffers and m not in quantizers]
         return [buffer for module in owners for buffer in module.buffers(recurse=False)]
 
@@ -237,28 +286,32 @@ class GAQATOptimizer(torch.optim.Optimizer):
             ValueError: ``grad_scale`` is not positive and finite, or ``per_rank`` with a perturbation that needs both
                 averaged gradients (:class:`GSAM`) or under ``fully_shard``.
         """
-        if self._in_second_pass:
+        if self._run.in_second_pass:
             raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")
         check_pass(self.perturbation, grad_scale, per_rank)
-        self._pending = None
-        radii = self._radii()
-        owned = {p: p.grad for p in radii}  # what .grad is given back if the block raises
+        run = self._run
+        run.pending = None
+        reach = reaches(self.base, self.perturbation, run.monitor)
+        owned = {p: p.grad for p in reach}  # what .grad is given back if the block raises
         # A view, as DistributedDataParallel makes of its buckets, is overwritten by the second backward.
         first = g_task = {p: g if g._base is None else g.clone() for p, g in owned.items() if g is not None}
         check_gradients(g_task, self._names)
-        displaced = [p for p in g_task if radii[p] is not None]
+        displaced = {p: r for p in g_task if (r := reach[p]) is not None}
         theta = [p.detach().clone() for p in displaced]
-        self._in_second_pass = True
+        run.in_second_pass = True
         try:
-            self._displace(displaced, [g_task[p] for p in displaced], [radii[p] or 0.0 for p in displaced], grad_scale)
+            displace(self.perturbation, displaced, g_task, grad_scale)
             for p in owned:
                 p.grad = None
             if per_rank:
                 weight = self.perturbation.task_weight or 0.0
-                g_task = averaged_with_the_second_pass(g_task, self._monitor, weight, process_group(self.model))
+                g_task = averaged_with_the_second_pass(g_task, run.monitor, weight, process_group(self.model))
             with running_statistics_kept(self.model, self._buffers()):
                 yield
-            self._combine(g_task, {p: p.grad for p in owned if p.grad is not None}, grad_scale)
+            g_smooth = {p: p.grad for p in owned if p.grad is not None}
+            seen = run.monitor.gather(g_task) / grad_scale, run.monitor.gather(g_smooth) / grad_scale
+            combine(self.perturbation, run.monitor, g_task, g_smooth)
+            run.pending = seen
         except BaseException:
             for p, g in owned.items():
                 if g is not None and g is not first[p]:
@@ -269,47 +322,13 @@ class GAQATOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 for p, value in zip(displaced, theta, strict=True):
                     p.copy_(value)
-            self._in_second_pass = False
-
-    def _radii(self) -> dict[Parameter, float | None]:
-        """The radius for every parameter; ``None`` if it is not displaced, as in a group that sets its own to 0."""
-        radii: dict[Parameter, float | None] = {}
-        kept = set() if self.perturbation.displaces_scales else set(self._monitor.scales.values())
-        for group in self.base.param_groups:
-            rho = group.get("rho", self.perturbation.rho)
-            for p in group["params"]:
-                radii[p] = None if (rho == 0 and "rho" in group) or p in kept else rho
-        return radii
-
-    @torch.no_grad()
-    def _displace(
-        self, params: list[Parameter], grads: list[Tensor], rhos: list[float], grad_scale: float | Tensor
-    ) -> None:
-        displacements = self.perturbation.direction(params, grads, rhos, grad_scale) if params else []
-        for p, displacement in zip(params, displacements, strict=True):
-            p.add_(displacement)
-
-    @torch.no_grad()
-    def _combine(
-        self, g_task: dict[Parameter, Tensor], g_smooth: dict[Parameter, Tensor], grad_scale: float | Tensor
-    ) -> None:
-        """Write the combined gradients to ``.grad``, and keep those of the scales to be counted by ``step``."""
-        seen = self._monitor.gather(g_task) / grad_scale, self._monitor.gather(g_smooth) / grad_scale
-        for p in g_task.keys() - g_smooth.keys():
-            p.grad = g_task[p]  # A parameter with a gradient in one pass only uses the one that it has.
-        both = [p for p in g_task if p in g_smooth]
-        task = self._monitor.without_frozen("task", both, [g_task[p] for p in both])
-        smooth = self._monitor.without_frozen("smooth", both, [g_smooth[p] for p in both])
-        for p, g in zip(both, self.perturbation.combine(task, smooth), strict=True):
-            if g is not g_smooth[p]:
-                g_smooth[p].copy_(g)
-        self._pending = seen
+            run.in_second_pass = False
 
     # -- reading, saving ---------------------------------------------------------------------------------------
 
     def scale_report(self) -> list[ScaleRecord]:
         """One :class:`ScaleRecord` for each scale: of the last judged window, or the steps so far before the first."""
-        return self._monitor.report(self.model)
+        return self._run.monitor.report(self.model)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -320,7 +339,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        freezing = Freezing(self._monitor.packed(), self._steps, self._monitor.steps)
+        freezing = Freezing(self._run.monitor.packed(), self._run.steps, self._run.monitor.steps)
         state_dict = merge(self.base.state_dict(), self.base.param_groups, freezing)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -334,28 +353,30 @@ class GAQATOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups or the freezing state do not fit this optimizer, which is then as before.
         """
+        state_dict = state_dict.copy()  # Hooks may write into it.
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         base, freezing = separate(state_dict, self.base.param_groups)
-        monitor = ScaleMonitor(self._monitor.scales, self.freezing, self.perturbation.task_weight != 0)
+        monitor = ScaleMonitor(self._run.monitor.scales, self.freezing, self.perturbation.task_weight != 0)
         if freezing is not None:
             monitor.unpack(freezing.scales, freezing.perturbed_steps)
         self.base.load_state_dict(base)
-        self._monitor, self._steps, self._pending = monitor, freezing.steps if freezing else 0, None
+        self._run.monitor, self._run.steps, self._run.pending = monitor, freezing.steps if freezing else 0, None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # Not Optimizer's, which would keep groups and state alone. A scheduler puts its own step on the instance.
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+        # Not Optimizer's, which would keep groups and state alone. Hooks stay behind, as with torch's optimizers, and
+        # so does the step that a scheduler puts on the instance.
+        return {key: v for key, v in self.__dict__.items() if key != "step" and not key.startswith("_optimizer_")}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._patch_step_function()
+        self._without_hooks()
 
     @override
     def __repr__(self) -> str:
-        settings = f"{self.perturbation}, {self.freezing}, scales={len(self._monitor.scales)}"
+        settings = f"{self.perturbation}, {self.freezing}, scales={len(self._run.monitor.scales)}"
         return f"GAQATOptimizer({settings}, base={self.base})"

@@ -36,9 +36,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The inner product of ``a`` and ``b`` over all tensors together, as a plain scalar tensor; at least float32."""
+    """The real inner product of ``a`` and ``b`` over all tensors, as a plain scalar tensor; at least float32."""
     products = []
     for x, y in zip(a, b, strict=True):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        products.append(whole((x.to(dtype) * y.to(dtype)).sum()))
+        product = x.to(dtype) * y.to(dtype).conj()
+        products.append(whole(product.sum()).real)
     return torch.stack([p.to(products[0].device) for p in products]).sum()

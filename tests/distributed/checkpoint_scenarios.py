@@ -37,8 +37,8 @@ def build(model: nn.Module) -> GAQATOptimizer:
 
 
 def result(model: nn.Module, optimizer: GAQATOptimizer) -> Any:
-    monitor = optimizer._monitor
-    return whole(model), masks(optimizer), monitor.window.flips_task.clone(), [optimizer._steps, monitor.steps]
+    monitor = optimizer._run.monitor
+    return whole(model), masks(optimizer), monitor.window.flips_task.clone(), [optimizer._run.steps, monitor.steps]
 
 
 def uninterrupted() -> Any:

@@ -325,7 +325,7 @@ def zero(rank: int, ranks: int, folder: Path) -> Any:
     resumed, resumed_optimizer = build(spread=True)
     resumed.module.load_state_dict(saved["model"])
     resumed_optimizer.load_state_dict(saved["optimizer"])
-    counts = [resumed_optimizer._steps, resumed_optimizer._monitor.steps]
+    counts = [resumed_optimizer._run.steps, resumed_optimizer._run.monitor.steps]
     train(model, optimizer, *batch, 4)
     train(resumed, resumed_optimizer, *batch, 4)
     return {

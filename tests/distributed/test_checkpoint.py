@@ -112,9 +112,9 @@ def test_a_step_at_rate_zero_counts_unless_it_could_be_a_checkpoint_s():
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     train(model, optimizer, *data(), 2)
-    assert optimizer._steps == 2
+    assert optimizer._run.steps == 2
     optimizer.step()
-    assert optimizer._steps == 2
+    assert optimizer._run.steps == 2
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     optimizer.step()
-    assert optimizer._steps == 3
+    assert optimizer._run.steps == 3

@@ -178,7 +178,6 @@ def explicit(manual):
     return Explicit
 
 
-@pytest.mark.xfail(reason="GAQATOptimizer.step takes the closure that does nothing for two passes", strict=True)
 def test_manual_optimization_in_the_explicit_form_is_the_plain_loop(trainer, explicit):
     t, result = fitted(trainer(), explicit())
     loops.assert_same(result, loops.plain_loop(loops.steps(loops.loader(), 2)))

@@ -1,0 +1,70 @@
+"""What a second pass does to parameters and gradients: displace, restore, combine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from .monitor import ScaleMonitor
+from .perturbations import Perturbation
+
+Gradients = Mapping[Parameter, Tensor]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a parameter is displaced: by radius ``rho``, downhill if its group maximizes."""
+
+    rho: float
+    maximizes: bool
+
+
+def reaches(
+    base: torch.optim.Optimizer, perturbation: Perturbation, monitor: ScaleMonitor
+) -> dict[Parameter, Reach | None]:
+    """The reach of every parameter of ``base``; ``None`` if it stays, as in a group that sets its ``"rho"`` to 0."""
+    found: dict[Parameter, Reach | None] = {}
+    stay = set() if perturbation.displaces_scales else set(monitor.scales.values())
+    for group in base.param_groups:
+        rho = group.get("rho", perturbation.rho)
+        reach = None if rho == 0 and "rho" in group else Reach(rho, bool(group.get("maximize", False)))
+        found.update({p: None if p in stay else reach for p in group["params"]})
+    return found
+
+
+@torch.no_grad()
+def displace(
+    perturbation: Perturbation, reach: Mapping[Parameter, Reach], grads: Gradients, grad_scale: float | Tensor
+) -> None:
+    """Move the parameters of ``reach`` to where the second pass looks."""
+    if not reach:
+        return
+    params = list(reach)
+    rhos = [r.rho for r in reach.values()]
+    displacements = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale)
+    for (p, r), displacement in zip(reach.items(), displacements, strict=True):
+        p.add_(displacement, alpha=-1 if r.maximizes else 1)
+
+
+@torch.no_grad()
+def combine(perturbation: Perturbation, monitor: ScaleMonitor, g_task: Gradients, g_smooth: Gradients) -> None:
+    """Write the combined gradients, frozen parts left out, to ``.grad``; ``g_smooth`` is overwritten.
+
+    A parameter with a gradient in one pass only uses the one that it has.
+    """
+    both = [p for p in g_task if p in g_smooth]
+    task = monitor.without_frozen("task", both, [g_task[p] for p in both])
+    smooth = monitor.without_frozen("smooth", both, [g_smooth[p] for p in both])
+    for p, g in zip(both, perturbation.combine(task, smooth), strict=True):
+        if g is not g_smooth[p]:
+            g_smooth[p].copy_(g)
+    first = [p for p in g_task if p not in g_smooth]
+    second = [p for p in g_smooth if p not in g_task]
+    for p, g in zip(first, monitor.without_frozen("task", first, [g_task[p] for p in first]), strict=True):
+        p.grad = g
+    for p, g in zip(second, monitor.without_frozen("smooth", second, [g_smooth[p] for p in second]), strict=True):
+        p.grad = g

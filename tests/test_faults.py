@@ -1,0 +1,680 @@
+"""Faults: what a failure in either pass leaves behind, a run that is killed and resumed, and what is frozen stays."""
+
+import runpy
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gaqat_optim import (
+    SAGM,
+    SAM,
+    AlternateFreeze,
+    AlwaysFreeze,
+    DisorderFreeze,
+    GAQATOptimizer,
+    QuantConfig,
+    quantize_model,
+)
+
+SEEDED = torch.Generator().manual_seed(0)
+X, Y = torch.randn(6, 3, 6, 6, generator=SEEDED), torch.randint(3, (6,), generator=SEEDED)
+
+
+class Counting(nn.Module):
+    """A user's own module: it counts its calls, in training and otherwise, and keeps a running maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4, 1, 1))
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("largest", torch.zeros(4), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        self.largest.copy_(torch.maximum(self.largest, x.detach().abs().amax((0, 2, 3))))
+        return self.gain * x
+
+
+def network():
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        Counting(),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.Conv2d(4, 4, 2),
+        nn.Dropout(0.2),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+        nn.BatchNorm1d(3, track_running_stats=False),
+    )
+    return quantize_model(model, QuantConfig(3, 3, weight_granularity="tensor"), calibration=X)
+
+
+def loss_of(model):
+    return F.cross_entropy(model(X), Y)
+
+
+def closure_of(model, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def build(model, **settings):
+    settings = {"perturbation": SAGM(0.3), "freezing": DisorderFreeze(2, 0.9), **settings}
+    return GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=1e-2), model, **settings)
+
+
+# -- an exception at every point -------------------------------------------------------------------------------
+
+
+def snapshot(model, optimizer):
+    """All that a step changes, in a form that can be compared to the bit."""
+    saved = optimizer.state_dict()
+    return {
+        "tensors": {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]},
+        "modes": [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()],
+        "hooks": [{k: len(v) for k, v in vars(m).items() if k.endswith("_hooks")} for m in model.modules()],
+        "groups": repr(saved["param_groups"]),
+        "state": {(i, k): v.clone() for i, entry in saved["state"].items() for k, v in entry.items()},
+        "report": repr(optimizer.scale_report()),
+        "perturbs": optimizer.perturbs,
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def assert_unchanged(after, before):
+    for part, value in before.items():
+        if part in ("tensors", "state"):
+            assert after[part].keys() == value.keys()
+            # NaN is what was not judged yet, and equal to itself here.
+            changed = [k for k in value if not torch.equal(after[part][k].nan_to_num(9e9), value[k].nan_to_num(9e9))]
+            assert not changed, (part, changed)
+        else:
+            assert after[part] == value, part
+
+
+def gradients(model):
+    return {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
+
+
+def assert_owned(model, owned):
+    for name, p in model.named_parameters():
+        grad, value = owned[name]
+        assert p.grad is grad
+        assert grad is None or torch.equal(grad, value)
+
+
+class Interrupt(BaseException):
+    """Like KeyboardInterrupt: no subclass of Exception."""
+
+
+ERRORS = [RuntimeError, KeyboardInterrupt, Interrupt, torch.OutOfMemoryError, ValueError]
+
+
+class Injector:
+    """Raises at one chosen event: before and after every module's forward, in every parameter's backward, and so on."""
+
+    def __init__(self, model):
+        self.events, self.at, self.error = 0, None, None
+        for module in model.modules():
+            module.register_forward_pre_hook(self.event)
+            module.register_forward_hook(self.event)
+        for p in model.parameters():
+            p.register_hook(self.event)
+            p.register_post_accumulate_grad_hook(self.event)
+
+    def event(self, *_):
+        self.events += 1
+        if self.events == self.at:
+            raise self.error("injected")
+
+    def arm(self, at):
+        self.events, self.at = 0, at
+        self.error = None if at is None else ERRORS[at % len(ERRORS)]
+        return self.error
+
+
+def prepared(**settings):
+    """In the middle of a window, with scales frozen and moments in Adam; every call gives the same bits."""
+    torch.manual_seed(11)
+    model = network()
+    optimizer = build(model, **settings)
+    for _ in range(3):
+        optimizer.step(closure_of(model, optimizer))
+    assert any(r.frozen for r in optimizer.scale_report())
+    return model, optimizer
+
+
+def watched_step(model, optimizer, injector):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        injector.event()  # as a user who looks at the loss, and raises
+        loss.backward()
+        injector.event()
+        return loss
+
+    torch.manual_seed(7)
+    optimizer.step(closure)
+
+
+def watched_second_pass(model, optimizer, injector):
+    torch.manual_seed(8)
+    with optimizer.perturbed():
+        injector.event()
+        loss_of(model).backward()
+        injector.event()
+
+
+@pytest.mark.parametrize("held", ["gradients", "no gradients"])
+def test_a_fault_at_any_point_of_a_step_with_a_closure_leaves_everything_as_before(held):
+    expected_model, expected = prepared()
+    count = Injector(expected_model)
+    watched_step(expected_model, expected, count)
+    assert count.events > 140
+
+    model, optimizer = prepared()
+    injector = Injector(model)
+    optimizer.zero_grad()
+    if held == "gradients":
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+    owned, before = gradients(model), snapshot(model, optimizer)
+    # All points once; again, without gradients before it, every fifth.
+    for at in range(1, count.events + 1, 1 if held == "gradients" else 5):
+        with pytest.raises(injector.arm(at), match="injected"):
+            watched_step(model, optimizer, injector)
+        assert_unchanged(snapshot(model, optimizer), before)
+        assert_owned(model, owned)
+    # Nothing is left that could not be seen, either: the next step is that of a run where nothing had failed.
+    injector.arm(None)
+    watched_step(model, optimizer, injector)
+    assert_unchanged(snapshot(model, optimizer), snapshot(expected_model, expected))
+
+
+def test_a_fault_at_any_point_of_the_explicit_second_pass_leaves_everything_as_before():
+    def first_pass(model, optimizer):
+        optimizer.zero_grad()
+        torch.manual_seed(7)
+        loss_of(model).backward()
+
+    expected_model, expected = prepared()
+    first_pass(expected_model, expected)
+    count = Injector(expected_model)
+    watched_second_pass(expected_model, expected, count)
+    expected.step()
+    assert count.events > 70
+
+    model, optimizer = prepared()
+    first_pass(model, optimizer)
+    injector = Injector(model)
+    owned, before = gradients(model), snapshot(model, optimizer)
+    for at in range(1, count.events + 1):
+        with pytest.raises(injector.arm(at), match="injected"):
+            watched_second_pass(model, optimizer, injector)
+        assert_unchanged(snapshot(model, optimizer), before)
+        assert_owned(model, owned)
+    injector.arm(None)
+    watched_second_pass(model, optimizer, injector)
+    optimizer.step()
+    assert_unchanged(snapshot(model, optimizer), snapshot(expected_model, expected))
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Every operation that allocates asks for memory: the chosen one, anywhere in torch or in us, gets none."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at, self.allocations = at, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # No view, nothing in place; and the profiler's records are no tensors.
+        if function.namespace != "profiler" and not any(r.alias_info for r in function._schema.returns):
+            self.allocations += 1
+            if self.allocations == self.at:
+                raise torch.OutOfMemoryError("injected")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("perturbation", [SAGM(0.3), SAM(0.3)], ids=["sagm", "sam"])
+def test_out_of_memory_in_any_operation_of_the_passes_leaves_everything_as_before(perturbation):
+    """Also where no closure is running: while parameters are displaced, gradients combined, buffers copied."""
+    settings = {"perturbation": perturbation, "freezing": DisorderFreeze(2, 0.9, freeze="smooth")}
+    expected_model, expected = prepared(**settings)
+    needed = []
+    torch.manual_seed(7)
+    with OutOfMemory() as memory:
+        # From here on it is the base's own step, and what that leaves undone is torch's.
+        expected.base.register_step_pre_hook(lambda *_: needed.append(memory.allocations))
+        expected.step(closure_of(expected_model, expected))
+    assert needed[0] > 300
+
+    model, optimizer = prepared(**settings)
+    owned, before = gradients(model), snapshot(model, optimizer)
+    for at in [*range(1, needed[0], 9), *range(needed[0] - 40, needed[0] + 1)]:  # the last ones are those of combining
+        torch.manual_seed(7)
+        with pytest.raises(torch.OutOfMemoryError, match="injected"), OutOfMemory(at):
+            optimizer.step(closure_of(model, optimizer))
+        assert_unchanged(snapshot(model, optimizer), before)
+        assert_owned(model, owned)
+    torch.manual_seed(7)
+    optimizer.step(closure_of(model, optimizer))
+    assert_unchanged(snapshot(model, optimizer), snapshot(expected_model, expected))
+
+
+class Exploding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(2))
+
+    def forward(self):
+        return self.p.mul(50).exp().sum().log().square()
+
+
+def test_a_user_who_raises_on_a_loss_that_is_not_finite_keeps_a_good_model():
+    model = Exploding()
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=SAM(5.0))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model()
+        if not loss.isfinite():
+            raise ValueError(f"loss is {loss.item()}")
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="loss is inf"):
+            optimizer.step(closure)
+        assert model.p.tolist() == [1, 1]
+        assert model.p.grad is None
+
+
+def test_a_closure_that_forgets_backward_is_told_and_changes_nothing():
+    model, optimizer = prepared()
+    optimizer.zero_grad()
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match="a closure must call backward"):
+        optimizer.step(lambda: loss_of(model))
+    assert_unchanged(snapshot(model, optimizer), before)
+
+
+def test_a_closure_that_zeroes_in_place_gets_its_tensors_back_as_it_left_them():
+    # The values are the closure's doing: it zeroed them itself, and the first backward added to them.
+    model, optimizer = prepared()
+    held = {name: p.grad for name, p in model.named_parameters()}
+    calls = []
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad(set_to_none=False)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        loss = loss_of(model)
+        loss.backward()
+        first.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        return loss
+
+    first = {}
+    before = snapshot(model, optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert_unchanged(snapshot(model, optimizer), before)
+    for name, p in model.named_parameters():
+        assert p.grad is held[name]
+        assert torch.equal(p.grad, first[name])
+
+
+@pytest.mark.parametrize("failing", ["first", "second"])
+def test_scales_that_were_taken_in_a_failed_first_step_are_those_of_a_run_without_failure(failing):
+    def start():
+        torch.manual_seed(3)
+        model = quantize_model(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), QuantConfig(3, 3))
+        return model, build(model)
+
+    x, y, calls = torch.randn(9, 8), torch.randint(3, (9,)), []
+    model, optimizer = start()
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if len(calls) == (1 if failing == "first" else 2):
+            raise Interrupt
+        return loss
+
+    with pytest.raises(Interrupt):
+        optimizer.step(closure)
+    assert model[1].num_batches_tracked == 0
+    calls = [1, 1]
+    other_model, other = start()
+
+    def undisturbed():
+        other.zero_grad()
+        loss = F.cross_entropy(other_model(x), y)
+        loss.backward()
+        return loss
+
+    assert [optimizer.step(closure).item() for _ in range(3)] == [other.step(undisturbed).item() for _ in range(3)]
+    assert_unchanged(snapshot(model, optimizer), snapshot(other_model, other))
+
+
+def test_a_scale_beyond_its_bound_is_back_at_it_after_a_failed_pass_and_computes_the_same():
+    model, optimizer = prepared()
+    quantizer = model[0].weight_quantizer
+    with torch.no_grad():
+        quantizer.raw_scale.fill_(50.0)
+    bound = quantizer.scale.detach().clone()
+
+    def closure():
+        loss_of(model)
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        optimizer.step(closure)
+    assert bool((quantizer.raw_scale < 50).all())  # every training forward puts it back
+    assert torch.equal(quantizer.scale, bound)
+
+
+# -- buffers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["closure", "explicit"])
+def test_buffers_of_any_module_see_the_first_pass_and_no_other(form):
+    model, plain = network(), network()
+    optimizer = GAQATOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        perturbation=SAGM(0.5),
+        interval=3 if form == "closure" else 1,
+    )
+    for step in range(1, 5):
+        torch.manual_seed(step)
+        if form == "closure":
+            optimizer.step(closure_of(model, optimizer))
+        else:
+            batches = X.split([2, 4]) if step % 2 else [X]  # accumulated: each batch counts
+            optimizer.zero_grad()
+            for x in batches:
+                model(x).square().mean().backward()
+            with optimizer.perturbed():
+                for x in batches:
+                    model(x).square().mean().backward()
+            optimizer.step()
+        torch.manual_seed(step)
+        for x in [X] if form == "closure" else batches:
+            plain(x)
+        for (name, buffer), (_, expected) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+            assert torch.equal(buffer, expected), name
+        modes = [[getattr(m, "track_running_stats", None) for m in net.modules()] for net in (model, plain)]
+        assert modes[0] == modes[1]
+    assert model[3].calls - network()[3].calls == (4 if form == "closure" else 6)
+
+
+# -- killed and resumed ----------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from torch import nn
+from gaqat_optim import DisorderFreeze, GAQATOptimizer, QuantConfig, SAGM, quantize_model
+
+STEPS, EVERY = 16, 3
+
+
+def run(folder, kill_step=None, kill_at=None):
+    def point(step, name):
+        if (step, name) == (kill_step, kill_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 3))
+    x, y = torch.randn(32, 6), torch.randint(3, (32,))
+    model = quantize_model(net, QuantConfig(3, 3), calibration=x)
+    base = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = GAQATOptimizer(base, model, perturbation=SAGM(0.3), freezing=DisorderFreeze(4, 0.7), interval=2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    losses, path = [], os.path.join(folder, "checkpoint.pt")
+    if os.path.exists(path):
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        torch.set_rng_state(saved["rng"])
+        losses = saved["losses"]
+    for step in range(len(losses), STEPS):
+        batch = torch.randperm(32)[:16]  # of the state of the generator, as dropout
+        passes = []
+
+        def closure():
+            passes.append("second" if passes else "first")
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+            point(step, passes[-1] + " forward")
+            loss.backward()
+            point(step, passes[-1] + " backward")
+            return loss
+
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+        point(step, "step")
+        if (step + 1) % EVERY == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
+                     "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+            torch.save(state, path + ".new")
+            point(step, "saving")
+            os.replace(path + ".new", path)
+    report = [list(vars(record).values()) for record in optimizer.scale_report()]
+    result = {"model": model.state_dict(), "losses": losses, "report": report, "state": optimizer.state_dict()}
+    torch.save(result, os.path.join(folder, "result.pt"))
+
+
+if __name__ == "__main__":
+    folder, *kill = sys.argv[1:]
+    run(folder, *((int(kill[0]), kill[1]) if kill else ()))
+"""
+# Checkpoints are at 3, 6, 9, ... steps: in the middle of windows of 4 perturbed steps, and of intervals.
+KILLS = [(4, "second backward"), (9, "first forward"), (11, "saving")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_run_that_is_killed_again_and_again_gives_the_bits_of_one_that_never_stopped(tmp_path):
+    script, killed, whole = tmp_path / "run.py", tmp_path / "killed", tmp_path / "whole"
+    script.write_text(SCRIPT)
+    killed.mkdir()
+    whole.mkdir()
+    for step, where in KILLS:
+        process = subprocess.run([sys.executable, str(script), str(killed), str(step), where], capture_output=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+        assert not (killed / "result.pt").exists()
+    run = runpy.run_path(str(script))["run"]
+    run(str(killed))
+    run(str(whole))
+    one, other = (torch.load(folder / "result.pt", weights_only=True) for folder in (killed, whole))
+    assert one["losses"] == other["losses"]
+    assert len(one["losses"]) == 16
+    assert repr(one["report"]) == repr(other["report"])
+    assert any(record[-1] > 0 for record in one["report"])  # something was frozen
+    assert all(torch.equal(one["model"][key], value) for key, value in other["model"].items())
+    for key, entry in other["state"]["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(one["state"]["state"][key][name].nan_to_num(9e9), value.nan_to_num(9e9))
+
+
+# -- frozen means frozen ---------------------------------------------------------------------------------------
+
+
+def small():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    return quantize_model(model, QuantConfig(3, 3), calibration=ROWS)
+
+
+ROWS, LABELS = torch.randn(12, 8, generator=SEEDED), torch.randint(3, (12,), generator=SEEDED)
+
+
+def small_step(model, optimizer):
+    """One step; returns the gradients of each pass."""
+    passes = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(ROWS.to(model[0].weight)), LABELS)
+        loss.backward()
+        passes.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        return loss
+
+    optimizer.step(closure)
+    return passes
+
+
+def scales_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lsq_" in name}
+
+
+def others_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lsq_" not in name}
+
+
+RESTLESS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    "Adam": {"lr": 0.05, "weight_decay": 0.1},
+    "AdamW": {"lr": 0.05, "weight_decay": 0.5},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9},
+    "Adagrad": {"lr": 0.05, "weight_decay": 0.1},
+    "Adadelta": {"lr": 5.0},
+    "Adamax": {"lr": 0.05},
+    "NAdam": {"lr": 0.05},
+    "RAdam": {"lr": 0.05},
+    "Adafactor": {"lr": 0.05, "weight_decay": 0.5},
+    "ASGD": {"lr": 0.1, "weight_decay": 0.1},
+    "Rprop": {"lr": 0.01},
+}
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("perturbation", [SAM(0.3), SAGM(0.3)], ids=["sam", "sagm"])
+@pytest.mark.parametrize("base", RESTLESS)
+def test_frozen_with_both_parts_no_base_moves_a_scale(base, perturbation, interval):
+    model = small()
+    optimizer = GAQATOptimizer(
+        getattr(torch.optim, base)(model.parameters(), **RESTLESS[base]), model, perturbation=perturbation,
+        freezing=AlternateFreeze(2, freeze="both"), interval=interval,
+    )  # fmt: skip
+    while not optimizer.scale_report()[0].frozen:
+        before = scales_of(model)
+        small_step(model, optimizer)
+    assert any(not torch.equal(s, before[name]) for name, s in scales_of(model).items())  # and would move on
+    fixed, weights = scales_of(model), others_of(model)
+    for _ in range(2 * interval):  # a window of two perturbed steps, and the cheap ones before them
+        assert optimizer.scale_report()[0].frozen == 1
+        small_step(model, optimizer)
+        assert all(torch.equal(s, fixed[name]) for name, s in scales_of(model).items())
+    assert all(not torch.equal(w, weights[name]) for name, w in others_of(model).items())
+    assert optimizer.scale_report()[0].frozen == 0
+    small_step(model, optimizer)
+    assert any(not torch.equal(s, fixed[name]) for name, s in scales_of(model).items())
+
+
+@dataclass(frozen=True)
+class FreezeFirst:
+    """Freezes the first element of every scale, whatever it shows."""
+
+    window: int = 2
+    freeze: str = "both"
+    from_the_start: bool = False
+
+    def judge(self, statistics, frozen, windows):
+        first = torch.zeros_like(frozen)
+        first[[0, 6, 7, 10]] = True  # 6 channels, 1 input, 3 channels, 1 input: see below
+        return first
+
+
+def test_one_channel_is_held_while_its_neighbours_move():
+    model = small()
+    assert [p.numel() for p in scales_of(model).values()] == [6, 1, 3, 1]
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = GAQATOptimizer(base, model, freezing=FreezeFirst())
+    for _ in range(2):
+        small_step(model, optimizer)
+    before = scales_of(model)
+    for _ in range(3):
+        small_step(model, optimizer)
+        for name, scale in scales_of(model).items():
+            same = (scale == before[name]).tolist()
+            assert same == [True] + [False] * (len(same) - 1), name
+
+
+@pytest.mark.parametrize("freeze", ["task", "smooth"])
+def test_frozen_with_one_part_a_scale_moves_by_the_other_momentum_and_decay(freeze):
+    """method.md, section 4, to the letter: half the other gradient, and all that SGD makes of it."""
+    rate, momentum, decay = 0.1, 0.9, 0.05
+    model = small().double()  # gradients of scales are small beside them
+    base = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
+    optimizer = GAQATOptimizer(
+        base, model, perturbation=SAGM(0.3), freezing=AlternateFreeze(2, freeze=freeze), interval=2
+    )
+    parameters = dict(model.named_parameters())
+    velocity = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    seen = set()
+    for _ in range(14):
+        frozen = bool(optimizer.scale_report()[0].frozen)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        passes = small_step(model, optimizer)
+        seen.add((frozen, len(passes)))
+        for name, p in parameters.items():
+            held = frozen and "lsq_" in name
+            if len(passes) == 2:
+                task, smooth = (g[name] for g in passes)
+                gradient = (smooth if freeze == "task" else task) / 2 if held else (task + smooth) / 2
+            else:  # a cheap step has g_task alone, and all of it
+                gradient = torch.zeros_like(p) if held and freeze == "task" else passes[0][name]
+            velocity[name] = momentum * velocity[name] + gradient + decay * before[name]
+            # float64: the same few operations, perhaps fused
+            torch.testing.assert_close(p.detach(), before[name] - rate * velocity[name], rtol=1e-14, atol=1e-14)
+    assert seen == {(False, 1), (False, 2), (True, 1), (True, 2)}
+
+
+def test_under_sam_the_smooth_part_is_all_there_is():
+    model = small().double()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = GAQATOptimizer(base, model, perturbation=SAM(0.3), freezing=AlternateFreeze(2, freeze="smooth"))
+    small_step(model, optimizer)
+    before = scales_of(model)
+    small_step(model, optimizer)
+    step = {name: s - before[name] for name, s in scales_of(model).items()}
+    at = scales_of(model)
+    small_step(model, optimizer)
+    for name, scale in scales_of(model).items():  # coasting: momentum alone
+        torch.testing.assert_close(scale - at[name], 0.9 * step[name], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(("used", "freeze"), [("first", "task"), ("second", "smooth"), ("first", "both")])
+def test_the_frozen_part_is_left_out_where_the_other_pass_gave_no_gradient(used, freeze):
+    model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("always", "branch")})
+    optimizer = GAQATOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), model, scales=lambda name, p: name.startswith("branch"),
+        freezing=AlwaysFreeze(freeze=freeze),
+    )  # fmt: skip
+    x = torch.ones(1, 2)
+    (model["always"](x) + (model["branch"](x) if used == "first" else 0)).sum().backward()
+    with optimizer.perturbed():
+        (model["always"](x) + (model["branch"](x) if used == "second" else 0)).sum().backward()
+    assert not model["branch"].weight.grad.any()
