@@ -2,6 +2,7 @@
 #
 #   make demo     the leave-one-domain-out study on digits (a few minutes)
 #   make test     everything that has to hold before a change is accepted
+#   make soak     random sequences of calls of the optimizer, for as long as you like
 #
 # PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo
 # PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
@@ -24,7 +25,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit format hooks clean distclean
+.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit soak format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -88,6 +89,10 @@ demo-test: $(VENV)/.dev ## the demo, as a command, on a tiny setting
 unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARGS="-k name")
 	$(call headline,pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev ## 50,000 random sequences of the optimizer against its twin, others in every run (SOAK_EXAMPLES=1000000)
+	$(call headline,soak)
+	SOAK_EXAMPLES=$${SOAK_EXAMPLES:-50000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_optimizer_stateful.py
 
 # -------------------------------------------------------------------------------------------------------- housekeeping
 

@@ -392,6 +392,26 @@ def test_a_scale_beyond_its_bound_is_back_at_it_after_a_failed_pass_and_computes
     assert torch.equal(quantizer.scale, bound)
 
 
+def test_a_closure_that_fails_after_perturbed_leaves_that_second_pass_to_be_counted():
+    model, optimizer = prepared()
+    loss_of(model).backward()
+    with optimizer.perturbed():
+        loss_of(model).backward()
+    combined = {name: p.grad.clone() for name, p in model.named_parameters()}
+    steps = optimizer._run.monitor.steps
+
+    def closure():
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        optimizer.step(closure)
+    assert all(torch.equal(p.grad, combined[name]) for name, p in model.named_parameters())
+    optimizer.step()
+    assert optimizer._run.monitor.steps == steps + 1
+
+
 # -- buffers ---------------------------------------------------------------------------------------------------
 
 

@@ -237,12 +237,13 @@ class GAQATOptimizer(torch.optim.Optimizer):
         params = [p for group in self.base.param_groups for p in group["params"]]
         owned = [p.grad for p in params]
         versions = [None if g is None else g._version for g in owned]
+        pending = self._run.pending
         try:
             with torch.enable_grad():
                 loss = closure()
                 now = [None if g is None else g._version for g in (p.grad for p in params)]
                 same = versions == now and all(p.grad is g for p, g in zip(params, owned, strict=True))
-                if self._run.pending is not None and same:
+                if pending is not None and same:
                     # After perturbed() a closure may have nothing left to compute: Lightning passes such a one.
                     return loss
                 self._run.pending = None
@@ -250,7 +251,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
                     with self.perturbed():
                         closure()
         except BaseException:
-            self._run.pending = None
+            self._run.pending = pending
             put_back(buffers)
             for p, g in zip(params, owned, strict=True):
                 p.grad = g
