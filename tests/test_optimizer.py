@@ -638,6 +638,38 @@ def test_step_without_closure_is_the_base_s_and_legal_without_gradients():
     assert_same(tensors(model), before)
 
 
+def test_a_loop_that_never_makes_a_second_pass_is_told_so_once():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model)
+
+    def steps(count):
+        for _ in range(count):
+            closure_of(model, optimizer)()
+            optimizer.step()
+
+    steps(19)
+    train(model, optimizer, 1)  # two passes: the count begins again
+    steps(19)  # a few are somebody's intention
+    with pytest.warns(UserWarning, match="20 steps in a row had no second pass: they were steps of SGD alone") as seen:
+        steps(1)
+    assert seen[0].filename == __file__
+    steps(25)
+
+
+def test_steps_of_an_interval_are_due_no_second_pass():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, interval=50)
+    train(model, optimizer, 1)
+    for _ in range(30):
+        closure_of(model, optimizer)()
+        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer._run.steps = 0
+    for _ in range(30):
+        optimizer.step()  # as distributed checkpoints do
+
+
 def test_a_model_without_scales_trains_a_flat_start():
     model = cnn()
     optimizer = GAQATOptimizer(BASES["adam"](model.parameters()), model, perturbation=SAGM(0.1))

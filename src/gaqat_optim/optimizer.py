@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,48 +12,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from typing_extensions import override
 
-from .batchnorm import copies, put_back, running_statistics_kept
 from .checkpoint import Freezing, merge, separate
 from .checks import check_arguments, check_gradients, check_pass, check_trained
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
+from .kept import buffers_to_keep, gradient_versions, running_statistics_kept, undone_on_failure
 from .monitor import ScaleMonitor, find_scales
 from .passes import combine, displace, reaches
 from .perturbations import SAGM, Perturbation
 from .ranks import averaged_with_the_second_pass, check_agreement, process_group
 from .report import ScaleRecord
-
-# So many steps without a second pass are no accident: the training loop never makes one.
-_STEPS_WITHOUT = 20
+from .run import Run
 
 
 def _of_base(name: str, doc: str) -> property:
     """A property onto the base's attribute: an alias would go stale when the base loads a state dict."""
     return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
-
-
-def _all_rates_zero(base: torch.optim.Optimizer) -> bool:
-    """Whether all learning rates are 0, as far as can be said without asking the device."""
-    rates = [group.get("lr", 1.0) for group in base.param_groups]
-    return all(not (isinstance(lr, Tensor) and lr.device.type != "cpu") and bool(lr == 0) for lr in rates)
-
-
-@dataclass
-class _Run:
-    """What changes from step to step. One object, so that a wrapper that borrows the class (Lightning's) shares it.
-
-    Attributes:
-        monitor: the scales, counted and frozen.
-        steps: number of steps made.
-        in_second_pass: whether the parameters are displaced.
-        pending: the two gradients of the scales in a second pass that ``step`` has not followed yet.
-        without: number of steps in a row that were due a second pass and had none.
-    """
-
-    monitor: ScaleMonitor
-    steps: int = 0
-    in_second_pass: bool = False
-    pending: tuple[Tensor, Tensor] | None = None
-    without: int = 0
 
 
 class GAQATOptimizer(torch.optim.Optimizer):
@@ -136,7 +107,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
         self._chosen = scales if scales is None or callable(scales) else list(scales)
         found = find_scales(model, self._chosen)
         check_trained(base, model, found)
-        self._run = _Run(ScaleMonitor(found, freezing, perturbation.task_weight != 0))
+        self._run = Run(ScaleMonitor(found, freezing, perturbation.task_weight != 0))
 
     def _without_hooks(self) -> None:
         """What ``Optimizer.__init__`` sets beside groups and state."""
@@ -208,64 +179,30 @@ class GAQATOptimizer(torch.optim.Optimizer):
             run.monitor.leave_out_frozen_task()
         with torch.no_grad(), run.monitor.held_where_frozen():
             self.base.step()
-        if run.pending is not None:
-            judged = run.monitor.commit(*run.pending)
-            run.pending = None
-            run.without = 0
-            if judged and (group := process_group(self.model)) is not None:
-                check_agreement(run.monitor, group)
-            run.steps += 1
-        elif closure is not None or not _all_rates_zero(self.base):
-            # torch's distributed checkpoints make a step at rate 0 to have a state to fill; that one is no training.
-            self._count_step_without_second_pass()
+        judged = run.count(self.base, due=self.perturbs, given=closure is not None)
+        if judged and (group := process_group(self.model)) is not None:
+            check_agreement(run.monitor, group)
         return loss
 
-    def _count_step_without_second_pass(self) -> None:
-        run = self._run
-        if self.perturbs:
-            run.without += 1
-            if run.without == _STEPS_WITHOUT:
-                warnings.warn(
-                    f"{_STEPS_WITHOUT} steps in a row had no second pass: they were steps of "
-                    f"{type(self.base).__name__} alone. Give step() a closure, or use perturbed() before it",
-                    stacklevel=4,
-                )
-        run.steps += 1
-
     def _closure_passes(self, closure: Callable[[], Any]) -> Any:
-        buffers = copies(self._buffers())
+        run = self._run
+        pending = run.pending
         params = [p for group in self.base.param_groups for p in group["params"]]
-        owned = [p.grad for p in params]
-        versions = [None if g is None else g._version for g in owned]
-        pending = self._run.pending
         try:
-            with torch.enable_grad():
+            with undone_on_failure(params, buffers_to_keep(self.model, run.monitor.scales)), torch.enable_grad():
+                before = gradient_versions(params)
                 loss = closure()
-                now = [None if g is None else g._version for g in (p.grad for p in params)]
-                same = versions == now and all(p.grad is g for p, g in zip(params, owned, strict=True))
-                if pending is not None and same:
+                if pending is not None and gradient_versions(params) == before:
                     # After perturbed() a closure may have nothing left to compute: Lightning passes such a one.
                     return loss
-                self._run.pending = None
+                run.pending = None
                 if self.perturbs:
                     with self.perturbed():
                         closure()
         except BaseException:
-            self._run.pending = pending
-            put_back(buffers)
-            for p, g in zip(params, owned, strict=True):
-                p.grad = g
+            run.pending = pending
             raise
         return loss
-
-    def _buffers(self) -> list[Tensor]:
-        """The buffers that neither a second pass nor a failed one may change: all but those of quantizers.
-
-        A quantizer that took its first scale in such a pass keeps it, in its parameter and in its buffers.
-        """
-        quantizers = {self.model.get_submodule(name.rpartition(".")[0]) for name in self._run.monitor.scales}
-        owners = [m for m in self.model.modules() if m._buffers and m not in quantizers]
-        return [buffer for module in owners for buffer in module.buffers(recurse=False)]
 
     @contextmanager
     def perturbed(self, *, grad_scale: float | Tensor = 1.0, per_rank: bool = False) -> Iterator[None]:
@@ -307,7 +244,7 @@ class GAQATOptimizer(torch.optim.Optimizer):
             if per_rank:
                 weight = self.perturbation.task_weight or 0.0
                 g_task = averaged_with_the_second_pass(g_task, run.monitor, weight, process_group(self.model))
-            with running_statistics_kept(self.model, self._buffers()):
+            with running_statistics_kept(self.model, buffers_to_keep(self.model, run.monitor.scales)):
                 yield
             g_smooth = {p: p.grad for p in owned if p.grad is not None}
             seen = run.monitor.gather(g_task) / grad_scale, run.monitor.gather(g_smooth) / grad_scale

@@ -1,13 +1,47 @@
-"""Running statistics and other buffers, kept from the second pass and from failures."""
+"""Buffers and gradients, kept from the second pass and from failures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import Parameter
+
+
+def buffers_to_keep(model: nn.Module, scales: Iterable[str]) -> list[Tensor]:
+    """The buffers of ``model`` that neither a second pass nor a failed one may change: all but those of quantizers.
+
+    A quantizer that took its first scale in such a pass keeps it, in its parameter and in its buffers.
+
+    Args:
+        model: the network.
+        scales: qualified names of the scales, whose modules are the quantizers.
+    """
+    quantizers = {model.get_submodule(name.rpartition(".")[0]) for name in scales}
+    owners = [m for m in model.modules() if m._buffers and m not in quantizers]
+    return [buffer for module in owners for buffer in module.buffers(recurse=False)]
+
+
+def gradient_versions(params: Sequence[Parameter]) -> list[tuple[int, int] | None]:
+    """For each parameter, which tensor its ``.grad`` is and how often that was written to; ``None`` without one."""
+    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in params]
+
+
+@contextmanager
+def undone_on_failure(params: Sequence[Parameter], buffers: Iterable[Tensor]) -> Iterator[None]:
+    """If the block raises, ``.grad`` of ``params`` holds the tensors it held, and ``buffers`` have their values."""
+    saved = copies(buffers)
+    owned = [p.grad for p in params]
+    try:
+        yield
+    except BaseException:
+        put_back(saved)
+        for p, g in zip(params, owned, strict=True):
+            p.grad = g
+        raise
 
 
 @contextmanager
