@@ -74,6 +74,7 @@ POLICIES = {
     "conflict": ConflictFreeze(4, 0.3),
     "conflict-smooth": ConflictFreeze(3, 0.2, freeze="smooth"),
     "opposition": OppositionFreeze(4, 0.9),
+    "one step": DisorderFreeze(1, 0.5),
     "alternate": AlternateFreeze(2),
     "alternate-both": AlternateFreeze(3, freeze="both"),
 }

@@ -281,7 +281,7 @@ def test_a_policy_of_one_s_own_needs_no_change_of_the_optimizer():
 
 WINDOWED = [DisorderFreeze, FreezeOnce, RandomFreeze, ConflictFreeze, OppositionFreeze, AlternateFreeze]
 BAD = [
-    *((kind, {"window": window}) for kind in WINDOWED for window in (1, 0, 2.5, "3")),
+    *((kind, {"window": window}) for kind in WINDOWED for window in (0, -1, 2.5, "3")),
     *((kind, {"freeze": "all"}) for kind in [*WINDOWED, AlwaysFreeze]),
     *(
         (kind, {"threshold": bad})
@@ -289,6 +289,7 @@ BAD = [
         for bad in (-0.1, 1.1, math.nan)
     ),
     *((RandomFreeze, {"fraction": bad}) for bad in (-0.1, 1.1, math.nan)),
+    *((RandomFreeze, {"seed": bad}) for bad in (-1, 0.5)),
     *(
         (kind, bad)
         for kind in (DisorderFreeze, FreezeOnce)
@@ -308,4 +309,4 @@ def test_good_settings_are_taken(kind):
     for freeze in (None, "task", "smooth", "both"):
         assert kind(freeze=freeze).freeze == freeze
     if kind is not AlwaysFreeze:
-        assert kind(2).window == 2
+        assert kind(1).window == 1

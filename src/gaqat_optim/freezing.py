@@ -99,8 +99,8 @@ class _Windowed:
     freeze: FreezeTarget | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 2:
-            raise ValueError(f"{type(self).__name__}: window must be an integer >= 2, got {self.window!r}")
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"{type(self).__name__}: window must be an integer >= 1, got {self.window!r}")
         _check_choice(self, "freeze", _TARGETS)
 
 
@@ -116,7 +116,7 @@ class DisorderFreeze(_Windowed):
     The public record leaves ``window``, ``threshold`` and the three keywords open: the defaults are our reading.
 
     Args:
-        window: number K of perturbed steps between judgements, at least 2.
+        window: number K of perturbed steps between judgements, at least 1; the larger, the finer the disorder.
         threshold: disorder below (or above) which a scale is frozen, from 0 to 1.
         quantile: freeze this fraction of the scales instead, those of the lowest (highest) disorder; ``threshold``
             then has no effect.
@@ -189,7 +189,7 @@ class RandomFreeze(_Windowed):
     """Freeze a random fraction of the scale elements, drawn anew for every window: what any freezing at all does.
 
     Args:
-        window: number of perturbed steps between draws, at least 2.
+        window: number of perturbed steps between draws, at least 1.
         fraction: of the elements, from 0 to 1.
         seed: of the draws, at least 0, which no other random state enters: all ranks, and a resumed run,
             draw the same.
@@ -222,7 +222,7 @@ class ConflictFreeze(_Windowed):
     """Freeze the scales whose two gradients had different signs in more than ``threshold`` of the steps.
 
     Args:
-        window: number of perturbed steps between judgements, at least 2.
+        window: number of perturbed steps between judgements, at least 1.
         threshold: conflict above which a scale is frozen, from 0 to 1.
         freeze: what is frozen, as in :class:`DisorderFreeze`.
 
@@ -249,7 +249,7 @@ class OppositionFreeze(_Windowed):
     Low disorder alone does not mean conflict: g_smooth may push the same way. This asks for the conflict itself.
 
     Args:
-        window: number of perturbed steps between judgements, at least 2.
+        window: number of perturbed steps between judgements, at least 1.
         threshold: disorder of g_task below which an opposed scale is frozen, from 0 to 1.
         freeze: what is frozen, as in :class:`DisorderFreeze`.
 
@@ -275,7 +275,7 @@ class AlternateFreeze(_Windowed):
     """Freeze every scale in every other window, from the second on: alternating updates, whatever the gradients say.
 
     Args:
-        window: number of perturbed steps in a window, at least 2.
+        window: number of perturbed steps in a window, at least 1.
         freeze: what is frozen, as in :class:`DisorderFreeze`.
 
     Example:

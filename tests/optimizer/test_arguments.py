@@ -1,0 +1,129 @@
+"""Construction and misuse: what is refused, in which words, and what is warned of."""
+
+import pytest
+import torch
+from torch import nn
+
+from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, quantize_model
+from networks import cnn
+from training import BASES, X, closure_of, linear, quantized_cnn, train
+
+
+def test_an_optimizer_built_before_the_swap_is_an_error():
+    model = cnn()
+    base = BASES["adam"](model.parameters())
+    quantized = quantize_model(model, calibration=X, inplace=True)
+    with pytest.raises(ValueError, match=r"does not train the scale '0\.\w+_quantizer\.lsq_log_scale': build it after"):
+        GAQATOptimizer(base, quantized)
+
+
+def test_a_scale_that_no_group_trains_is_refused_from_the_start():
+    model = quantized_cnn()
+    *others, last = model.parameters()
+    with pytest.raises(ValueError, match=r"does not train the scale '8\.input_quantizer\.lsq_log_scale'"):
+        GAQATOptimizer(torch.optim.SGD(others, lr=0.1), model)
+    base = torch.optim.SGD(others, lr=0.1)
+    base.add_param_group({"params": [last]})
+    assert len(GAQATOptimizer(base, model).scale_report()) == 6
+
+
+def test_a_scale_that_the_user_fixed_is_no_error():
+    model = quantized_cnn()
+    model[0].weight_quantizer.raw_scale.requires_grad_(False)
+    base = BASES["adam"](p for p in model.parameters() if p.requires_grad)
+    optimizer = GAQATOptimizer(base, model)
+    assert "0.weight_quantizer.lsq_log_scale" not in [r.name for r in optimizer.scale_report()]
+
+
+def test_other_missing_parameters_are_one_warning_that_lists_them():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with pytest.warns(UserWarning, match=r"does not train these parameters of the model: 0\.weight, 0\.bias") as caught:
+        GAQATOptimizer(torch.optim.SGD(model[1].parameters(), lr=0.1), model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"base": torch.optim.SGD}, TypeError, "base must be an instance"),
+        ({"model": "net"}, TypeError, r"model must be the nn\.Module"),
+        ({"perturbation": 0.05}, TypeError, "perturbation must be one such as SAGM"),
+        ({"freezing": 100}, TypeError, "freezing must be a policy"),
+        ({"perturbation": SAM(), "freezing": DisorderFreeze(freeze="task")}, ValueError, "has no effect under SAM"),
+        ({"interval": 0}, ValueError, "interval must be an integer >= 1"),
+        ({"scales": lambda name, p: False}, ValueError, "scales matches none"),
+        ({"scales": [nn.Parameter(torch.zeros(1))]}, ValueError, "are no parameters of the model"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, words):
+    model, base = linear(2, 1)
+    arguments = {"base": base, "model": model, **change}
+    with pytest.raises(error, match=words):
+        GAQATOptimizer(arguments.pop("base"), arguments.pop("model"), **arguments)
+
+
+def test_scales_of_other_libraries_are_found_by_name_or_identity():
+    model, base = linear(2, 1)
+    for scales in (lambda name, p: name == "bias", [model.bias]):
+        assert [r.name for r in GAQATOptimizer(base, model, scales=scales).scale_report()] == ["bias"]
+
+
+def test_misuse_is_explained_and_harmless():
+    model, base = linear(2, 1)
+    optimizer = GAQATOptimizer(base, model)
+    with pytest.raises(RuntimeError, match="has a gradient: the first backward"), optimizer.perturbed():
+        pytest.fail("the block must not run")
+    with pytest.raises(RuntimeError, match="a closure must call backward"):
+        optimizer.step(lambda: model(torch.ones(1, 2)).sum())
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ValueError, match="grad_scale must be positive"), optimizer.perturbed(grad_scale=0.0):
+        pytest.fail("the block must not run")
+    with pytest.raises(RuntimeError, match=r"perturbed\(\) inside"), optimizer.perturbed(), optimizer.perturbed():
+        pytest.fail("the block must not run")
+    with pytest.raises(RuntimeError, match=r"step\(\) inside"), optimizer.perturbed():
+        optimizer.step()
+    assert model.weight.grad.tolist() == [[1, 1]]
+    with optimizer.perturbed():
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+def test_sparse_gradients_are_refused_by_name():
+    model = nn.Sequential(nn.Embedding(5, 2, sparse=True))
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is sparse"), optimizer.perturbed():
+        pytest.fail("the block must not run")
+
+
+def test_a_loop_that_never_makes_a_second_pass_is_told_so_once():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model)
+
+    def steps(count):
+        for _ in range(count):
+            closure_of(model, optimizer)()
+            optimizer.step()
+
+    steps(19)
+    train(model, optimizer, 1)  # two passes: the count begins again
+    steps(19)  # a few are somebody's intention
+    with pytest.warns(UserWarning, match="20 steps in a row had no second pass: they were steps of SGD alone") as seen:
+        steps(1)
+    assert seen[0].filename == __file__
+    steps(25)
+
+
+def test_steps_of_an_interval_are_due_no_second_pass():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, interval=50)
+    train(model, optimizer, 1)
+    for _ in range(30):
+        closure_of(model, optimizer)()
+        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer._run.steps = 0
+    for _ in range(30):
+        optimizer.step()  # as distributed checkpoints do

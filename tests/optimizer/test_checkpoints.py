@@ -1,0 +1,94 @@
+"""Checkpoints: runs that are resumed, state dicts of the base alone, names for ids, what does not fit."""
+
+import copy
+
+import pytest
+import torch
+
+from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
+from networks import cnn
+from training import BASES, X, assert_same, every_base, quantized_cnn, tensors, through_a_file, train
+
+
+@every_base
+def test_a_run_resumed_from_a_file_gives_the_same_bits(base, tmp_path):
+    settings = {"perturbation": SAGM(0.3), "freezing": DisorderFreeze(4, 0.6), "interval": 2}
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES[base](model.parameters()), model, **settings)
+    train(model, optimizer, 11)  # in the middle of a window and of an interval
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint")
+    train(model, optimizer, 9)
+
+    resumed = quantize_model(cnn(), QuantConfig(3, 3, weight_granularity="tensor"))
+    again = GAQATOptimizer(BASES[base](resumed.parameters()), resumed, **settings)
+    checkpoint = torch.load(tmp_path / "checkpoint", weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    again.load_state_dict(checkpoint["optimizer"])
+    train(resumed, again, 9)
+    assert_same(tensors(model), tensors(resumed))
+    assert repr(optimizer.scale_report()) == repr(again.scale_report())
+    assert any(r.frozen for r in again.scale_report())
+
+
+def test_run_time_state_stays_out_of_the_base_and_ids_may_be_names():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["adam"](model.parameters()), model, freezing=DisorderFreeze(2, 0.9))
+    saved = optimizer.state_dict()  # before the first step, when Adam's state must be empty
+    assert not optimizer.base.state
+    optimizer.load_state_dict(saved)
+    assert all(len(s) == 0 for s in optimizer.base.state.values())
+    train(model, optimizer, 3)
+    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} for s in optimizer.base.state.values())
+    assert all("gaqat" not in key for group in optimizer.param_groups for key in group)
+    saved = copy.deepcopy(optimizer.state_dict())
+    # As a distributed checkpoint hands them back: names for ids.
+    names = {i: name for i, (name, _) in enumerate(model.named_parameters())}
+    renamed = {
+        "state": {names[i]: s for i, s in saved["state"].items()},
+        "param_groups": [{**g, "params": [names[i] for i in g["params"]]} for g in saved["param_groups"]],
+    }
+    other = copy.deepcopy(model)
+    fresh = GAQATOptimizer(BASES["adam"](other.parameters()), other, freezing=DisorderFreeze(2, 0.9))
+    fresh.load_state_dict(state_dict=renamed)
+    train(model, optimizer, 3)
+    train(other, fresh, 3)
+    assert_same(tensors(model), tensors(other))
+
+
+def test_a_checkpoint_of_the_base_alone_starts_with_nothing_frozen():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["adam"](model.parameters()), model, freezing=DisorderFreeze(2, 0.9))
+    train(model, optimizer, 4)
+    assert any(r.frozen for r in optimizer.scale_report())
+    optimizer.load_state_dict(optimizer.base.state_dict())
+    assert not any(r.frozen for r in optimizer.scale_report())
+    assert optimizer.perturbs
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["adam"](model.parameters()), model, freezing=DisorderFreeze(2, 0.9))
+    train(model, optimizer, 3)
+    before = repr(optimizer.state_dict())
+    torch.manual_seed(0)
+    per_channel = quantize_model(cnn(), QuantConfig(3, 3), calibration=X)
+    wrong_shape = GAQATOptimizer(BASES["adam"](per_channel.parameters()), per_channel).state_dict()
+    with pytest.raises(ValueError, match=r"freezing state of shape \(\d+, 8\) for '0.weight_quantizer.lsq_log_scale'"):
+        optimizer.load_state_dict(wrong_shape)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["params"] = saved["param_groups"][0]["params"][:-1]
+    with pytest.raises(ValueError, match=r"has no freezing state for '8\.input_quantizer\.lsq_log_scale'"):
+        optimizer.load_state_dict(saved)
+    assert repr(optimizer.state_dict()) == before
+
+
+def test_state_moves_to_another_precision_with_the_model():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=1e-2), model, freezing=DisorderFreeze(2, 0.9))
+    train(model, optimizer, 3)
+    wide = copy.deepcopy(model).double()
+    again = GAQATOptimizer(torch.optim.Adam(wide.parameters(), lr=1e-2), wide, freezing=DisorderFreeze(2, 0.9))
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert repr(again.scale_report()) == repr(optimizer.scale_report())
+    train(wide, again, 2, X.double())
+    assert all(state["exp_avg"].dtype == torch.float64 for state in again.state.values())
