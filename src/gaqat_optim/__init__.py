@@ -2,6 +2,7 @@
 
 from .deploy.convert import convert
 from .deploy.onnx import export_onnx
+from .deploy.packing import load_packed, save_packed
 from .deploy.report import ExportReport
 from .freezing import (
     AlternateFreeze,
@@ -43,10 +44,12 @@ __all__ = [
     "ScaleRecord",
     "convert",
     "export_onnx",
+    "load_packed",
     "lsq_quantize",
     "param_groups",
     "plot_conflict",
     "quantization_disabled",
     "quantization_summary",
     "quantize_model",
+    "save_packed",
 ]

@@ -1,0 +1,373 @@
+"""``save_packed`` and ``load_packed``: a converted network in one file, its weights in as many bits as were trained."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..quant.attention import disable_fast_paths
+from ..quant.config import LayerConfig
+from ..quant.modules import QUANTIZED, QuantizedModule
+from .convert import convert
+from .layers import DEPLOYED, ActivationCodes, DeployLayer
+from .packed_file import Stored, read, write
+
+_PARTS = ("codes", "weight_scale", "float_weight", "bias_codes", "float_bias")
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+_NOTHING = LayerConfig(None, None, "tensor", "auto", None, "mse", "log")
+_OTHER = "The file was saved from another architecture"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What the file says of a deployed layer beside its tensors; several names are those of one layer used as often."""
+
+    names: list[str]
+    kind: str
+    weight_bits: int | None
+    shift: int
+    folded: bool
+    input_quantizer: dict[str, Any] | None
+    output_quantizer: dict[str, Any] | None
+    geometry: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """A file that was read: its layers, the modules that do nothing (folded BatchNorms among them), its tensors."""
+
+    layers: list[_Layer]
+    identities: list[str]
+    tensors: list[Stored]
+
+    @classmethod
+    def of(cls, target: Path) -> _Contents:
+        settings, tensors = read(target)
+        try:
+            layers = [_Layer(**entry) for entry in settings["layers"]]
+            return cls(layers, [str(name) for name in settings["identities"]], tensors)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{str(target)!r} is not as save_packed writes files: {error}") from error
+
+
+def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Write a quantized network to one file in which a weight costs as many bits as it was trained with.
+
+    The codes of a layer's weight are stored as bit planes (``deploy.bits``), without the shift that
+    :func:`~gaqat_optim.convert` gives them in 8 bits. Everything else, scales and int32 biases and what is not
+    quantized, is stored as it stands in memory, to the bit; tensors that are shared are stored once. The settings of
+    all layers are in the file too. The code of the network is not: :func:`load_packed` takes it from a network of the
+    same architecture. Equal networks give equal files.
+
+    Args:
+        model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set, or one from
+            :func:`~gaqat_optim.convert`. It stays as it is.
+        path: where the file goes. It appears when it is complete: a failure leaves what was there before.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the model cannot be converted, was changed after it was, or has something that no file holds: a
+            sparse tensor, one without data, extra state.
+        OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from gaqat_optim import QuantConfig, quantize_model
+        >>> net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+        >>> config = QuantConfig(3, 8, first_last_bits="same")
+        >>> x = torch.rand(16, 256)
+        >>> quantized = quantize_model(net, config, calibration=x)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save_packed(quantized, f"{folder}/net.packed")
+        ...     loaded = load_packed(net, f"{folder}/net.packed")
+        >>> torch.equal(loaded(x), convert(quantized)(x)), size < 4 * 256 * 256 / 9
+        (True, True)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save_packed takes a model from quantize_model or convert, got {type(model).__name__}")
+    target = _file(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {str(target)!r} does not exist")
+    deployed = model if any(isinstance(m, DeployLayer) for m in model.modules()) else convert(model)
+    layers = _layers(deployed)
+    tensors = []
+    packed = {_join(n, "codes"): (x.weight_bits, x.shift) for x in layers if x.weight_bits is not None for n in x.names}
+    for names, v in _tensors(deployed):
+        bits, shift = packed.get(names[0], (None, 0))
+        tensors.append(Stored(names, v, bits, shift))
+    settings = {
+        "model": type(deployed).__name__,
+        "layers": [asdict(layer) for layer in layers],
+        "identities": [name for name, module in _modules(deployed) if type(module) is nn.Identity],
+    }
+    return write(target, settings, tensors)
+
+
+def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Read a file of :func:`save_packed`, exactly: the network computes what the saved one does, bit for bit.
+
+    Nothing in the file is executed: it is JSON and numbers, and is checked against its SHA-256 before any of it is
+    used. That finds damage, not malice: who can write the file can write other weights, and their checksum.
+
+    The file is mapped into memory instead of being read into it, so a large one is there once, as the network's
+    tensors. These are copies and no views of the file, because bit planes have to be unpacked into int8.
+
+    Args:
+        model: a network of the same architecture, in floating point or from :func:`~gaqat_optim.quantize_model`, with
+            whatever values; on the meta device, if you like. It stays as it is. What the file does not hold comes from
+            it: the code, plain attributes such as a BatchNorm's eps, hooks, and on which device each tensor is (the
+            CPU, for one on the meta device).
+        path: the file.
+
+    Returns:
+        The network that :func:`~gaqat_optim.convert` made, or would have made, of the saved one: a new one, in
+        evaluation mode and without gradients.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the file is none of :func:`save_packed`, is of another version of the format, or damaged, or was
+            saved from another architecture; or ``model`` is converted already.
+        OSError: there is no such file, or it is a folder, or cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from gaqat_optim import quantize_model
+        >>> quantized = quantize_model(nn.Sequential(nn.Linear(8, 4)), calibration=torch.rand(16, 8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save_packed(quantized, f"{folder}/net.packed")
+        ...     print(load_packed(nn.Sequential(nn.Linear(8, 4)), f"{folder}/net.packed"))
+        Sequential(
+          (0): DeployLinear(
+            8-bit weight (4, 8) per channel, int32 bias, sums in float32
+            (input_quantizer): ActivationCodes(8 bits, unsigned, scale 0.0...)
+          )
+        )
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_packed takes the float network, or one from quantize_model; got {type(model).__name__}")
+    if any(isinstance(module, DeployLayer) for module in model.modules()):
+        raise ValueError("the model is converted already: load_packed takes the float network, or the quantized one")
+    contents = _Contents.of(_file(path))
+    stored = {name: entry.tensor for entry in contents.tensors for name in entry.names}
+    originals = dict(_modules(model))
+    _check_modules(contents, originals, stored)
+    # A quantized layer in each place, as when the network was saved, and nowhere else.
+    result = _empty_copy(model)
+    named = dict(_modules(result))
+    places = {named[name] for layer in contents.layers for name in layer.names}
+    swapped: dict[nn.Module, nn.Module] = {}
+    for module in named.values():
+        if module in places and not isinstance(module, QuantizedModule):
+            swapped[module] = QUANTIZED[type(module)].from_float(module, _NOTHING)
+        elif module not in places and isinstance(module, QuantizedModule):
+            swapped[module] = _as_float(module)
+    result = _swap(result, swapped)
+    disable_fast_paths(result)
+    # Now the deployed layers, which take the geometry and the hooks of those.
+    named = dict(_modules(result))
+    swapped = {named[name]: nn.Identity() for name in contents.identities if type(named[name]) is not nn.Identity}
+    for layer in contents.layers:
+        device = _device(originals[layer.names[0]].weight)
+        deployed = _deployed(layer, named[layer.names[0]], stored, device)
+        for name in layer.names:
+            if swapped.setdefault(named[name], deployed) is not deployed:
+                raise ValueError(f"{name!r} is another layer under another name in the network. {_OTHER}")
+    result = _swap(result, swapped)
+    _fill(result, contents, {name: v for names, v in _tensors(model) for name in names})
+    return result.eval().requires_grad_(False)
+
+
+# -- what is in a network ----------------------------------------------------------------------------------------------
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules, by all their names."""
+    return list(model.named_modules(remove_duplicate=False))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """All parameters and buffers, each once with all its names, but for the unit, which follows from the scales."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for prefix, module in _modules(model):
+        for name, v in [*module._parameters.items(), *module._buffers.items()]:
+            if v is not None and not (isinstance(module, DeployLayer) and name == "unit"):
+                found.setdefault(id(v), ([], v))[0].append(_join(prefix, name))
+    return list(found.values())
+
+
+def _layers(deployed: nn.Module) -> list[_Layer]:
+    """The deployed layers; raises for what the file would not hold."""
+    found: dict[DeployLayer, list[str]] = {}
+    for name, module in _modules(deployed):
+        if isinstance(module, QuantizedModule):
+            raise ValueError(
+                f"{name!r} is quantized and not converted, beside layers that are: convert the whole model"
+            )
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{name!r} has extra state ({type(module).__name__}.get_extra_state), which no file holds")
+        if isinstance(module, DeployLayer):
+            found.setdefault(module, []).append(name)
+    return [_described(layer, names) for layer, names in found.items()]
+
+
+def _described(layer: DeployLayer, names: list[str]) -> _Layer:
+    activation = layer.input_quantizer
+    if layer.unit is not None and activation is not None and layer.weight_scale is not None:
+        unit = activation.scale * layer.weight_scale
+        if layer.unit.dtype != unit.dtype or not torch.equal(layer.unit, unit):
+            raise ValueError(
+                f"{names[0]!r} was changed after convert (by a cast to another dtype?): the unit of its sums is no "
+                "longer the product of its scales"
+            )
+    return _Layer(
+        names,
+        type(layer).__name__,
+        layer.weight_bits,
+        layer.shift,
+        layer.folded,
+        _settings(activation),
+        _settings(layer.output_quantizer),
+        _geometry(layer),
+    )
+
+
+def _settings(quantizer: ActivationCodes | None) -> dict[str, Any] | None:
+    return None if quantizer is None else {name: getattr(quantizer, name) for name in ("bits", "signed", "name")}
+
+
+def _geometry(layer: nn.Module) -> dict[str, Any]:
+    """What the layer's operation needs beside its operands, as JSON has it."""
+    values = {name: getattr(layer, name) for name in _GEOMETRY if hasattr(layer, name)}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+# -- from a float or quantized network to the one in the file ----------------------------------------------------------
+
+
+def _check_modules(contents: _Contents, modules: dict[str, nn.Module], stored: dict[str, Tensor]) -> None:
+    """Raise where the network has another module than the one that was saved under a name."""
+    for layer in contents.layers:
+        for name in layer.names:
+            module: Any = modules.get(name)
+            kind = type(module) if isinstance(module, QuantizedModule) else QUANTIZED.get(type(module))
+            deployed = DEPLOYED.get(kind) if kind is not None else None
+            if deployed is None or deployed.__name__ != layer.kind:
+                found = "no module" if module is None else f"a {type(module).__name__}"
+                raise ValueError(f"{name!r} is {found} in the network and a {layer.kind} in the file. {_OTHER}")
+            parts = _parts(layer, stored)
+            weight = parts["codes"] if "codes" in parts else parts["float_weight"]
+            if module.weight.shape != weight.shape:
+                shapes = f"{tuple(module.weight.shape)} in the network and {tuple(weight.shape)} in the file"
+                raise ValueError(f"{name!r} has a weight of shape {shapes}. {_OTHER}")
+            if _geometry(module) != layer.geometry:
+                geometries = f"{_geometry(module)} in the network and {layer.geometry} in the file"
+                raise ValueError(f"{name!r} has {geometries}. {_OTHER}")
+            if not layer.folded and (module.bias is None) == ("bias_codes" in parts or "float_bias" in parts):
+                where = "the file" if module.bias is None else "the network"
+                raise ValueError(f"{name!r} has a bias only in {where}. {_OTHER}")
+    for name in contents.identities:
+        if not isinstance(modules.get(name), nn.Identity | _BatchNorm):
+            found = "no module" if name not in modules else f"a {type(modules[name]).__name__}"
+            raise ValueError(
+                f"{name!r} is {found} in the network, and nothing or a folded BatchNorm in the file. {_OTHER}"
+            )
+
+
+def _empty_copy(model: nn.Module) -> nn.Module:
+    """A copy in which each tensor is an empty one of its own, to be filled: values are not copied to be replaced."""
+    memo: dict[int, Any] = {}
+    for _, v in _tensors(model):
+        empty = torch.empty(0, dtype=v.dtype, device=_device(v))
+        memo[id(v)] = nn.Parameter(empty, requires_grad=False) if isinstance(v, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _device(v: Any) -> torch.device:
+    """Where the tensor that takes the place of ``v`` goes."""
+    device: torch.device = v.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _as_float(module: QuantizedModule) -> nn.Module:
+    """The layer that a quantized one was made from."""
+    kind = next(kind for kind, quantized in QUANTIZED.items() if quantized is type(module))
+    layer = kind.__new__(kind)
+    layer.__dict__ = {k: v for k, v in vars(module).items() if not k.endswith("_quantizer")}
+    layer._modules = {k: v for k, v in module._modules.items() if not k.endswith("_quantizer")}
+    return layer
+
+
+def _swap(model: nn.Module, swapped: dict[nn.Module, nn.Module]) -> nn.Module:
+    for parent in [*model.modules(), *swapped.values()]:
+        for slot, child in parent._modules.items():
+            if child in swapped:
+                parent._modules[slot] = swapped[child]
+    return swapped.get(model, model)
+
+
+def _parts(layer: _Layer, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {part: _join(layer.names[0], part) for part in _PARTS}
+    return {part: stored[name] for part, name in names.items() if name in stored}
+
+
+def _deployed(layer: _Layer, source: nn.Module, stored: dict[str, Tensor], device: torch.device) -> DeployLayer:
+    assert isinstance(source, QuantizedModule)
+    parts: dict[str, Any] = {part: v.to(device) for part, v in _parts(layer, stored).items()}
+    for kind in ("input_quantizer", "output_quantizer"):
+        settings = getattr(layer, kind)
+        if settings is not None:
+            scale = stored[_join(layer.names[0], f"{kind}.scale")].to(device)
+            parts[kind] = ActivationCodes(scale, **settings)
+    deployed = DEPLOYED[type(source)](
+        source, weight_bits=layer.weight_bits, shift=layer.shift, folded=layer.folded, **parts
+    )
+    for registry in vars(source):
+        if registry.startswith("_forward_"):
+            setattr(deployed, registry, getattr(source, registry))
+    return deployed
+
+
+def _fill(result: nn.Module, contents: _Contents, originals: dict[str, Tensor]) -> None:
+    """Give every tensor outside of the deployed layers its values, and see that none is missing or left over."""
+    empty = {name: v for names, v in _tensors(result) for name in names}
+    stored = {name for entry in contents.tensors for name in entry.names}
+    for name in empty:
+        if name not in stored:
+            raise ValueError(f"the file has no entry for {name!r}, which the network has. {_OTHER}")
+    filled: set[int] = set()
+    for entry in contents.tensors:
+        v, targets = entry.tensor, dict[int, tuple[str, Tensor]]()
+        for name in entry.names:
+            if name not in empty:
+                raise ValueError(f"the file has an entry for {name!r}, which the network does not have. {_OTHER}")
+            if name in originals:
+                targets[id(empty[name])] = name, empty[name]
+                if originals[name].shape != v.shape:
+                    shapes = f"{tuple(originals[name].shape)} in the network and {tuple(v.shape)} in the file"
+                    raise ValueError(f"{name!r} has the shape {shapes}. {_OTHER}")
+        for key, (name, target) in targets.items():
+            if key in filled:
+                raise ValueError(f"{name!r} is another tensor under another name in the network. {_OTHER}")
+            filled.add(key)
+            target.data = v.to(target.device)
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{str(target)!r} is a folder: path must name a file")
+    return target
