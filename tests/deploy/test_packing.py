@@ -472,6 +472,7 @@ CHANGES = {
     "no such layer": lambda h: h["layers"][0].update(names=["7"]),
     "no such norm": lambda h: h["identities"].append("7"),
     "a layer for a norm": lambda h: h["identities"].append("0"),
+    **{f"no tensor {i}": lambda h, i=i: h["tensors"].pop(i) for i in range(4)},
 }
 
 

@@ -1,5 +1,7 @@
 """Construction and misuse: what is refused, in which words, and what is warned of."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -119,11 +121,17 @@ def test_steps_of_an_interval_are_due_no_second_pass():
     model = quantized_cnn()
     optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, interval=50)
     train(model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            closure_of(model, optimizer)()
+            optimizer.step()
+    assert (optimizer._run.steps, optimizer._run.without) == (31, 0)
+
+
+def test_steps_at_rate_zero_that_distributed_checkpoints_make_do_not_count():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model)
     for _ in range(30):
-        closure_of(model, optimizer)()
         optimizer.step()
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer._run.steps = 0
-    for _ in range(30):
-        optimizer.step()  # as distributed checkpoints do
+    assert (optimizer._run.steps, optimizer._run.without) == (0, 0)

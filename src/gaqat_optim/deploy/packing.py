@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..quant.attention import disable_fast_paths
 from ..quant.config import LayerConfig
 from ..quant.modules import QUANTIZED, QuantizedModule
+from .contents import Contents, PackedLayer, geometry, join, layers_of, modules_of, parts_of, tensors_of
 from .convert import convert
 from .layers import DEPLOYED, ActivationCodes, DeployLayer
-from .packed_file import Stored, read, write
+from .packed_file import Stored, write
 
-_PARTS = ("codes", "weight_scale", "float_weight", "bias_codes", "float_bias")
-_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _NOTHING = LayerConfig(None, None, "tensor", "auto", None, "mse", "log")
 _OTHER = "The file was saved from another architecture"
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What the file says of a deployed layer beside its tensors; several names are those of one layer used as often."""
-
-    names: list[str]
-    kind: str
-    weight_bits: int | None
-    shift: int
-    folded: bool
-    input_quantizer: dict[str, Any] | None
-    output_quantizer: dict[str, Any] | None
-    geometry: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """A file that was read: its layers, the modules that do nothing (folded BatchNorms among them), its tensors."""
-
-    layers: list[_Layer]
-    identities: list[str]
-    tensors: list[Stored]
-
-    @classmethod
-    def of(cls, target: Path) -> _Contents:
-        settings, tensors = read(target)
-        try:
-            layers = [_Layer(**entry) for entry in settings["layers"]]
-            return cls(layers, [str(name) for name in settings["identities"]], tensors)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{str(target)!r} is not as save_packed writes files: {error}") from error
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -99,16 +66,16 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder of {str(target)!r} does not exist")
     deployed = model if any(isinstance(m, DeployLayer) for m in model.modules()) else convert(model)
-    layers = _layers(deployed)
+    layers = layers_of(deployed)
     tensors = []
-    packed = {_join(n, "codes"): (x.weight_bits, x.shift) for x in layers if x.weight_bits is not None for n in x.names}
-    for names, v in _tensors(deployed):
+    packed = {join(n, "codes"): (x.weight_bits, x.shift) for x in layers if x.weight_bits is not None for n in x.names}
+    for names, v in tensors_of(deployed):
         bits, shift = packed.get(names[0], (None, 0))
         tensors.append(Stored(names, v, bits, shift))
     settings = {
         "model": type(deployed).__name__,
         "layers": [asdict(layer) for layer in layers],
-        "identities": [name for name, module in _modules(deployed) if type(module) is nn.Identity],
+        "identities": [name for name, module in modules_of(deployed) if type(module) is nn.Identity],
     }
     return write(target, settings, tensors)
 
@@ -157,13 +124,13 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise TypeError(f"load_packed takes the float network, or one from quantize_model; got {type(model).__name__}")
     if any(isinstance(module, DeployLayer) for module in model.modules()):
         raise ValueError("the model is converted already: load_packed takes the float network, or the quantized one")
-    contents = _Contents.of(_file(path))
+    contents = Contents.of(_file(path))
     stored = {name: entry.tensor for entry in contents.tensors for name in entry.names}
-    originals = dict(_modules(model))
+    originals = dict(modules_of(model))
     _check_modules(contents, originals, stored)
     # A quantized layer in each place, as when the network was saved, and nowhere else.
     result = _empty_copy(model)
-    named = dict(_modules(result))
+    named = dict(modules_of(result))
     places = {named[name] for layer in contents.layers for name in layer.names}
     swapped: dict[nn.Module, nn.Module] = {}
     for module in named.values():
@@ -174,7 +141,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     result = _swap(result, swapped)
     disable_fast_paths(result)
     # Now the deployed layers, which take the geometry and the hooks of those.
-    named = dict(_modules(result))
+    named = dict(modules_of(result))
     swapped = {named[name]: nn.Identity() for name in contents.identities if type(named[name]) is not nn.Identity}
     for layer in contents.layers:
         device = _device(originals[layer.names[0]].weight)
@@ -183,82 +150,14 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             if swapped.setdefault(named[name], deployed) is not deployed:
                 raise ValueError(f"{name!r} is another layer under another name in the network. {_OTHER}")
     result = _swap(result, swapped)
-    _fill(result, contents, {name: v for names, v in _tensors(model) for name in names})
+    _fill(result, contents, {name: v for names, v in tensors_of(model) for name in names})
     return result.eval().requires_grad_(False)
-
-
-# -- what is in a network ----------------------------------------------------------------------------------------------
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules, by all their names."""
-    return list(model.named_modules(remove_duplicate=False))
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """All parameters and buffers, each once with all its names, but for the unit, which follows from the scales."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
-    for prefix, module in _modules(model):
-        for name, v in [*module._parameters.items(), *module._buffers.items()]:
-            if v is not None and not (isinstance(module, DeployLayer) and name == "unit"):
-                found.setdefault(id(v), ([], v))[0].append(_join(prefix, name))
-    return list(found.values())
-
-
-def _layers(deployed: nn.Module) -> list[_Layer]:
-    """The deployed layers; raises for what the file would not hold."""
-    found: dict[DeployLayer, list[str]] = {}
-    for name, module in _modules(deployed):
-        if isinstance(module, QuantizedModule):
-            raise ValueError(
-                f"{name!r} is quantized and not converted, beside layers that are: convert the whole model"
-            )
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise ValueError(f"{name!r} has extra state ({type(module).__name__}.get_extra_state), which no file holds")
-        if isinstance(module, DeployLayer):
-            found.setdefault(module, []).append(name)
-    return [_described(layer, names) for layer, names in found.items()]
-
-
-def _described(layer: DeployLayer, names: list[str]) -> _Layer:
-    activation = layer.input_quantizer
-    if layer.unit is not None and activation is not None and layer.weight_scale is not None:
-        unit = activation.scale * layer.weight_scale
-        if layer.unit.dtype != unit.dtype or not torch.equal(layer.unit, unit):
-            raise ValueError(
-                f"{names[0]!r} was changed after convert (by a cast to another dtype?): the unit of its sums is no "
-                "longer the product of its scales"
-            )
-    return _Layer(
-        names,
-        type(layer).__name__,
-        layer.weight_bits,
-        layer.shift,
-        layer.folded,
-        _settings(activation),
-        _settings(layer.output_quantizer),
-        _geometry(layer),
-    )
-
-
-def _settings(quantizer: ActivationCodes | None) -> dict[str, Any] | None:
-    return None if quantizer is None else {name: getattr(quantizer, name) for name in ("bits", "signed", "name")}
-
-
-def _geometry(layer: nn.Module) -> dict[str, Any]:
-    """What the layer's operation needs beside its operands, as JSON has it."""
-    values = {name: getattr(layer, name) for name in _GEOMETRY if hasattr(layer, name)}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 # -- from a float or quantized network to the one in the file ----------------------------------------------------------
 
 
-def _check_modules(contents: _Contents, modules: dict[str, nn.Module], stored: dict[str, Tensor]) -> None:
+def _check_modules(contents: Contents, modules: dict[str, nn.Module], stored: dict[str, Tensor]) -> None:
     """Raise where the network has another module than the one that was saved under a name."""
     for layer in contents.layers:
         for name in layer.names:
@@ -268,13 +167,13 @@ def _check_modules(contents: _Contents, modules: dict[str, nn.Module], stored: d
             if deployed is None or deployed.__name__ != layer.kind:
                 found = "no module" if module is None else f"a {type(module).__name__}"
                 raise ValueError(f"{name!r} is {found} in the network and a {layer.kind} in the file. {_OTHER}")
-            parts = _parts(layer, stored)
+            parts = parts_of(layer, stored)
             weight = parts["codes"] if "codes" in parts else parts["float_weight"]
             if module.weight.shape != weight.shape:
                 shapes = f"{tuple(module.weight.shape)} in the network and {tuple(weight.shape)} in the file"
                 raise ValueError(f"{name!r} has a weight of shape {shapes}. {_OTHER}")
-            if _geometry(module) != layer.geometry:
-                geometries = f"{_geometry(module)} in the network and {layer.geometry} in the file"
+            if geometry(module) != layer.geometry:
+                geometries = f"{geometry(module)} in the network and {layer.geometry} in the file"
                 raise ValueError(f"{name!r} has {geometries}. {_OTHER}")
             if not layer.folded and (module.bias is None) == ("bias_codes" in parts or "float_bias" in parts):
                 where = "the file" if module.bias is None else "the network"
@@ -290,7 +189,7 @@ def _check_modules(contents: _Contents, modules: dict[str, nn.Module], stored: d
 def _empty_copy(model: nn.Module) -> nn.Module:
     """A copy in which each tensor is an empty one of its own, to be filled: values are not copied to be replaced."""
     memo: dict[int, Any] = {}
-    for _, v in _tensors(model):
+    for _, v in tensors_of(model):
         empty = torch.empty(0, dtype=v.dtype, device=_device(v))
         memo[id(v)] = nn.Parameter(empty, requires_grad=False) if isinstance(v, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
@@ -319,18 +218,13 @@ def _swap(model: nn.Module, swapped: dict[nn.Module, nn.Module]) -> nn.Module:
     return swapped.get(model, model)
 
 
-def _parts(layer: _Layer, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {part: _join(layer.names[0], part) for part in _PARTS}
-    return {part: stored[name] for part, name in names.items() if name in stored}
-
-
-def _deployed(layer: _Layer, source: nn.Module, stored: dict[str, Tensor], device: torch.device) -> DeployLayer:
+def _deployed(layer: PackedLayer, source: nn.Module, stored: dict[str, Tensor], device: torch.device) -> DeployLayer:
     assert isinstance(source, QuantizedModule)
-    parts: dict[str, Any] = {part: v.to(device) for part, v in _parts(layer, stored).items()}
+    parts: dict[str, Any] = {part: v.to(device) for part, v in parts_of(layer, stored).items()}
     for kind in ("input_quantizer", "output_quantizer"):
         settings = getattr(layer, kind)
         if settings is not None:
-            scale = stored[_join(layer.names[0], f"{kind}.scale")].to(device)
+            scale = stored[join(layer.names[0], f"{kind}.scale")].to(device)
             parts[kind] = ActivationCodes(scale, **settings)
     deployed = DEPLOYED[type(source)](
         source, weight_bits=layer.weight_bits, shift=layer.shift, folded=layer.folded, **parts
@@ -341,9 +235,9 @@ def _deployed(layer: _Layer, source: nn.Module, stored: dict[str, Tensor], devic
     return deployed
 
 
-def _fill(result: nn.Module, contents: _Contents, originals: dict[str, Tensor]) -> None:
+def _fill(result: nn.Module, contents: Contents, originals: dict[str, Tensor]) -> None:
     """Give every tensor outside of the deployed layers its values, and see that none is missing or left over."""
-    empty = {name: v for names, v in _tensors(result) for name in names}
+    empty = {name: v for names, v in tensors_of(result) for name in names}
     stored = {name for entry in contents.tensors for name in entry.names}
     for name in empty:
         if name not in stored:

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..optimizer import GAQATOptimizer
-
 
 class TwoPassTrainerMixin:
     """Makes a Hugging Face ``Trainer`` run the second pass of :class:`~gaqat_optim.GAQATOptimizer`.
@@ -21,6 +19,7 @@ class TwoPassTrainerMixin:
         Before the Trainer in the list of bases, and with the optimizer given:
 
         >>> import torch
+        >>> from gaqat_optim import GAQATOptimizer
         >>> class Trainer:  # from transformers import Trainer
         ...     def __init__(self, model, optimizers): ...
         >>> class TwoPassTrainer(TwoPassTrainerMixin, Trainer): ...
@@ -41,7 +40,7 @@ class TwoPassTrainerMixin:
         """Forward and backward for one micro-batch; after the last one of a step, the second pass over them all."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
-        if not isinstance(optimizer, GAQATOptimizer):
+        if not hasattr(optimizer, "perturbed"):
             raise TypeError(f"pass optimizers=(GAQATOptimizer(...), scheduler) to the Trainer, not {optimizer!r}")
         if self.accelerator.sync_gradients and optimizer.perturbs:
             scaler = self.accelerator.scaler
