@@ -209,7 +209,9 @@ def test_other_layers_and_inputs(case, tmp_path):
 def test_signed_narrow_codes_do_not_keep_a_convolution_from_the_integers(tmp_path):
     """Its input is unsigned, after a ReLU, and its output signed; onnxruntime wants one type for both."""
     x = images(16)
-    model = quantized(three_convolutions(), x, QuantConfig(4, 4, output_bits=5))
+    net = three_convolutions()
+    net[1] = nn.Hardswish()  # which no integer kernel contains
+    model = quantized(net, x, QuantConfig(4, 4, output_bits=5))
     assert model[0].output_quantizer.signed
     report = export_onnx(model, x, tmp_path / "net.onnx")
     assert report.integer_kernels == {"QLinearConv": 3, "QGemm": 1}

@@ -322,11 +322,13 @@ def test_what_is_several_in_the_file_and_one_in_the_network_is_refused(tmp_path)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_networks_of_other_dtypes(dtype, tmp_path):
     x = images(16).to(dtype)
-    model = quantize_model(randomize_norms(cnn()).to(dtype), QuantConfig(4, 4, output_bits=8), calibration=x)
+    net = nn.Sequential(nn.GroupNorm(1, 3), *cnn())  # The first one is not folded.
+    model = quantize_model(randomize_norms(net).to(dtype), QuantConfig(4, 4, output_bits=8), calibration=x)
     save_packed(model, tmp_path / "net")
     expected = convert(model)
     assert dtype in {v.dtype for v in tensors(expected).values()}
-    for target in (cnn().to(dtype), cnn()):
+    other = nn.Sequential(nn.GroupNorm(1, 3), *cnn())
+    for target in (other.to(dtype), copy.deepcopy(other).float()):
         loaded = load_packed(target, tmp_path / "net")
         assert identical(expected, loaded)
         assert torch.equal(run(loaded, x), run(expected, x))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gaqat_optim import LSQQuantizer
+from gaqat_optim.quant.modules import QuantizedModule
 
 
 def fake_quantize(v, scale, bits, signed, count):
@@ -118,7 +119,10 @@ def recompute(original, quantized, x, cotangent):
             names[name] = f"{name}.{parameter}"
     for name, layer in list(network.named_modules()):
         own = {key.rpartition(".")[2]: scale for key, scale in scales.items() if key.rpartition(".")[0] == name}
-        if own:
+        if own.keys() == {"output_quantizer"} and not isinstance(quantized.get_submodule(name), QuantizedModule):
+            # Behind a module that is no quantized layer: a norm, an activation, a block.
+            layer.register_forward_hook(lambda module, args, y, scale=own["output_quantizer"]: _of_activation(scale, y))
+        elif own:
             kind = attention_forward if isinstance(layer, nn.MultiheadAttention) else layer_forward
             layer.forward = kind(layer, own)
     fast = torch.backends.mha.get_fastpath_enabled()

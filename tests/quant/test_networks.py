@@ -165,7 +165,8 @@ def test_forward_and_backward_equal_the_oracle_s(name, config, request):
         expected, want = network_oracle.recompute(original, quantized, x, cotangent)
         assert scales <= want.keys()
         assert all(bool(g.isfinite().all()) for g in want.values())
-        assert all(bool(want[key].any()) for key in scales)
+        if training:  # In evaluation, by norms that were never trained, a signal can vanish on its way.
+            assert all(bool(want[key].any()) for key in scales)
         # In float64 both have the same codes, and differ by the order of their sums, in the last of 16 digits. Sums
         # that cancel, as that of a bias before BatchNorm does to nothing, lose digits: hence relative to the largest.
         largest = max(float(g.abs().max()) for g in want.values())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.modules import QuantizedModule
-from .layers import ActivationCodes, DeployLayer
+from .layers import ActivationCodes, DeployLayer, QuantizedValues
 from .packed_file import Stored, read
 
 _PARTS = ("codes", "weight_scale", "float_weight", "bias_codes", "float_bias")
@@ -32,10 +32,26 @@ class PackedLayer:
 
 
 @dataclass(frozen=True)
+class PackedOutput:
+    """What the file says of an output quantizer behind a module that is no deployed layer."""
+
+    names: list[str]
+    quantizer: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Contents:
-    """A file that was read: its layers, the modules that do nothing (folded BatchNorms among them), its tensors."""
+    """A file that was read.
+
+    Attributes:
+        layers: the deployed layers.
+        outputs: the output quantizers of other modules.
+        identities: the modules that do nothing, folded BatchNorms among them.
+        tensors: every tensor by name.
+    """
 
     layers: list[PackedLayer]
+    outputs: list[PackedOutput]
     identities: list[str]
     tensors: list[Stored]
 
@@ -44,11 +60,13 @@ class Contents:
         settings, tensors = read(target)
         try:
             layers = [PackedLayer(**entry) for entry in settings["layers"]]
+            outputs = [PackedOutput(**entry) for entry in settings["outputs"]]
             stored = {name for entry in tensors for name in entry.names}
-            missing = [name for layer in layers for name in _needed(layer) if name not in stored]
+            needed = [name for layer in layers for name in _needed(layer)] + [scale_name(output) for output in outputs]
+            missing = [name for name in needed if name not in stored]
             if missing:
                 raise KeyError(f"no entry for {', '.join(missing)}")
-            return cls(layers, [str(name) for name in settings["identities"]], tensors)
+            return cls(layers, outputs, [str(name) for name in settings["identities"]], tensors)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{str(target)!r} is not as save_packed writes files: {error}") from error
 
@@ -59,6 +77,11 @@ def _needed(layer: PackedLayer) -> list[str]:
     kinds = ("input_quantizer", "output_quantizer")
     parts += [f"{kind}.scale" for kind in kinds if getattr(layer, kind) is not None]
     return [join(layer.names[0], part) for part in parts]
+
+
+def scale_name(output: PackedOutput) -> str:
+    """The name of the scale of an output quantizer."""
+    return join(output.names[0], "output_quantizer.quantizer.scale")
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -94,6 +117,15 @@ def layers_of(deployed: nn.Module) -> list[PackedLayer]:
         if isinstance(module, DeployLayer):
             found.setdefault(module, []).append(name)
     return [_described(layer, names) for layer, names in found.items()]
+
+
+def outputs_of(deployed: nn.Module) -> list[PackedOutput]:
+    """The output quantizers of modules that are no deployed layers."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in modules_of(deployed):
+        if isinstance(module._modules.get("output_quantizer"), QuantizedValues):
+            found.setdefault(module, []).append(name)
+    return [PackedOutput(names, _settings(m.output_quantizer.quantizer) or {}) for m, names in found.items()]  # type: ignore[union-attr,arg-type]
 
 
 def _described(layer: DeployLayer, names: list[str]) -> PackedLayer:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.modules import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
+from ..quant.outputs import hooked_outputs, quantize_output
 from ..quant.quantizer import LSQQuantizer
-from .fold import Affine, following_norms
-from .layers import DEPLOYED, ActivationCodes, DeployLayer, largest_sum
+from .fold import Affine, BiasHook, following_norms
+from .layers import DEPLOYED, ActivationCodes, DeployLayer, QuantizedValues, largest_sum
 
 _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 # Deployed as floating-point tables of the quantized values: a lookup computes nothing that integers would speed up.
@@ -84,6 +85,10 @@ def convert(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     norms = following_norms(model)
     swapped: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in norms.values()}
+    for module in hooked_outputs(model):
+        if module not in swapped:
+            quantizer: Any = module.output_quantizer
+            swapped[quantizer] = QuantizedValues(_activation(quantizer, quantizer.name))
     with torch.no_grad():
         for name, module in model.named_modules():
             if type(module) in _TABLES:
@@ -113,11 +118,12 @@ def _check(model: nn.Module) -> None:
                 f"{shown!r}: there is no deployed form of {type(layer).__name__} yet. Leave it in floating point: "
                 f"quantize_model with exclude=({shown!r},)"
             )
-        for kind, quantizer in layer.quantizers():
-            _check_quantizer(f"{name}.{kind}" if name else kind, quantizer)
         for what, value in layer.named_parameters(recurse=False):
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{shown!r} has a {what} that is not finite")
+    for name, module in model.named_modules():
+        if isinstance(module, LSQQuantizer):
+            _check_quantizer(name, module)
 
 
 def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:
@@ -145,8 +151,13 @@ def _table(layer: Any) -> nn.Module:
 def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
     """The deployed form of ``layer``, with the BatchNorm ``norm`` folded in if there is one."""
     prefix = f"{name}." if name else ""
-    activation = _activation(layer.input_quantizer, f"{prefix}input_quantizer")
-    output = _activation(layer.output_quantizer, f"{prefix}output_quantizer")
+    activation = output = None
+    if layer.input_quantizer is not None:
+        activation = _activation(layer.input_quantizer, f"{prefix}input_quantizer")
+    if layer.output_quantizer is not None:
+        output = _activation(layer.output_quantizer, f"{prefix}output_quantizer")
+    elif norm is not None and quantize_output in norm._forward_hooks.values():
+        output = _activation(norm.output_quantizer, norm.output_quantizer.name)
     bias: Any = layer.bias
     bias = None if bias is None else bias.detach()
     gain = None
@@ -180,7 +191,10 @@ def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
     )
     for registry in vars(layer):
         if registry.startswith("_forward_"):  # Hooks stay with the layer.
-            setattr(deployed, registry, getattr(layer, registry))
+            hooks = getattr(layer, registry)
+            for key in [key for key, hook in hooks.items() if isinstance(hook, BiasHook)]:
+                del hooks[key]
+            setattr(deployed, registry, hooks)
     return deployed
 
 
@@ -188,9 +202,7 @@ def _float32(v: Tensor) -> Tensor:
     return v.to(torch.float32, copy=True)
 
 
-def _activation(quantizer: LSQQuantizer | None, name: str) -> ActivationCodes | None:
-    if quantizer is None:
-        return None
+def _activation(quantizer: LSQQuantizer, name: str) -> ActivationCodes:
     return ActivationCodes(_float32(quantizer.scale).reshape(()), quantizer.bits, bool(quantizer.signed), name)
 
 

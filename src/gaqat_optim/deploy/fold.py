@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedModule, QuantLinear
+from ..quant.outputs import quantize_output
+from ..quant.trace import trace
 
 # By exact type: a subclass may have a forward of its own.
 _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
@@ -20,6 +19,10 @@ _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
     QuantConv2d: nn.BatchNorm2d,
     QuantConv3d: nn.BatchNorm3d,
 }
+
+
+class BiasHook:
+    """Base of the hooks of ``rounded_biases``: folding and deployed layers have no need of them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def following_norms(model: nn.Module) -> dict[QuantizedModule, _BatchNorm]:
 
     The network is traced symbolically (``torch.fx``), for analysis alone. A pair is found where the output of a layer
     without output quantizer has one user, a BatchNorm of the matching type with running statistics, and both modules
-    are used once in all.
+    are used once in all. The BatchNorm may have an output quantizer behind it.
 
     Args:
         model: a quantized network in evaluation mode.
@@ -69,31 +72,15 @@ def following_norms(model: nn.Module) -> dict[QuantizedModule, _BatchNorm]:
     """
     if isinstance(model, QuantizedModule) or not any(type(m) in _NORM_OF.values() for m in model.modules()):
         return {}
-    before = set(vars(model))
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # Whatever the network's own code raises when its inputs are symbols.
-        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-        warnings.warn(
-            f"{type(model).__name__} cannot be traced symbolically, so its BatchNorms stay separate layers in floating "
-            f"point: correct, but slower. {reason}",
-            stacklevel=3,
-        )
+    traced = trace(model, "its BatchNorms stay separate layers in floating point: correct, but slower")
+    if traced is None:
         return {}
-    finally:
-        for constant in set(vars(model)) - before:  # The tracer leaves the tensors that forward makes on the model.
-            delattr(model, constant)
-    called = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
-    uses = Counter(id(module) for module in called.values())
-    # A parameter that forward reads by itself: the module's call is then not its only use.
-    read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    uses.update(id(model.get_submodule(target.rpartition(".")[0])) for target in read)
     pairs = {}
-    for node, layer in called.items():
+    for node, layer in traced.modules.items():
         if not isinstance(layer, QuantizedModule) or len(node.users) != 1:
             continue
-        norm = called.get(next(iter(node.users)))
-        if norm is not None and uses[id(layer)] == uses[id(norm)] == 1 and _fits(layer, norm):
+        norm = traced.modules.get(next(iter(node.users)))
+        if norm is not None and traced.uses[layer] == traced.uses[norm] == 1 and _fits(layer, norm):
             assert isinstance(norm, _BatchNorm)
             pairs[layer] = norm
     return pairs
@@ -102,15 +89,7 @@ def following_norms(model: nn.Module) -> dict[QuantizedModule, _BatchNorm]:
 def _fits(layer: QuantizedModule, norm: nn.Module) -> bool:
     if type(norm) is not _NORM_OF.get(type(layer)) or layer.output_quantizer is not None:
         return False
-    hooked = any((layer._forward_hooks, norm._forward_hooks, norm._forward_pre_hooks))
-    return norm.running_mean is not None and norm.num_features == layer.weight.shape[0] and not hooked
-
-
-class _Tracer(torch.fx.Tracer):
-    """Takes every module for one operation that holds nothing to fold: fewer of them have to be traceable."""
-
-    proxy_buffer_attributes = True  # A running mean that forward reads appears in the graph, as a parameter does.
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kinds = (QuantizedModule, _BatchNorm)
-        return isinstance(m, kinds) or not any(isinstance(child, kinds) for child in m.modules())
+    hooks = [*layer._forward_hooks.values(), *norm._forward_hooks.values(), *norm._forward_pre_hooks.values()]
+    if any(hook is not quantize_output and not isinstance(hook, BiasHook) for hook in hooks):
+        return False
+    return norm.running_mean is not None and norm.num_features == layer.weight.shape[0]

@@ -54,6 +54,23 @@ class ActivationCodes(nn.Module):
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, scale {self.scale.item():.6g}"
 
 
+class QuantizedValues(nn.Module):
+    """The output quantizer of a module that is no deployed layer: gives the values that the codes stand for.
+
+    Example:
+        >>> values = QuantizedValues(ActivationCodes(torch.tensor(0.5), bits=2, signed=True))
+        >>> values(torch.tensor([-9.0, 0.25, 0.75]))
+        tensor([-1.0000,  0.0000,  0.5000])
+    """
+
+    def __init__(self, quantizer: ActivationCodes) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantizer.dequantized(x).to(x.dtype)
+
+
 class DeployLayer(nn.Module):
     """A layer on integer codes: the numeric specification of what runs after an export.
 

@@ -18,6 +18,7 @@ from .convert import convert
 from .emit import LOWEST_OPSET
 from .graph import keep_floating, own_zero_points, store_int4, strip
 from .layers import ActivationCodes, DeployLayer
+from .reorder import quantize_early
 from .report import ExportReport
 
 _STORAGES = ("auto", "int8")
@@ -90,6 +91,7 @@ def export_onnx(
     deployed, sample = deployed.cpu().float(), sample.float() if sample.is_floating_point() else sample
     proto = _exported(deployed, sample, opset)
     strip(proto)
+    quantize_early(proto)
     keep_floating(proto)
     own_zero_points(proto)
     if storage == "auto":

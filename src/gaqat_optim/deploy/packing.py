@@ -15,9 +15,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..quant.attention import disable_fast_paths
 from ..quant.config import LayerConfig
 from ..quant.modules import QUANTIZED, QuantizedModule
-from .contents import Contents, PackedLayer, geometry, join, layers_of, modules_of, parts_of, tensors_of
+from ..quant.outputs import attach, detach, hooked_outputs
+from .contents import (
+    Contents,
+    PackedLayer,
+    geometry,
+    join,
+    layers_of,
+    modules_of,
+    outputs_of,
+    parts_of,
+    scale_name,
+    tensors_of,
+)
 from .convert import convert
-from .layers import DEPLOYED, ActivationCodes, DeployLayer
+from .layers import DEPLOYED, ActivationCodes, DeployLayer, QuantizedValues
 from .packed_file import Stored, write
 
 _NOTHING = LayerConfig(None, None, "tensor", "auto", None, "mse", "log")
@@ -75,6 +87,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     settings = {
         "model": type(deployed).__name__,
         "layers": [asdict(layer) for layer in layers],
+        "outputs": [asdict(output) for output in outputs_of(deployed)],
         "identities": [name for name, module in modules_of(deployed) if type(module) is nn.Identity],
     }
     return write(target, settings, tensors)
@@ -139,6 +152,8 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         elif module not in places and isinstance(module, QuantizedModule):
             swapped[module] = _as_float(module)
     result = _swap(result, swapped)
+    for module in list(hooked_outputs(result)):
+        detach(module)
     disable_fast_paths(result)
     # Now the deployed layers, which take the geometry and the hooks of those.
     named = dict(modules_of(result))
@@ -150,6 +165,10 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             if swapped.setdefault(named[name], deployed) is not deployed:
                 raise ValueError(f"{name!r} is another layer under another name in the network. {_OTHER}")
     result = _swap(result, swapped)
+    for output in contents.outputs:
+        site = dict(modules_of(result))[output.names[0]]
+        scale = stored[scale_name(output)].to(_place_of(model))
+        attach(site, QuantizedValues(ActivationCodes(scale, **output.quantizer)))
     _fill(result, contents, {name: v for names, v in tensors_of(model) for name in names})
     return result.eval().requires_grad_(False)
 
@@ -178,6 +197,9 @@ def _check_modules(contents: Contents, modules: dict[str, nn.Module], stored: di
             if not layer.folded and (module.bias is None) == ("bias_codes" in parts or "float_bias" in parts):
                 where = "the file" if module.bias is None else "the network"
                 raise ValueError(f"{name!r} has a bias only in {where}. {_OTHER}")
+    for output in contents.outputs:
+        if not all(name in modules for name in output.names):
+            raise ValueError(f"{output.names[0]!r} has an output quantizer in the file, and is no module. {_OTHER}")
     for name in contents.identities:
         if not isinstance(modules.get(name), nn.Identity | _BatchNorm):
             found = "no module" if name not in modules else f"a {type(modules[name]).__name__}"
@@ -193,6 +215,11 @@ def _empty_copy(model: nn.Module) -> nn.Module:
         empty = torch.empty(0, dtype=v.dtype, device=_device(v))
         memo[id(v)] = nn.Parameter(empty, requires_grad=False) if isinstance(v, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
+
+
+def _place_of(model: nn.Module) -> torch.device:
+    """Where an output quantizer's scale goes, which has no tensor of the network in its place."""
+    return next((_device(v) for _, v in tensors_of(model)), torch.device("cpu"))
 
 
 def _device(v: Any) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from .attention import disable_fast_paths
 from .calibrate import calibrate
 from .config import LayerConfig, QuantConfig
 from .modules import QUANTIZED, QuantizedModule
+from .outputs import place_outputs
 from .quantizer import LSQQuantizer
 from .refused import refusal
 
@@ -78,6 +79,7 @@ def quantize_model(
             replacements[module] = _quantized(name, module, layer)
     replaced = []
     flags: list[tuple[nn.Module, str, Any]] = []
+    moved: list[Callable[[], None]] = []
     try:
         for parent in list(model.modules()):
             for slot, child in parent._modules.items():
@@ -86,10 +88,13 @@ def quantize_model(
         for parent, slot, child in replaced:
             parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
+        moved = place_outputs(result)
         flags = disable_fast_paths(result)  # Calibration runs in evaluation mode, where they are taken.
         if calibration is not None:
             calibrate(result, calibration)
     except BaseException:
+        for undo in reversed(moved):
+            undo()
         for parent, slot, child in replaced:
             parent._modules[slot] = child
         for module, attribute, before in flags:
