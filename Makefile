@@ -2,7 +2,7 @@
 #
 #   make demo     the leave-one-domain-out study on digits (a few minutes)
 #   make test     everything that has to hold before a change is accepted
-#   make soak     random sequences of calls of the optimizer, for as long as you like
+#   make soak     random calls of the optimizer and random networks to deploy, for as long as you like
 #
 # PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo
 # PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
@@ -12,6 +12,7 @@ VENV ?= .venv
 JOBS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 # Always under the constraints: without the pin, "torch" is whatever is newest, with several GB of GPU libraries beside it.
@@ -25,7 +26,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit soak format hooks clean distclean
+.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit soak bench format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -90,9 +91,15 @@ unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARG
 	$(call headline,pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-soak: $(VENV)/.dev ## 50,000 random sequences of the optimizer against its twin, others in every run (SOAK_EXAMPLES=1000000)
-	$(call headline,soak)
+soak: $(VENV)/.dev ## random sequences of the optimizer and random networks, others in every run (SOAK_EXAMPLES=50000 SOAK_NETWORKS=500)
+	$(call headline,soak: the optimizer against its twin)
 	SOAK_EXAMPLES=$${SOAK_EXAMPLES:-50000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_optimizer_stateful.py
+	$(call headline,soak: random and large networks in onnxruntime)
+	SOAK_NETWORKS=$${SOAK_NETWORKS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/deploy/test_fuzz.py tests/deploy/test_large_networks.py
+
+bench: $(VENV)/.dev ## latency of deployed ResNets against float32 and static int8 (BENCH_ARGS="--runs 100 --json ratios.json")
+	$(call headline,latency)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deploy.py $(BENCH_ARGS)
 
 # -------------------------------------------------------------------------------------------------------- housekeeping
 

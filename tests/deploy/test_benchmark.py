@@ -1,0 +1,154 @@
+"""``benchmark_onnx``: what it runs, in which order, and what it refuses. No test judges a time."""
+
+import sys
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from gaqat_optim import export_onnx, quantize_model
+from gaqat_optim.deploy import Benchmark, Latency, benchmark, benchmark_onnx, latencies
+
+
+def identity(path, shape=("batch", 3), kind=TensorProto.FLOAT, name="input"):
+    """A file that gives back its input."""
+    node = helper.make_node("Identity", [name], ["output"])
+    inputs = [helper.make_tensor_value_info(name, kind, shape)]
+    outputs = [helper.make_tensor_value_info("output", kind, shape)]
+    graph = helper.make_graph([node], "identity", inputs, outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return identity(tmp_path / "a.onnx"), identity(tmp_path / "b.onnx")
+
+
+def test_two_exports_side_by_side(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    x = torch.rand(2, 3, 8, 8)
+    net = quantize_model(net, calibration=x)
+    for storage in ("int8", "auto"):
+        export_onnx(net, x, tmp_path / f"{storage}.onnx", storage=storage, check=False)
+    result = benchmark_onnx(tmp_path / "int8.onnx", str(tmp_path / "auto.onnx"), batch_size=3, runs=7)
+    assert [len(result.a.times), len(result.b.times)] == [7, 7]
+    assert min(result.a.times + result.b.times) > 0
+    assert result.ratio == result.a.median / result.b.median
+    assert (result.batch_size, result.threads, result.b.path.name) == (3, 1, "auto.onnx")
+    lines = str(result).splitlines()
+    assert len(lines) == 4
+    assert f"auto.onnx is {result.ratio:.2f} times as fast (7 runs each, interleaved, batch 3, 1 thread)" == lines[-1]
+
+
+def test_median_spread_and_ratio():
+    a, b = Latency("a", (4.0, 2.0, 9.0, 3.0, 8.0)), Latency("b", (1.0, 2.0, 2.0, 2.0, 5.0))
+    assert (a.median, a.quartiles, a.fastest) == (4.0, (3.0, 8.0), 2.0)
+    assert Benchmark(a, b, 1, 1).ratio == 2.0
+
+
+def test_runs_take_turns_and_the_warm_up_is_not_counted(files, monkeypatch):
+    order = []
+    sessions = {}
+
+    def timed(session, feed):
+        order.append(sessions.setdefault(id(session), len(sessions)))
+        return float(len(order))
+
+    monkeypatch.setattr(benchmark, "_timed", timed)
+    result = benchmark_onnx(*files, runs=3, warmup=2)
+    assert order == [0, 1] * 5
+    assert (result.a.times, result.b.times) == ((5.0, 7.0, 9.0), (6.0, 8.0, 10.0))
+
+
+def test_any_number_of_files(files, monkeypatch):
+    order = []
+    sessions = {}
+
+    def timed(session, feed):
+        order.append(sessions.setdefault(id(session), len(sessions)))
+        return float(len(order))
+
+    monkeypatch.setattr(benchmark, "_timed", timed)
+    results = latencies([*files, files[0]], runs=2, warmup=1)
+    assert order == [0, 1, 2] * 3
+    assert [result.times for result in results] == [(4.0, 7.0), (5.0, 8.0), (6.0, 9.0)]
+    assert [result.path.name for result in results] == ["a.onnx", "b.onnx", "a.onnx"]
+
+
+def test_threads_batch_and_inputs_reach_the_runtime(files, tmp_path, monkeypatch):
+    seen = []
+
+    def timed(session, feed):
+        seen.append((session.get_session_options().intra_op_num_threads, feed["input"].copy()))
+        return 1.0
+
+    monkeypatch.setattr(benchmark, "_timed", timed)
+    benchmark_onnx(*files, runs=1, warmup=0, threads=2, batch_size=5)
+    assert [threads for threads, _ in seen] == [2, 2]
+    assert [v.shape for _, v in seen] == [(5, 3), (5, 3)]
+    assert (seen[0][1] == seen[1][1]).all()
+    assert seen[0][1].std() > 0.1
+    indices = identity(tmp_path / "c.onnx", ("batch", "length"), TensorProto.INT64)
+    benchmark_onnx(indices, indices, runs=1, warmup=0, batch_size=4)
+    assert (seen[-1][1].shape, seen[-1][1].dtype.name, seen[-1][1].any()) == ((4, 4), "int64", False)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_missing_file(position, files, tmp_path):
+    paths = list(files)
+    paths[position] = tmp_path / "nowhere.onnx"
+    with pytest.raises(FileNotFoundError, match=r"there is no file '.*nowhere\.onnx'"):
+        benchmark_onnx(*paths)
+
+
+def test_a_file_of_another_kind(files, tmp_path):
+    (tmp_path / "text.onnx").write_text("not a graph")
+    with pytest.raises(ValueError, match=r"onnxruntime cannot load '.*text\.onnx': InvalidProtobuf"):
+        benchmark_onnx(files[0], tmp_path / "text.onnx")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"shape": ("batch", 4)}, r"'a\.onnx' takes input: tensor\(float\) \(1, 3\), and 'c\.onnx' .* \(1, 4\)"),
+        ({"kind": TensorProto.DOUBLE}, r"takes input: tensor\(double\)"),
+        ({"name": "x"}, r"'c\.onnx' takes x: "),
+    ],
+)
+def test_inputs_that_differ(other, message, files, tmp_path):
+    with pytest.raises(ValueError, match=f"the inputs differ: .*{message}"):
+        benchmark_onnx(files[0], identity(tmp_path / "c.onnx", **other))
+
+
+def test_inputs_that_cannot_be_made(tmp_path):
+    fixed = identity(tmp_path / "fixed.onnx", (2, 3))
+    with pytest.raises(ValueError, match="'input' is for batches of 2 only, not of 1"):
+        benchmark_onnx(fixed, fixed)
+    text = identity(tmp_path / "text.onnx", kind=TensorProto.STRING)
+    with pytest.raises(ValueError, match=r"'input' is a tensor\(string\), which benchmark_onnx cannot fill"):
+        benchmark_onnx(text, text)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "least"),
+    [
+        ("batch_size", 0, 1),
+        ("threads", -1, 1),
+        ("runs", 0, 1),
+        ("runs", 2.5, 1),
+        ("warmup", -1, 0),
+        ("threads", True, 1),
+    ],
+)
+def test_arguments_out_of_range(argument, value, least, files):
+    with pytest.raises(ValueError, match=f"{argument} must be an integer of at least {least}, got {value}"):
+        benchmark_onnx(*files, **{argument: value})
+
+
+def test_a_missing_extra_names_the_command(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r'needs onnxruntime: pip install "gaqat-optim\[onnx\]"'):
+        benchmark_onnx(*files)
