@@ -11,7 +11,16 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedModule, QuantLinear
+from ..quant.modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantizedModule,
+    QuantLinear,
+)
 
 # By exact type: a subclass may have a forward of its own.
 _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
@@ -19,6 +28,9 @@ _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
     QuantConv1d: nn.BatchNorm1d,
     QuantConv2d: nn.BatchNorm2d,
     QuantConv3d: nn.BatchNorm3d,
+    QuantConvTranspose1d: nn.BatchNorm1d,
+    QuantConvTranspose2d: nn.BatchNorm2d,
+    QuantConvTranspose3d: nn.BatchNorm3d,
 }
 
 
@@ -103,7 +115,8 @@ def _fits(layer: QuantizedModule, norm: nn.Module) -> bool:
     if type(norm) is not _NORM_OF.get(type(layer)) or layer.output_quantizer is not None:
         return False
     hooked = any((layer._forward_hooks, norm._forward_hooks, norm._forward_pre_hooks))
-    return norm.running_mean is not None and norm.num_features == layer.weight.shape[0] and not hooked
+    channels = layer.by_channel(layer.weight).shape[0]
+    return norm.running_mean is not None and norm.num_features == channels and not hooked
 
 
 class _Tracer(torch.fx.Tracer):
