@@ -23,7 +23,7 @@ Codes = dict[str, list[NDArray[Any]]]
 # onnxruntime's own name for integer operators, and those of its names that do not begin with it.
 _INTEGER_PREFIX = "QLinear"
 _INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
-_FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+_FLOAT = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.modules import QuantizedModule
+from .attention import ROLES, SHAPE, DeployMultiheadAttention
 from .layers import ActivationCodes, DeployLayer, QuantizedValues
 from .packed_file import Stored, read
 
 _PARTS = ("codes", "weight_scale", "float_weight", "bias_codes", "float_bias")
-_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class PackedOutput:
 
 
 @dataclass(frozen=True)
+class PackedAttention:
+    """What the file says of an attention layer beside its projections, which are layers; its names, and its shape."""
+
+    names: list[str]
+    shape: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Contents:
     """A file that was read.
 
@@ -52,6 +61,7 @@ class Contents:
 
     layers: list[PackedLayer]
     outputs: list[PackedOutput]
+    attentions: list[PackedAttention]
     identities: list[str]
     tensors: list[Stored]
 
@@ -62,11 +72,15 @@ class Contents:
             layers = [PackedLayer(**entry) for entry in settings["layers"]]
             outputs = [PackedOutput(**entry) for entry in settings["outputs"]]
             stored = {name for entry in tensors for name in entry.names}
-            needed = [name for layer in layers for name in _needed(layer)] + [scale_name(output) for output in outputs]
-            missing = [name for name in needed if name not in stored]
+            missing = [name for layer in layers for name in _needed(layer) if name not in stored]
+            missing += [name for output in outputs if (name := scale_name(output)) not in stored]
+            attentions = [PackedAttention(**entry) for entry in settings["attentions"]]
+            projected = {name for layer in layers for name in layer.names}
+            needed = [join(name, slot) for one in attentions for name in one.names for slot in (*ROLES, "out_proj")]
+            missing += [name for name in needed if name not in projected]
             if missing:
                 raise KeyError(f"no entry for {', '.join(missing)}")
-            return cls(layers, outputs, [str(name) for name in settings["identities"]], tensors)
+            return cls(layers, outputs, attentions, [str(name) for name in settings["identities"]], tensors)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{str(target)!r} is not as save_packed writes files: {error}") from error
 
@@ -128,6 +142,20 @@ def outputs_of(deployed: nn.Module) -> list[PackedOutput]:
     return [PackedOutput(names, _settings(m.output_quantizer.quantizer) or {}) for m, names in found.items()]  # type: ignore[union-attr,arg-type]
 
 
+def attentions_of(model: nn.Module) -> list[PackedAttention]:
+    """The deployed attention layers."""
+    found: dict[DeployMultiheadAttention, list[str]] = {}
+    for name, module in modules_of(model):
+        if isinstance(module, DeployMultiheadAttention):
+            found.setdefault(module, []).append(name)
+    return [PackedAttention(names, attention_shape(module)) for module, names in found.items()]
+
+
+def attention_shape(attention: nn.Module) -> dict[str, Any]:
+    """What an attention layer computes beside its projections, as JSON has it."""
+    return {name: getattr(attention, name) for name in SHAPE}
+
+
 def _described(layer: DeployLayer, names: list[str]) -> PackedLayer:
     activation = layer.input_quantizer
     if layer.unit is not None and activation is not None and layer.weight_scale is not None:
@@ -156,6 +184,8 @@ def _settings(quantizer: ActivationCodes | None) -> dict[str, Any] | None:
 def geometry(layer: nn.Module) -> dict[str, Any]:
     """What the layer's operation needs beside its operands, as JSON has it."""
     values = {name: getattr(layer, name) for name in _GEOMETRY if hasattr(layer, name)}
+    if not any(values.get("output_padding", ())):  # Only transposed convolutions have any.
+        values.pop("output_padding", None)
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 

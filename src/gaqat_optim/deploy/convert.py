@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quant.attention import QuantMultiheadAttention
 from ..quant.modules import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
 from ..quant.outputs import hooked_outputs, quantize_output
 from ..quant.quantizer import LSQQuantizer
+from .attention import ROLES, DeployMultiheadAttention, projections
 from .fold import Affine, BiasHook, following_norms
-from .layers import DEPLOYED, ActivationCodes, DeployLayer, QuantizedValues, largest_sum
+from .layers import DEPLOYED, ActivationCodes, DeployLayer, DeployLinear, QuantizedValues, largest_sum
 
 _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 # Deployed as floating-point tables of the quantized values: a lookup computes nothing that integers would speed up.
@@ -93,9 +95,11 @@ def convert(model: nn.Module) -> nn.Module:
         for name, module in model.named_modules():
             if type(module) in _TABLES:
                 swapped[module] = _table(module)
+            elif isinstance(module, QuantMultiheadAttention):
+                swapped[module] = _attention(name, module)
             elif isinstance(module, QuantizedModule):
                 swapped[module] = _deployed(name, module, norms.get(module))
-    for parent in list(model.modules()):
+    for parent in [*model.modules(), *swapped.values()]:
         for slot, child in parent._modules.items():
             if child in swapped:
                 parent._modules[slot] = swapped[child]
@@ -113,7 +117,8 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize_model first, and train")
     for name, layer in layers.items():
         shown = name or "the model"
-        if type(layer) not in DEPLOYED and not (type(layer) in _TABLES and layer.output_quantizer is None):
+        has_form = type(layer) in DEPLOYED or type(layer) is QuantMultiheadAttention
+        if not has_form and not (type(layer) in _TABLES and layer.output_quantizer is None):
             raise ValueError(
                 f"{shown!r}: there is no deployed form of {type(layer).__name__} yet. Leave it in floating point: "
                 f"quantize_model with exclude=({shown!r},)"
@@ -161,31 +166,16 @@ def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
     bias: Any = layer.bias
     bias = None if bias is None else bias.detach()
     gain = None
+    weight = layer.by_channel(layer.weight.detach())
     if norm is not None:
         affine = Affine.of(norm)
         gain, bias = affine.gain, affine.bias(bias)
         if not bool(torch.isfinite(gain).all() & torch.isfinite(bias).all()):
             raise ValueError(f"the BatchNorm behind {name!r} has values that are not finite")
-    parts: dict[str, Any] = {}
-    shift = 0
-    if layer.weight_quantizer is None:
-        weight = layer.weight.detach()
-        if gain is not None:
-            weight = weight.to(torch.float64) * gain.reshape(-1, *[1] * (weight.dim() - 1))
-        parts["float_weight"] = _float32(weight)
-    else:
-        codes, scale = _codes(layer.weight, layer.weight_quantizer)
-        scale = scale if gain is None else (scale * gain).to(torch.float32)
-        if bias is not None and activation is not None:
-            shift = _room(layer.weight_quantizer.bits, activation)
-        if bias is not None:
-            codes, scale = codes * 2**shift, scale * 2.0**-shift
-            codes, scale = _without_vanishing(name or "the model", codes, scale, bias, activation)
-        parts |= {"codes": codes, "weight_scale": scale, "weight_bits": layer.weight_quantizer.bits, "shift": shift}
-        if bias is not None and activation is not None:
-            parts["bias_codes"] = _round_to(bias, activation.scale * scale)
-    if bias is not None and "bias_codes" not in parts:
-        parts["float_bias"] = _float32(bias)
+    parts = _operands(name or "the model", weight, layer.weight_quantizer, bias, activation, gain)
+    for part in ("codes", "float_weight"):
+        if part in parts:
+            parts[part] = layer.from_channels(parts[part])
     deployed = DEPLOYED[type(layer)](
         layer, input_quantizer=activation, output_quantizer=output, folded=norm is not None, **parts
     )
@@ -196,6 +186,49 @@ def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
                 del hooks[key]
             setattr(deployed, registry, hooks)
     return deployed
+
+
+def _attention(name: str, layer: QuantMultiheadAttention) -> DeployMultiheadAttention:
+    """The deployed form of ``layer``, but for its out-projection, which is a quantized layer of its own."""
+    prefix = f"{name}." if name else ""
+    linears: dict[str, Any] = dict(projections(layer))
+    for role in ROLES:
+        activation = _activation(getattr(layer, f"{role}_quantizer"), f"{prefix}{role}_quantizer")
+        weight, bias = linears[role].weight, linears[role].bias
+        parts = _operands(f"{prefix}{role}", weight, getattr(layer, f"{role}_weight_quantizer"), bias, activation)
+        linears[role] = DeployLinear(layer, input_quantizer=activation, **parts)
+    return DeployMultiheadAttention(layer, **linears, out_proj=layer.out_proj)
+
+
+def _operands(
+    shown: str,
+    weight: Tensor,
+    quantizer: LSQQuantizer | None,
+    bias: Tensor | None,
+    activation: ActivationCodes | None,
+    gain: Tensor | None = None,
+) -> dict[str, Any]:
+    """Weight and bias as a deployed layer takes them, the weight with its output channels on axis 0."""
+    parts: dict[str, Any] = {}
+    shift = 0
+    if quantizer is None:
+        if gain is not None:
+            weight = weight.to(torch.float64) * gain.reshape(-1, *[1] * (weight.dim() - 1))
+        parts["float_weight"] = _float32(weight)
+    else:
+        codes, scale = _codes(weight, quantizer)
+        scale = scale if gain is None else (scale * gain).to(torch.float32)
+        if bias is not None and activation is not None:
+            shift = _room(quantizer.bits, activation)
+        if bias is not None:
+            codes, scale = codes * 2**shift, scale * 2.0**-shift
+            codes, scale = _without_vanishing(shown, codes, scale, bias, activation)
+        parts |= {"codes": codes, "weight_scale": scale, "weight_bits": quantizer.bits, "shift": shift}
+        if bias is not None and activation is not None:
+            parts["bias_codes"] = _round_to(bias, activation.scale * scale)
+    if bias is not None and "bias_codes" not in parts:
+        parts["float_bias"] = _float32(bias)
+    return parts
 
 
 def _float32(v: Tensor) -> Tensor:
@@ -261,7 +294,7 @@ def _without_vanishing(
         warnings.warn(
             f"{name!r}: the bias of {len(channels)} channels ({shown}) does not fit into int32 in units of their "
             "scale, which is very small (a BatchNorm's gamma near zero?). They keep their bias and lose their weights",
-            stacklevel=4,
+            stacklevel=5,
         )
     units = size / _BIAS_ALONE
     replacement = torch.where(units > _SMALLEST * max(1.0, 1 / step.item()), units / step, 1.0).to(torch.float32)

@@ -66,21 +66,24 @@ def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer
     )
 
 
-def emit_dequantize(codes: Tensor, scale: Tensor, weight_bits: int | None = None, shift: int = 0) -> Tensor:
+def emit_dequantize(
+    codes: Tensor, scale: Tensor, weight_bits: int | None = None, shift: int = 0, axis: int = 0
+) -> Tensor:
     """DequantizeLinear of constant codes (int8 or int32), with zero points written out.
 
     onnxruntime chooses its integer kernels only where the zero points are there, zero or not.
 
     Args:
-        codes: of shape ``(channels, ...)``.
+        codes: with the channels on ``axis``.
         scale: float32, of shape ``()`` or ``(channels,)``.
         weight_bits: width of the codes, noted in the file for the choice of their storage.
         shift: how many binary digits the codes were shifted up by, noted likewise.
+        axis: what a scale for each channel counts.
     """
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",
         (codes, scale, torch.zeros(scale.shape, dtype=codes.dtype)),
-        {"axis": 0} if scale.dim() else None,
+        {"axis": axis} if scale.dim() else None,
         dtype=torch.float32,
         shape=codes.shape,
         version=LOWEST_OPSET,

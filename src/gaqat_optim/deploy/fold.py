@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedModule, QuantLinear
+from ..quant.modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantizedModule,
+    QuantLinear,
+)
 from ..quant.outputs import quantize_output
 from ..quant.trace import trace
 
@@ -18,6 +27,9 @@ _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
     QuantConv1d: nn.BatchNorm1d,
     QuantConv2d: nn.BatchNorm2d,
     QuantConv3d: nn.BatchNorm3d,
+    QuantConvTranspose1d: nn.BatchNorm1d,
+    QuantConvTranspose2d: nn.BatchNorm2d,
+    QuantConvTranspose3d: nn.BatchNorm3d,
 }
 
 
@@ -92,4 +104,4 @@ def _fits(layer: QuantizedModule, norm: nn.Module) -> bool:
     hooks = [*layer._forward_hooks.values(), *norm._forward_hooks.values(), *norm._forward_pre_hooks.values()]
     if any(hook is not quantize_output and not isinstance(hook, BiasHook) for hook in hooks):
         return False
-    return norm.running_mean is not None and norm.num_features == layer.weight.shape[0]
+    return norm.running_mean is not None and norm.num_features == layer.by_channel(layer.weight).shape[0]

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..quant.attention import disable_fast_paths
+from ..quant.attention import QuantMultiheadAttention, disable_fast_paths
 from ..quant.config import LayerConfig
 from ..quant.modules import QUANTIZED, QuantizedModule
 from ..quant.outputs import attach, detach, hooked_outputs
+from .attention import ROLES, DeployMultiheadAttention, out_projection, projections
 from .contents import (
     Contents,
     PackedLayer,
+    attention_shape,
+    attentions_of,
     geometry,
     join,
     layers_of,
@@ -88,6 +91,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
         "model": type(deployed).__name__,
         "layers": [asdict(layer) for layer in layers],
         "outputs": [asdict(output) for output in outputs_of(deployed)],
+        "attentions": [asdict(attention) for attention in attentions_of(deployed)],
         "identities": [name for name, module in modules_of(deployed) if type(module) is nn.Identity],
     }
     return write(target, settings, tensors)
@@ -139,10 +143,10 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError("the model is converted already: load_packed takes the float network, or the quantized one")
     contents = Contents.of(_file(path))
     stored = {name: entry.tensor for entry in contents.tensors for name in entry.names}
-    originals = dict(modules_of(model))
+    originals = _with_projections(contents, dict(modules_of(model)))
     _check_modules(contents, originals, stored)
     # A quantized layer in each place, as when the network was saved, and nowhere else.
-    result = _empty_copy(model)
+    result = _opened(contents, _empty_copy(model), originals)
     named = dict(modules_of(result))
     places = {named[name] for layer in contents.layers for name in layer.names}
     swapped: dict[nn.Module, nn.Module] = {}
@@ -174,6 +178,35 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 # -- from a float or quantized network to the one in the file ----------------------------------------------------------
+
+
+def _with_projections(contents: Contents, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules with the projections of attention layers as layers of their own, where the file has them so."""
+    modules = dict(modules)
+    for attention in contents.attentions:
+        for name in attention.names:
+            module = modules.get(name)
+            if type(module) not in (nn.MultiheadAttention, QuantMultiheadAttention):
+                found = "no module" if module is None else f"a {type(module).__name__}"
+                raise ValueError(f"{name!r} is {found} in the network and attention in the file. {_OTHER}")
+            assert module is not None
+            if attention_shape(module) != attention.shape:
+                shapes = f"{attention_shape(module)} in the network and {attention.shape} in the file"
+                raise ValueError(f"{name!r} has {shapes}. {_OTHER}")
+            modules |= {join(name, role): linear for role, linear in projections(module).items()}
+            modules[join(name, "out_proj")] = out_projection(module)
+    return modules
+
+
+def _opened(contents: Contents, model: nn.Module, originals: dict[str, nn.Module]) -> nn.Module:
+    """The network with deployed attention layers, whose projections are still to be replaced."""
+    named, swapped = dict(modules_of(model)), dict[nn.Module, nn.Module]()
+    for attention in contents.attentions:
+        for name in attention.names:
+            linears = {role: originals[join(name, role)] for role in ROLES}
+            linears["out_proj"] = out_projection(named[name])
+            swapped.setdefault(named[name], DeployMultiheadAttention(named[name], **linears))
+    return _swap(model, swapped)
 
 
 def _check_modules(contents: Contents, modules: dict[str, nn.Module], stored: dict[str, Tensor]) -> None:
@@ -209,10 +242,10 @@ def _check_modules(contents: Contents, modules: dict[str, nn.Module], stored: di
 
 
 def _empty_copy(model: nn.Module) -> nn.Module:
-    """A copy in which each tensor is an empty one of its own, to be filled: values are not copied to be replaced."""
+    """A copy in which each tensor is one value of its own, expanded, to be filled: none are copied to be replaced."""
     memo: dict[int, Any] = {}
     for _, v in tensors_of(model):
-        empty = torch.empty(0, dtype=v.dtype, device=_device(v))
+        empty = torch.empty((), dtype=v.dtype, device=_device(v)).expand(v.shape)
         memo[id(v)] = nn.Parameter(empty, requires_grad=False) if isinstance(v, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 

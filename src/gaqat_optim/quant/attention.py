@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .attend import ROLES, attend
 from .config import LayerConfig
 from .modules import QuantizedModule, QuantLinear, quantizes
 from .quantizer import LSQQuantizer
-
-_ROLES = ("query", "key", "value")
 
 
 @quantizes(nn.MultiheadAttention)
@@ -48,7 +46,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         for registry in ("_parameters", "_buffers", "_modules"):
             quantized.__dict__[registry] = module.__dict__[registry].copy()
         quantized.out_proj = QuantLinear.from_float(quantized.out_proj, layer)  # type: ignore[assignment]
-        for role, weight in zip(_ROLES, quantized._weights(), strict=True):
+        for role, weight in zip(ROLES, quantized._weights(), strict=True):
             kinds: dict[str, Any] = {"init": layer.init, "scale_domain": layer.scale_domain, "device": weight.device}
             of_weight = of_input = None
             if layer.weight_bits is not None:
@@ -88,7 +86,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     def quantizers(self) -> Iterator[tuple[str, LSQQuantizer]]:
         """The quantizers that exist, by the path of their attribute, those of the out-projection included."""
         for suffix in ("weight_quantizer", "quantizer"):
-            for role in _ROLES:
+            for role in ROLES:
                 quantizer = self._quantizer(f"{role}_{suffix}")
                 if quantizer is not None:
                     yield f"{role}_{suffix}", quantizer
@@ -97,7 +95,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
 
     def initialize_weight(self) -> None:
         """Set the scales of all projections' weights from their values."""
-        for role, weight in zip(_ROLES, self._weights(), strict=True):
+        for role, weight in zip(ROLES, self._weights(), strict=True):
             quantizer = self._quantizer(f"{role}_weight_quantizer")
             if quantizer is not None:
                 quantizer.initialize(weight)
@@ -105,7 +103,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
 
     def quantized_weight(self) -> Tensor:
         """The weight of the in-projection that the layer computes with, in the layout of :attr:`weight`."""
-        weights = zip(_ROLES, self._weights(), strict=True)
+        weights = zip(ROLES, self._weights(), strict=True)
         quantized = [self._through(f"{role}_weight_quantizer", weight) for role, weight in weights]
         return torch.cat(quantized, dim=0 if self.in_proj_weight is not None else 1)
 
@@ -123,65 +121,22 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         # Not by F.multi_head_attention_forward, which leaves no place for a quantizer before the out-projection.
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise ValueError(
-                "quantized attention takes no nested tensors: pad them. If nn.TransformerEncoder made them, of a layer "
-                "that was quantized outside of it, set its attribute use_nested_tensor to False"
-            )
-        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-            shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-            raise ValueError(f"query, key and value must all have 3 axes, or 2 without a batch; their shapes: {shapes}")
-        if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal says that attn_mask is causal: it needs attn_mask")  # torch's own condition
-        batched = query.dim() == 3
-        dtype = query.dtype
-
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(
-                # Samples first, where the quantizer looks for them.
-                self._through(f"{role}_quantizer", self._samples_first(x)),
-                self._through(f"{role}_weight_quantizer", weight),
-                bias,
-            )
-            for role, x, weight, bias in zip(_ROLES, (query, key, value), self._weights(), biases, strict=True)
+        return attend(
+            self,
+            self._project,
+            (query, key, value),
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
         )
-        samples, targets, sources = q.shape[0], q.shape[1], k.shape[1]
-        if is_causal and key_padding_mask is None and not need_weights:
-            mask = None  # scaled_dot_product_attention makes the mask, as in torch
-        else:
-            is_causal = False
-            mask = self._mask(attn_mask, key_padding_mask, samples, targets, sources, dtype)
 
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(samples, -1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.expand(samples, -1, -1)], dim=1)
-        q, k, v = (torch.unflatten(x, -1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        if mask is not None:
-            mask = F.pad(mask, (0, k.shape[2] - sources))  # What was added is never masked.
-
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q * math.sqrt(1 / self.head_dim) @ k.transpose(-2, -1)
-            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
-            if dropout > 0:  # Not with 0, which draws random numbers too.
-                weights = F.dropout(weights, dropout)
-            y = weights @ v
-            if average_attn_weights:
-                weights = weights.mean(dim=1)
-            if not batched:
-                weights = weights.squeeze(0)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
-        if not batched:
-            y = y.squeeze(0)
-        elif not self.batch_first:
-            y = y.transpose(0, 1).contiguous()  # as torch's is: it may be viewed
-        return y, weights
+    def _project(self, inputs: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        for role, x, weight, bias in zip(ROLES, inputs, self._weights(), biases, strict=True):
+            x, weight = self._through(f"{role}_quantizer", x), self._through(f"{role}_weight_quantizer", weight)
+            yield F.linear(x, weight, bias)
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The weights of query, key and value, output channels first."""
@@ -196,48 +151,6 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     def _through(self, name: str, v: Tensor) -> Tensor:
         quantizer = self._quantizer(name)
         return v if quantizer is None else quantizer(v)
-
-    def _samples_first(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            return x.unsqueeze(0)
-        return x if self.batch_first else x.transpose(0, 1)
-
-    def _mask(
-        self,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        samples: int,
-        targets: int,
-        sources: int,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
-        """Both masks in one, to be added to scores of the shape (samples, heads, targets, sources)."""
-        mask = None
-        if attn_mask is not None:
-            flat = (samples * self.num_heads, targets, sources)
-            expected = flat if attn_mask.dim() == 3 else (targets, sources)
-            if tuple(attn_mask.shape) != expected:
-                raise RuntimeError(f"attn_mask has the shape {tuple(attn_mask.shape)}; it should be {expected}")
-            mask = _additive("attn_mask", attn_mask, dtype)
-            mask = torch.unflatten(mask, 0, (samples, self.num_heads)) if mask.dim() == 3 else mask[None, None]
-        if key_padding_mask is not None:
-            if key_padding_mask.dim() == 1:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-            if tuple(key_padding_mask.shape) != (samples, sources):
-                shape = tuple(key_padding_mask.shape)
-                raise RuntimeError(f"key_padding_mask has the shape {shape}; it should be {(samples, sources)}")
-            padding = _additive("key_padding_mask", key_padding_mask, dtype)[:, None, None]
-            mask = padding if mask is None else mask + padding
-        return mask
-
-
-def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add: -inf where a boolean one is true."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
-    if not mask.is_floating_point():
-        raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
-    return mask
 
 
 def attention_refusal(module: nn.Module) -> str | None:
