@@ -137,3 +137,25 @@ def test_a_network_without_quantized_layers_is_refused():
         rounded_biases(nn.Linear(2, 2)),
     ):
         pass
+
+
+def test_attention_and_transposed_convolutions_are_rounded_too():
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 16)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    transposed = nn.Sequential(nn.ConvTranspose1d(5, 6, 3, groups=1), nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten())
+    for net in (encoder, transposed):
+        for norm in net.modules():
+            if isinstance(norm, nn.BatchNorm1d):
+                norm.running_var.uniform_(0.5, 2)
+        model = quantize_model(net, QuantConfig(3, 4, first_last_bits="same"), calibration=x).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1 and len(parameter) in (6, 16, 32, 48):
+                    parameter.normal_()  # biases, which start at zero
+        expected, plain = run(convert(model), x), run(model, x)
+        with rounded_biases(model):
+            found = run(model, x)
+        near = ((found - expected).abs() <= 1e-4).float().mean()
+        assert near >= 0.98
+        assert ((plain - expected).abs() <= 1e-4).float().mean() < near - 0.2

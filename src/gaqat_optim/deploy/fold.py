@@ -33,10 +33,6 @@ _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
 }
 
 
-class BiasHook:
-    """Base of the hooks of ``rounded_biases``: folding and deployed layers have no need of them."""
-
-
 @dataclass(frozen=True)
 class Affine:
     """What a BatchNorm computes in evaluation mode: ``gain * (y - mean) + shift``, float64 of shape ``(channels,)``."""
@@ -102,6 +98,6 @@ def _fits(layer: QuantizedModule, norm: nn.Module) -> bool:
     if type(norm) is not _NORM_OF.get(type(layer)) or layer.output_quantizer is not None:
         return False
     hooks = [*layer._forward_hooks.values(), *norm._forward_hooks.values(), *norm._forward_pre_hooks.values()]
-    if any(hook is not quantize_output and not isinstance(hook, BiasHook) for hook in hooks):
+    if any(hook is not quantize_output for hook in hooks):
         return False
     return norm.running_mean is not None and norm.num_features == layer.by_channel(layer.weight).shape[0]

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..quant.attend import ROLES
+from ..quant.attention import QuantMultiheadAttention
 from ..quant.modules import QuantizedModule
-from .convert import _activation, _room
-from .fold import Affine, BiasHook, following_norms
+from ..quant.quantizer import LSQQuantizer
+from .fold import Affine, following_norms
 from .layers import DEPLOYED
+from .operands import activation_codes, room
 
 _INT32_MAX = 2**31 - 1
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -51,18 +54,17 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
         ...     torch.allclose(model(x), convert(model)(x), atol=1e-5)
         True
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantizedModule) and type(m) in DEPLOYED]
+    layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layers whose biases could be rounded")
     norms = following_norms(model)
     handles = []
     try:
         for layer in layers:
-            norm = norms.get(layer)
-            if norm is not None:
+            if layer in norms:
                 # Before the output quantizer that may stand behind the norm.
-                handles.append(norm.register_forward_hook(_BehindNorm(layer), prepend=True))
-            elif layer.bias is not None:
+                handles.append(norms[layer].register_forward_hook(_BehindNorm(layer), prepend=True))
+            elif isinstance(layer, QuantMultiheadAttention) or type(layer) in DEPLOYED:
                 handles.append(layer.register_forward_pre_hook(_InLayer()))
                 handles.append(layer.register_forward_hook(_AfterLayer(), always_call=True))
         yield
@@ -71,52 +73,78 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def remove_rounding(model: nn.Module) -> None:
+    """Take the hooks of :func:`rounded_biases` out of a copy that was made in the block."""
+    for module in model.modules():
+        for registry in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in registry.items() if isinstance(hook, _Hook)]:
+                del registry[key]
+
+
 @torch.no_grad()
-def rounding(layer: QuantizedModule, norm: _BatchNorm | None) -> Tensor | None:
-    """What rounding adds to the bias of ``layer`` and ``norm``: float64, ``(channels,)``; ``None`` for nothing."""
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    if (
-        weights is None
-        or inputs is None
-        or not (weights.enabled and inputs.enabled and weights.is_set and inputs.is_set)
-    ):
-        return None
-    activation = _activation(inputs, "")
-    scale, bias = weights.scale.to(torch.float32), layer.bias
-    if norm is not None:
-        affine = Affine.of(norm)
-        scale, bias = (scale * affine.gain).to(torch.float32), affine.bias(bias)  # type: ignore[arg-type]
-    assert isinstance(bias, Tensor)
+def rounding(
+    bias: Tensor, weights: LSQQuantizer | None, inputs: LSQQuantizer | None, gain: Tensor | None = None
+) -> Tensor:
+    """What rounding adds to the bias of a layer: float64, ``(channels,)``.
+
+    Args:
+        bias: with that of a folded BatchNorm in it, ``(channels,)``.
+        weights: the quantizer of the layer's weight.
+        inputs: the quantizer of its input.
+        gain: what a folded BatchNorm multiplies the scale by, float64, ``(channels,)``.
+    """
     bias = bias.to(torch.float64)
-    unit = (activation.scale * (scale * 2.0 ** -_room(weights.bits, activation))).to(torch.float64)
+    if not all(q is not None and q.enabled and q.is_set for q in (weights, inputs)):
+        return torch.zeros_like(bias)
+    assert weights is not None
+    assert inputs is not None
+    activation, scale = activation_codes(inputs, ""), weights.scale.to(torch.float32)
+    if gain is not None:
+        scale = (scale * gain).to(torch.float32)
+    unit = (activation.scale * (scale * 2.0 ** -room(weights.bits, activation))).to(torch.float64)
     codes = (bias / unit).round()
     # A channel without a usable unit has one of its own when it is deployed, in which its bias is almost exact.
     usable = (unit.abs() >= _SMALLEST) & (codes.abs() <= _INT32_MAX)
     return torch.where(usable, codes * unit - bias, 0.0)
 
 
-class _BehindNorm(BiasHook):
+class _Hook:
+    """Base of the hooks, to know them by."""
+
+
+class _BehindNorm(_Hook):
     """Forward hook of a BatchNorm: adds the rounding of the bias that the norm and its layer have together."""
 
     def __init__(self, layer: QuantizedModule) -> None:
         self.layer = layer
 
-    def __call__(self, norm: Any, args: Any, y: Tensor) -> Tensor:
-        added = rounding(self.layer, norm)
-        return y if added is None else y + added.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2))
+    def __call__(self, norm: _BatchNorm, args: Any, y: Tensor) -> Tensor:
+        affine, layer = Affine.of(norm), self.layer
+        bias: Any = layer.bias
+        added = rounding(affine.bias(bias).detach(), layer.weight_quantizer, layer.input_quantizer, affine.gain)
+        return y + added.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2))
 
 
-class _InLayer(BiasHook):
+class _InLayer(_Hook):
     """Forward pre-hook of a layer: puts the rounded bias before the parameter, as an attribute of the same name."""
 
     def __call__(self, layer: Any, args: Any) -> None:
-        added = rounding(layer, None)
-        if added is not None:
+        if isinstance(layer, QuantMultiheadAttention):
+            if layer.in_proj_bias is not None:
+                biases = zip(ROLES, layer.in_proj_bias.detach().chunk(3), strict=True)
+                parts = [
+                    rounding(b, getattr(layer, f"{role}_weight_quantizer"), getattr(layer, f"{role}_quantizer"))
+                    for role, b in biases
+                ]
+                vars(layer)["in_proj_bias"] = layer.in_proj_bias + torch.cat(parts).to(layer.in_proj_bias.dtype)
+        elif layer.bias is not None:
+            added = rounding(layer.bias.detach(), layer.weight_quantizer, layer.input_quantizer)
             vars(layer)["bias"] = layer.bias + added.to(layer.bias.dtype)
 
 
-class _AfterLayer(BiasHook):
+class _AfterLayer(_Hook):
     """Forward hook of a layer, which runs after a failure as well: takes that attribute away."""
 
     def __call__(self, layer: Any, args: Any, y: Any) -> None:
-        vars(layer).pop("bias", None)
+        for name in ("bias", "in_proj_bias"):
+            vars(layer).pop(name, None)
