@@ -19,7 +19,8 @@ from .perturbations import ASAM, GSAM, SAGM, SAM
 from .quant.config import QuantConfig
 from .quant.functional import lsq_quantize
 from .quant.quantizer import LSQQuantizer
-from .quant.summary import QuantRecord, quantization_summary
+from .quant.record import QuantRecord
+from .quant.summary import quantization_summary
 from .quant.swap import param_groups, quantization_disabled, quantize_model
 from .report import ScaleRecord, plot_conflict
 

@@ -338,7 +338,8 @@ def test_summary_is_a_table():
     w, w_hat = quantized[3].weight.double(), quantized_channel_by_channel(quantized[3]).double()
     assert summary[1].weight_snr == pytest.approx(10 * torch.log10((w**2).sum() / ((w_hat - w) ** 2).sum()).item())
     assert 10 < summary[1].weight_snr < 25 < summary[0].weight_snr < 50  # 3 bits, 8 bits
-    assert str(summary).splitlines()[0].split() == ["layer", "type", "weights", "signal/noise", "activations", "output"]
+    columns = ["layer", "type", "weights", "signal/noise", "activations", "output", "bytes"]
+    assert str(summary).splitlines()[0].split() == columns
     assert str(summary).splitlines()[-1] == "in floating point: 8 (Linear)"
 
 

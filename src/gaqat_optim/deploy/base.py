@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..quant.functional import integer_bounds
 from ..quant.modules import QuantizedModule
+from ..quant.record import QuantRecord, packed_bytes
 from .emit import emit_activation, emit_dequantize, emitting, zero_point
 
 # Integers of smaller magnitude are float32 numbers, and so are all sums of them that stay below it.
@@ -193,6 +194,27 @@ class DeployLayer(nn.Module):
             return self.float_bias
         assert self.unit is not None
         return self.bias_codes * self.unit
+
+    def quant_record(self, name: str) -> QuantRecord:
+        """What :func:`~gaqat_optim.quantization_summary` says of the layer, whose qualified name is ``name``."""
+        activation, output = self.input_quantizer, self.output_quantizer
+        scales = (self.weight_scale, *(q.scale for q in (activation, output) if q is not None))
+        numbers = sum(v.numel() for v in (*scales, self.bias_codes, self.float_bias) if v is not None)
+        scale, count = self.weight_scale, self.weight.numel()
+        return QuantRecord(
+            name=name,
+            type=type(self).__name__,
+            weight_bits=self.weight_bits,
+            weight_granularity=None if scale is None else "channel" if scale.dim() else "tensor",
+            weight_scale=None if scale is None else scale.mean().item(),
+            weight_snr=None,
+            activation_bits=None if activation is None else activation.bits,
+            activation_signed=None if activation is None else activation.signed,
+            activation_scale=None if activation is None else activation.scale.item(),
+            output_bits=None if output is None else output.bits,
+            weights=count,
+            bytes=packed_bytes(count, self.weight_bits, numbers),
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.folded and x.dim() != 2 + self._spatial():

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,6 @@ from .emit import QUANTIZER
 from .layers import ActivationCodes
 
 Codes = dict[str, list[NDArray[Any]]]
-
-# onnxruntime's own name for integer operators, and those of its names that do not begin with it.
-_INTEGER_PREFIX = "QLinear"
-_INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
-_FLOAT = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,32 @@ class Comparison:
         return self.agreeing_decisions / max(self.decisions, 1)
 
 
+@dataclass
+class _Sums:
+    """What a :class:`Comparison` is made of, while inputs are still to come."""
+
+    difference: float = 0.0
+    codes: int = 0
+    flipped: int = 0
+    decisions: int = 0
+    agreeing: int = 0
+
+    def add_outputs(self, expected: list[NDArray[Any]], found: list[NDArray[Any]]) -> None:
+        for y, z in zip(expected, found, strict=True):
+            self.difference = float(np.maximum(self.difference, _largest_difference(y, z)))  # A NaN stays one.
+        chosen, other = top1(expected[0]), top1(found[0])
+        self.decisions += chosen.size
+        self.agreeing += int((chosen == other).sum())
+
+    def add_codes(self, expected: Codes, found: Codes) -> None:
+        for a, b in _pairs(expected, found):
+            self.codes += a.size
+            self.flipped += int((a.reshape(-1) != b.reshape(-1)).sum())
+
+    def result(self) -> Comparison:
+        return Comparison(self.difference, self.codes, self.flipped, self.decisions, self.agreeing)
+
+
 def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized: bool = True) -> Comparison:
     """Run a graph in onnxruntime and ``deployed`` in torch on the same inputs.
 
@@ -56,27 +74,36 @@ def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized:
         inputs: batches.
         optimized: whether onnxruntime optimizes the graph, as it does by default, or runs it operator by operator.
     """
-    session, names = _session_with_codes(proto, optimized)
+    return compare_levels(deployed, proto, inputs, [optimized])[0]
+
+
+def compare_levels(
+    deployed: nn.Module, proto: Any, inputs: list[Tensor], optimized: Sequence[bool]
+) -> list[Comparison]:
+    """:func:`compare` with and without optimizations, with one run in torch for all."""
+    sessions = [_session_with_codes(proto, level) for level in optimized]
+    sums = [_Sums() for _ in sessions]
     offsets = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationCodes)}
-    outputs = [value.name for value in proto.graph.output]
-    difference, codes, flipped, decisions, agreeing = 0.0, 0, 0, 0, 0
+    count = len(proto.graph.output)
     for x in inputs:
         with torch.no_grad(), recorded_codes(deployed) as expected_codes:
             expected = [y.numpy() for y in tensors(deployed(x))]
-        values = session.run(None, {proto.graph.input[0].name: x.numpy()})
-        found = values[: len(outputs)]
-        found_codes: Codes = {}
-        for name, value in zip(names, values[len(outputs) :], strict=True):
-            found_codes.setdefault(name, []).append(value.astype(np.int16) - offsets[name])
-        for y, z in zip(expected, found, strict=True):
-            difference = float(np.maximum(difference, _largest_difference(y, z)))  # A NaN stays one.
-        chosen, other = top1(expected[0]), top1(found[0])
-        decisions += chosen.size
-        agreeing += int((chosen == other).sum())
-        for a, b in _pairs(expected_codes, found_codes):
-            codes += a.size
-            flipped += int((a.reshape(-1) != b.reshape(-1)).sum())
-    return Comparison(difference, codes, flipped, decisions, agreeing)
+        for (session, names), level in zip(sessions, sums, strict=True):
+            values = session.run(None, {proto.graph.input[0].name: x.numpy()})
+            found_codes: Codes = {}
+            for name, value in zip(names, values[count:], strict=True):
+                found_codes.setdefault(name, []).append(value.astype(np.int16) - offsets[name])
+            level.add_outputs(expected, values[:count])
+            level.add_codes(expected_codes, found_codes)
+    return [level.result() for level in sums]
+
+
+def drift(model: nn.Module, deployed: nn.Module, x: Tensor) -> Comparison:
+    """How the outputs of two networks in torch differ on ``x``: without codes."""
+    sums = _Sums()
+    with torch.no_grad():
+        sums.add_outputs([y.numpy() for y in tensors(model(x))], [y.numpy() for y in tensors(deployed(x))])
+    return sums.result()
 
 
 def far_inputs(sample: Tensor) -> list[Tensor]:
@@ -84,21 +111,6 @@ def far_inputs(sample: Tensor) -> list[Tensor]:
     if not sample.is_floating_point():
         return [sample]
     return [sample, 8 * sample, 8 * (sample.mean() - sample)]
-
-
-def kernels(proto: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Operators on integers, and products left in floating point, in the graph that onnxruntime makes of ``proto``."""
-    import onnx
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder:
-        options = _options(onnxruntime, optimized=True)
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath).graph
-    counts = Counter(node.op_type for node in graph.node)
-    integer = {kind: n for kind, n in counts.items() if kind.startswith(_INTEGER_PREFIX) or kind in _INTEGER}
-    return integer, {kind: n for kind, n in counts.items() if kind in _FLOAT}
 
 
 @contextmanager
@@ -143,6 +155,18 @@ def top1(output: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(output.argmax(axis))
 
 
+def session_options(*, optimized: bool) -> Any:
+    """Settings of onnxruntime for a check: quiet, and with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # Errors alone: that an optimized graph belongs to this machine is no news here.
+    options.intra_op_num_threads = torch.get_num_threads()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    return options
+
+
 def _largest_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
     with np.errstate(invalid="ignore"):
         difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
@@ -164,17 +188,8 @@ def _session_with_codes(proto: Any, optimized: bool) -> tuple[Any, list[str]]:
             if entry.key == QUANTIZER and node.output[0] not in taken:
                 names.append(entry.value)
                 exposed.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
-    options = _options(onnxruntime, optimized)
+    options = session_options(optimized=optimized)
     return onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"]), names
-
-
-def _options(onnxruntime: Any, optimized: bool) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # Errors alone: that an optimized graph belongs to this machine is no news here.
-    options.intra_op_num_threads = torch.get_num_threads()
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    return options
 
 
 def _pairs(expected: Codes, found: Codes) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:

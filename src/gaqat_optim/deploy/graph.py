@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Collection
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from .emit import QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT
 
-_WIDEST_INT4 = 4
-
 # Products of activations with a weight, and the operators that onnxruntime moves a DequantizeLinear across.
-_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_MOVED_ACROSS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity"}
+PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+MOVED_ACROSS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity"}
+
+# Where torch notes the modules that an operator comes from, the outermost first, and the operation behind them.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_products(proto: Any, layers: Collection[str]) -> dict[str, str | None]:
+    """Give every product the name of its layer, or that of the module whose forward has it and the operation's.
+
+    Behind a ``#`` stands a number where a name comes again. To be called before :func:`strip`, which takes out what
+    torch notes of modules.
+
+    Args:
+        proto: the graph as torch made it.
+        layers: qualified names of the modules that have weights.
+
+    Returns:
+        The layer of each product by the product's name, ``None`` where it belongs to none.
+    """
+    found: dict[str, str | None] = {}
+    for node in proto.graph.node:
+        if node.op_type in PRODUCTS:
+            scopes: list[str] = next((ast.literal_eval(e.value) for e in node.metadata_props if e.key == _SCOPES), [])
+            module, operation = scopes[-2:] if len(scopes) > 1 else ("", node.op_type)
+            name = unnumbered = (module if module in layers else f"{module}.{operation}").strip(".") or operation
+            number = 1
+            while name in found:
+                number += 1
+                name = f"{unnumbered}#{number}"
+            node.name = name
+            found[name] = module if module in layers else None
+    return found
 
 
 def strip(proto: Any) -> None:
@@ -42,7 +70,7 @@ def keep_floating(proto: Any) -> None:
     makers = {name: node for node in graph.node for name in node.output}
     spelled_out: dict[str, str] = {}
     for product in graph.node:
-        if product.op_type not in _PRODUCTS or _behind(product, 1, makers)[1] not in constants:
+        if product.op_type not in PRODUCTS or _behind(product, 1, makers)[1] not in constants:
             continue
         reader, value = _behind(product, 0, makers)
         if value in makers and makers[value].op_type == "DequantizeLinear":
@@ -67,7 +95,7 @@ def keep_floating(proto: Any) -> None:
 def _behind(node: Any, position: int, makers: dict[str, Any]) -> tuple[Any, str]:
     """Where an input of ``node`` comes from, behind operators that only move it, and the node that reads it there."""
     value = node.input[position]
-    while value in makers and makers[value].op_type in _MOVED_ACROSS:
+    while value in makers and makers[value].op_type in MOVED_ACROSS:
         node = makers[value]
         value = node.input[0]
     return node, value
@@ -94,66 +122,32 @@ def own_zero_points(proto: Any) -> None:
         taken.add(node.input[2])
 
 
-def store_int4(proto: Any) -> None:
-    """Store codes of up to 4 bits as INT4, with operators to INT8 that runtimes compute once, when they load the file.
+def shorten(proto: Any) -> None:
+    """Give intermediate results short names, and no name to operators but products.
 
-    They shift the codes up to where the layer wants them in the 8 bits. A DequantizeLinear directly on INT4 is as
-    small, but has no integer kernels.
+    What the exporter calls them takes more room in the file than a small layer.
     """
-    import onnx
-
     graph = proto.graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    shifts: dict[str, int] = {}
+    kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    short: dict[str, str] = {}
     for node in graph.node:
-        noted = {
-            entry.key: int(entry.value) for entry in node.metadata_props if entry.key in (WEIGHT_BITS, WEIGHT_SHIFT)
-        }
-        if noted.get(WEIGHT_BITS, _WIDEST_INT4 + 1) <= _WIDEST_INT4 and node.input[0] in stored:
-            shifts[node.input[0]] = noted[WEIGHT_SHIFT]
-    unpacked: dict[str, str] = {}
-    nodes: list[Any] = []
-    for number, (name, shift) in enumerate(sorted(shifts.items())):
-        codes = onnx.numpy_helper.to_array(stored[name]) >> shift
-        packed = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, codes.shape, pack_int4(codes), raw=True)
-        stored[name].CopyFrom(packed)
-        nodes += _shifted_to_int8(name, shift, f"gaqat.{number}")
-        unpacked[name] = nodes[-1].output[0]
-    for shift in sorted(set(shifts.values()) - {0}):
-        graph.initializer.append(onnx.helper.make_tensor(_power(shift), onnx.TensorProto.INT32, [], [2**shift]))
+        node.name = node.name if node.op_type in PRODUCTS else ""
+        for name in node.output:
+            if name and name not in kept:
+                short[name] = f"t{len(short)}"
+    # Names that stay are not taken again.
+    short = {name: f"{new}_" if new in kept else new for name, new in short.items()}
+    for node in graph.node:
+        node.input[:] = [short.get(name, name) for name in node.input]
+        node.output[:] = [short.get(name, name) for name in node.output]
+
+
+def prepend(graph: Any, nodes: list[Any], renamed: dict[str, str]) -> None:
+    """Put ``nodes`` in front of all others, which read another value instead of each one in ``renamed``."""
     for node in graph.node:
         for i, name in enumerate(node.input):
-            node.input[i] = unpacked.get(name, name)
+            node.input[i] = renamed.get(name, name)
     _replace_nodes(graph, [*nodes, *graph.node])
-
-
-def _shifted_to_int8(name: str, shift: int, short: str) -> list[Any]:
-    """Operators that give the INT4 constant ``name`` times 2^shift, as INT8."""
-    import onnx
-
-    integer = onnx.TensorProto
-    if shift == 0:
-        return [onnx.helper.make_node("Cast", [name], [short], to=integer.INT8)]
-    return [
-        onnx.helper.make_node("Cast", [name], [f"{short}_int32"], to=integer.INT32),  # INT8 has no product.
-        onnx.helper.make_node("Mul", [f"{short}_int32", _power(shift)], [f"{short}_shifted"]),
-        onnx.helper.make_node("Cast", [f"{short}_shifted"], [short], to=integer.INT8),
-    ]
-
-
-def _power(shift: int) -> str:
-    return f"gaqat.two_to_the_{shift}"
-
-
-def pack_int4(codes: NDArray[np.int8]) -> bytes:
-    """Two codes to a byte, the first one in the lower half: ONNX's order.
-
-    >>> pack_int4(np.array([1, -1, 7], dtype=np.int8)).hex()
-    'f107'
-    """
-    nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
-    nibbles[: codes.size] = codes.reshape(-1).view(np.uint8) & 0x0F
-    return (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
 
 
 def _replace_nodes(graph: Any, nodes: list[Any]) -> None:

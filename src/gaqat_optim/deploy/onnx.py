@@ -7,21 +7,31 @@ import importlib
 import os
 import uuid
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..quant.cost import by_widths, counted
 from . import check as checking
 from .convert import convert
+from .derived import derive_constants
 from .emit import LOWEST_OPSET
-from .graph import keep_floating, own_zero_points, store_int4, strip
+from .graph import keep_floating, name_products, own_zero_points, shorten, strip
 from .layers import ActivationCodes, DeployLayer
+from .placement import Placement, placement
 from .reorder import quantize_early
 from .report import ExportReport
+from .storage import store_int4, store_planes
 
-_STORAGES = ("auto", "int8")
+# What each one does to a graph whose weights are stored as INT8.
+_STORAGES: dict[str, Callable[[Any], None]] = {
+    "auto": store_int4,
+    "int8": lambda proto: None,
+    "packed": store_planes,
+}
 
 
 def export_onnx(
@@ -29,7 +39,7 @@ def export_onnx(
     sample: Tensor,
     path: str | os.PathLike[str],
     *,
-    storage: Literal["auto", "int8"] = "auto",
+    storage: Literal["auto", "int8", "packed"] = "auto",
     opset: int = LOWEST_OPSET,
     check: bool = True,
 ) -> ExportReport:
@@ -42,7 +52,8 @@ def export_onnx(
 
     A convolution runs on integers where its output is quantized again: by the next layer, directly or behind a ReLU,
     or by its own output quantizer (``output_bits`` of :class:`~gaqat_optim.QuantConfig`). A convolution that feeds
-    a residual addition needs that quantizer, or stays in floating point: ``float_kernels`` of the report counts them.
+    a residual addition needs that quantizer, or stays in floating point: ``float_operators`` of the report lists such
+    layers, and one ``UserWarning`` names them and what to set.
 
     On x86 processors without the VNNI instructions, onnxruntime adds two products of weights and activations in 16
     bits, which can saturate where weights have 8 bits. There, set ``session.x64quantprecision`` to ``"1"`` in its
@@ -53,10 +64,16 @@ def export_onnx(
             takes one tensor, and stays as it is.
         sample: an input, with the batch on axis 0; any device, and any batch size but 0.
         path: where the one file goes. It appears when it is complete: a failure leaves what was there before.
-        storage: ``"auto"`` stores weights of up to 4 bits as INT4, others as INT8. ``"int8"`` stores all as INT8.
+        storage: ``"auto"`` stores weights of up to 4 bits as INT4, others as INT8. ``"packed"`` stores weights of up to
+            7 bits as bit planes, in no more than their bits. ``"int8"`` stores all as INT8. All give the same results,
+            bit for bit, and the same kernels: onnxruntime makes INT8 of the weights when it loads the file. That takes
+            longer from bit planes (ResNet-50 with 3 bits: a third of a second), and several bytes a weight of memory
+            for as long. Runtimes that do not compute constants when they load would do it in every run: give those
+            ``"int8"``.
         opset: version of ONNX's operators, 21 (which introduced INT4) or later.
-        check: run the file in onnxruntime, on the sample and on inputs far beyond the clipping range, and report how it
-            compares with the converted network. Without it, onnxruntime is not needed.
+        check: run the file in onnxruntime, with and without its optimizations, on the sample and on inputs far beyond
+            the clipping range, and report how it compares with the converted network, how that compares with ``model``,
+            and what runs on integers. Without it, onnxruntime is not needed.
 
     Returns:
         What was written and how it compares.
@@ -89,18 +106,38 @@ def export_onnx(
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
     deployed, sample = deployed.cpu().float(), sample.float() if sample.is_floating_point() else sample
-    proto = _exported(deployed, sample, opset)
+    with torch.no_grad(), counted(deployed) as counts:
+        output = deployed(sample)
+    macs = by_widths(deployed, {module: count // len(sample) for module, count in counts.items()})
+    proto = _exported(deployed, sample, opset, isinstance(output, Tensor))
+    layer_of = name_products(proto, _layers(deployed))
     strip(proto)
     quantize_early(proto)
     keep_floating(proto)
     own_zero_points(proto)
-    if storage == "auto":
-        store_int4(proto)
+    derive_constants(proto)
+    _STORAGES[storage](proto)
+    shorten(proto)
     _verify(proto, type(deployed).__name__)
-    compared: dict[str, Any] = _compared(deployed, proto, sample) if check else {}
+    compared: dict[str, Any] = {}
+    if check:
+        trained = None if is_converted else copy.deepcopy(model).eval().cpu().float()
+        placed, compared = _compared(deployed, proto, sample, layer_of, trained)
+        warning = placed.warning()
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
     size = _write(proto, target)
     compression = 4 * float_values(deployed) / size
-    return ExportReport(target, storage, opset, size, compression, **compared)
+    return ExportReport(target, storage, opset, size, compression, macs, **compared)
+
+
+def _layers(deployed: nn.Module) -> set[str]:
+    """The qualified names of the modules with weights: deployed layers, and what stayed in floating point."""
+    return {
+        name
+        for name, module in deployed.named_modules(remove_duplicate=False)
+        if isinstance(module, DeployLayer) or any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    }
 
 
 def float_values(deployed: nn.Module) -> int:
@@ -162,10 +199,8 @@ def _require_packages(check: bool, opset: int) -> None:
         raise ValueError(f"opset {opset} is newer than the installed onnx {onnx.__version__} knows ({newest})")
 
 
-def _exported(deployed: nn.Module, sample: Tensor, opset: int) -> Any:
+def _exported(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool) -> Any:
     """The ``onnx.ModelProto`` that torch makes of a converted network, its weights as INT8."""
-    with torch.no_grad():
-        output = deployed(sample)
     if len(sample) == 1:
         sample = torch.cat([sample, sample])  # A size of 1 would be taken for a constant.
     try:
@@ -179,7 +214,7 @@ def _exported(deployed: nn.Module, sample: Tensor, opset: int) -> Any:
                 verbose=False,
                 opset_version=opset,
                 input_names=["input"],
-                output_names=["output"] if isinstance(output, Tensor) else None,
+                output_names=["output"] if one_output else None,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except Exception as error:
@@ -211,20 +246,29 @@ def _verify(proto: Any, name: str) -> None:
         raise RuntimeError(f"torch made a graph of {name} that is not valid: {_cause(error)}") from error
 
 
-def _compared(deployed: nn.Module, proto: Any, sample: Tensor) -> dict[str, Any]:
-    """The fields of the report that need onnxruntime."""
+def _compared(
+    deployed: nn.Module, proto: Any, sample: Tensor, layer_of: Mapping[str, str | None], trained: nn.Module | None
+) -> tuple[Placement, dict[str, Any]]:
+    """Where onnxruntime runs what, and the fields of the report that need runs of the network."""
     try:
-        comparison = checking.compare(deployed, proto, checking.far_inputs(sample))
-        integer, floating = checking.kernels(proto)
+        optimized, plain = checking.compare_levels(deployed, proto, checking.far_inputs(sample), [True, False])
+        placed = placement(deployed, proto, layer_of)
     except Exception as error:
         name = type(deployed).__name__
         raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error
-    return {
-        "max_abs_diff": comparison.max_abs_diff,
-        "code_flip_rate": comparison.code_flip_rate,
-        "top1_agreement": comparison.top1_agreement,
-        "integer_kernels": integer,
-        "float_kernels": floating,
+    drift = None if trained is None else checking.drift(trained, deployed, sample)
+    return placed, {
+        "max_abs_diff": optimized.max_abs_diff,
+        "code_flip_rate": optimized.code_flip_rate,
+        "top1_agreement": optimized.top1_agreement,
+        "max_abs_diff_unoptimized": plain.max_abs_diff,
+        "code_flip_rate_unoptimized": plain.code_flip_rate,
+        "top1_agreement_unoptimized": plain.top1_agreement,
+        "convert_max_abs_diff": None if drift is None else drift.max_abs_diff,
+        "convert_top1_agreement": None if drift is None else drift.top1_agreement,
+        "integer_kernels": placed.integer_kernels,
+        "float_kernels": placed.float_kernels,
+        "float_operators": placed.float_operators,
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import LayerConfig
 from .quantizer import LSQQuantizer
+from .record import QuantRecord, packed_bytes
 
 Q = TypeVar("Q", bound="type[QuantizedModule]")
 
@@ -110,6 +111,36 @@ class QuantizedModule(nn.Module):
         y = self.compute(x, self.quantized_weight(), *args, **kwargs)
         return self.output_quantizer(y) if self.output_quantizer is not None else y
 
+    def quant_record(self, name: str) -> QuantRecord:
+        """What :func:`quantization_summary` says of the layer, whose qualified name is ``name``."""
+        weight, activation, output = self.weight_quantizer, self.input_quantizer, self.output_quantizer
+        scales = sum(q.scale.numel() for q in self._modules.values() if isinstance(q, LSQQuantizer))
+        biases = sum(p.numel() for kind, p in self.named_parameters(recurse=False) if "bias" in kind)
+        count, bits = self.weight.numel(), None if weight is None else weight.bits
+        return QuantRecord(
+            name=name,
+            type=type(self).__name__,
+            weight_bits=bits,
+            weight_granularity=None if weight is None else "tensor" if weight.channel_axis is None else "channel",
+            weight_scale=_mean_scale(weight),
+            weight_snr=self._signal_to_noise(),
+            activation_bits=None if activation is None else activation.bits,
+            activation_signed=None if activation is None else activation.signed,
+            activation_scale=_mean_scale(activation),
+            output_bits=None if output is None else output.bits,
+            weights=count,
+            bytes=packed_bytes(count, bits, scales + biases),
+        )
+
+    @torch.no_grad()
+    def _signal_to_noise(self) -> float | None:
+        """Of the weight, in decibel: infinite where it is represented exactly, NaN for zeros."""
+        if self.weight_quantizer is None or not self.weight_quantizer.is_set:
+            return None
+        weight = self.weight.double()
+        noise = (self.quantized_weight().double() - weight).square().sum()
+        return (10 * torch.log10(weight.square().sum() / noise)).item()
+
     # -- what the kinds of layers differ in --------------------------------------------------------------------
 
     def compute(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -123,6 +154,10 @@ class QuantizedModule(nn.Module):
     def from_channels(self, weight: Tensor) -> Tensor:
         """The inverse of :meth:`by_channel`."""
         return weight
+
+
+def _mean_scale(quantizer: LSQQuantizer | None) -> float | None:
+    return quantizer.scale.mean().item() if quantizer is not None and quantizer.is_set else None
 
 
 @quantizes(nn.Linear)

@@ -60,9 +60,10 @@ def quantize_model(
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
         >>> net = quantize_model(net, QuantConfig(4, 4), calibration=torch.rand(16, 3, 8, 8))
         >>> print(quantization_summary(net))
-        layer  type         weights             signal/noise  activations      output
-        0      QuantConv2d  8 bits per channel  ... dB       8 bits unsigned  floating
-        3      QuantLinear  8 bits per channel  ... dB       8 bits unsigned  floating
+        layer  type         weights             signal/noise  activations      output    bytes
+        0      QuantConv2d  8 bits per channel  ... dB       8 bits unsigned  floating  284
+        3      QuantLinear  8 bits per channel  ... dB       8 bits unsigned  floating  2,964
+        in all: 3,248 bytes
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")

@@ -1,0 +1,36 @@
+"""What the tests of exported files share: quantized networks, and runs of a file in onnxruntime."""
+
+import onnxruntime
+import torch
+
+from deploy.deploy_networks import randomize_norms
+from gaqat_optim import QuantConfig, quantize_model
+
+# A convolution that feeds an addition, a pooling or the output is in floating point unless its output is quantized.
+STAYS_IN_FLOAT = "Layers with integer weight and input that onnxruntime runs in floating point"
+W4A4 = QuantConfig(4, 4, first_last_bits="same")
+LEVELS = {
+    "as written": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "optimized": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+def quantized(model, x, config=W4A4):
+    torch.manual_seed(0)
+    return quantize_model(randomize_norms(model), config, calibration=x).eval()
+
+
+def session(path, level="optimized"):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(path, x, level="optimized"):
+    return torch.from_numpy(session(path, level).run(["output"], {"input": x.numpy()})[0])
+
+
+def run_torch(model, x):
+    with torch.no_grad():
+        return model(x)
