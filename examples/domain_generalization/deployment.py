@@ -23,8 +23,8 @@ class Deployment:
         details: what `export_onnx` reports: size, agreement on inputs far beyond the clipping range, integer kernels.
         bytes, fp32_bytes: size of the file, and of the fp32 network in the same format.
         agreement: percent of real images to which onnxruntime gives the same class as `convert(model)`.
-        trained_agreement: the same against the model as it was trained, in floating point. `convert` rounds biases to
-            integers, which at few bits changes some decisions.
+        trained_agreement: the same against the model as it was trained: with rounded biases, so that only values
+            within rounding errors of the middle between two codes can differ.
         accuracy: percent of those images that onnxruntime gets right.
         images: how many images that were.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,6 +25,7 @@ from gaqat_optim import (
     param_groups,
     quantize_model,
 )
+from gaqat_optim.deploy import rounded_biases
 
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor], float]
@@ -132,7 +133,7 @@ class Trained:
     """The end of one training run.
 
     Attributes:
-        last: the model after the last step (the object that was trained).
+        last: the model after the last step.
         selected: a copy of the model at the evaluation with the best source-validation accuracy; the first of equals.
         validation: that accuracy, in percent.
         selected_step: the step of that evaluation.
@@ -195,14 +196,20 @@ class Trainer:
         return model
 
     def quantized(self, checkpoint: nn.Module, method: Method, *, step: Step = closure_step) -> Trained:
-        """Quantize a copy of the fp32 checkpoint and train it by `method`; `step` does each quantized step."""
+        """Quantize a copy of the fp32 checkpoint and train it by `method`; `step` does each quantized step.
+
+        It trains with biases as they are deployed, and both models that come back go on computing with them: what is
+        measured with these is what their files compute.
+        """
         model = copy.deepcopy(checkpoint)
         if method.flat_start:
             self.fit(model, build_optimizer(model, method, self.settings), FLAT, self.settings.flat_steps)
         calibration = [x for x, _ in islice(self.stream(CALIBRATION), self.settings.calibration_batches)]
         model = quantize_model(model, self.settings.quantization(), calibration=calibration)
         optimizer = build_optimizer(model, method, self.settings)
-        return self.fit(model, optimizer, QUANTIZED, self.settings.steps, select=True, step=step)
+        with rounded_biases(model):
+            trained = self.fit(model, optimizer, QUANTIZED, self.settings.steps, select=True, step=step)
+            return replace(trained, last=copy.deepcopy(model))  # A copy that is made here keeps the rounding.
 
 
 def cell_steps(settings: Settings, methods: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from deploy.onnx_runs import STAYS_IN_FLOAT
 from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.attention import DeployMultiheadAttention
 from gaqat_optim.deploy.check import compare, far_inputs, recorded_codes
@@ -19,6 +20,12 @@ from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.layers import DeployLayer, DeployLinear
 from gaqat_optim.deploy.packed_file import read, write
 from torchvision_import import import_torchvision
+
+# What these networks leave in floating point, and traced or not, is the business of other tests.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}"),
+    pytest.mark.filterwarnings("ignore:.*cannot be traced symbolically"),
+]
 
 E, HEADS, N, L, S = 12, 3, 4, 5, 7
 ROLES = ("query", "key", "value")

@@ -120,12 +120,14 @@ def _check(model: nn.Module) -> None:
                 f"{shown!r}: there is no deployed form of {type(layer).__name__} yet. Leave it in floating point: "
                 f"quantize_model with exclude=({shown!r},)"
             )
+        for kind, quantizer in layer.quantizers():
+            _check_quantizer(f"{name}.{kind}" if name else kind, quantizer)
         for what, value in layer.named_parameters(recurse=False):
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{shown!r} has a {what} that is not finite")
-    for name, module in model.named_modules():
-        if isinstance(module, LSQQuantizer):
-            _check_quantizer(name, module)
+    for module in hooked_outputs(model):
+        quantizer = module.output_quantizer  # type: ignore[assignment]
+        _check_quantizer(quantizer.name, quantizer)
 
 
 def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:

@@ -158,7 +158,6 @@ class _Users:
 
     def __init__(self, graph: Any) -> None:
         self._outputs = {value.name for value in graph.output}
-        self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._of: dict[str, list[Any]] = {}
         for node in graph.node:
             for name in node.input:
@@ -166,7 +165,6 @@ class _Users:
 
     def obstacle(self, value: str) -> str | None:
         """What is between ``value`` and a quantizer that would make an integer kernel of what computes it."""
-        after_relu = False
         while True:
             users = self._of.get(value, [])
             kinds = sorted({node.op_type for node in users})
@@ -176,14 +174,7 @@ class _Users:
                 return f"its output is not quantized, and read by {' and '.join(kinds)}"
             node = users[0]
             if node.op_type == "QuantizeLinear":
-                signed = after_relu and bool(self._zero_point(node))
-                return "Relu stands between its output and a signed quantizer" if signed else None
+                return None
             if node.op_type != "Relu" and node.op_type not in MOVED_ACROSS:
                 return f"its output is not quantized, and goes into {node.op_type}"
-            after_relu |= node.op_type == "Relu"
             value = node.output[0]
-
-    def _zero_point(self, quantizer: Any) -> int:
-        import onnx
-
-        return int(onnx.numpy_helper.to_array(self._constants[quantizer.input[2]]))

@@ -36,6 +36,8 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
     that moment. The gradient of the rounding is taken as zero, so that of b is what it was. Train for the last epochs
     in the block, and choose and evaluate there: what is measured in it is what the file computes.
 
+    A copy of the network that is made in the block, such as the best one so far, keeps the rounding for good.
+
     The BatchNorms are found as for ``convert``, at the begin of the block. Layers whose scales are not set yet, whose
     quantizers are off or whose bias stays in floating point have nothing added.
 
