@@ -72,7 +72,13 @@ def written(name: str, folder: Path) -> dict[str, Path]:
     for label, config in OURS.items():
         files[label] = folder / f"{label}.onnx"
         progress(f"{name}: {label}")
-        export_onnx(quantize_model(model, config, calibration=images), images[:2], files[label], check=False)
+        quantized = quantize_model(model, config, calibration=images)
+        with torch.no_grad():
+            # As after training: quantizers of one value, which calibration sets alike, differ, and all are needed.
+            for key, parameter in quantized.named_parameters():
+                if key.endswith("lsq_log_scale"):
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        export_onnx(quantized, images[:2], files[label], check=False)
     for label, activations in PEERS.items():
         files[label] = folder / f"{label}.onnx"
         progress(f"{name}: {label}")

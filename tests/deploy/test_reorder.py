@@ -1,5 +1,6 @@
 """Quantization moved up and dequantization moved down a graph: the same codes and outputs, to the bit."""
 
+import tempfile
 import warnings
 
 import numpy as np
@@ -153,6 +154,39 @@ def test_dequantization_goes_down(case):
     assert sorted(kinds(result)) == sorted(expected)
     for a, b in zip(outputs(proto, x), outputs(result, x), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_a_sum_for_two_quantizers_is_two_sums_on_integers():
+    class Sum(nn.Module):
+        def __init__(self, relu):
+            super().__init__()
+            self.relu = relu
+
+        def forward(self, x):
+            a, b = (
+                emit_activation(f(x), torch.tensor(s), 8, True, "in")
+                for f, s in ((torch.tanh, 0.01), (torch.sin, 0.02))
+            )
+            y = F.relu(a + b) if self.relu else a + b
+            return emit_activation(y, torch.tensor(0.1), 4, True, "q"), emit_activation(
+                y, torch.tensor(0.3), 3, True, "r"
+            )
+
+    x = torch.randn(4, 3, 5, 5)
+    for relu in (False, True):
+        proto = graph_of(Sum(relu), x)
+        result = moved(proto)
+        assert kinds(proto).count("Add") == 1
+        assert kinds(result).count("Add") == 2
+        assert kinds(result).count("Relu") == 0
+        for a, b in zip(outputs(proto, x, codes=True), outputs(result, x, codes=True), strict=True):
+            assert np.array_equal(a, b)
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+            options = onnxruntime.SessionOptions()
+            options.optimized_model_filepath = file.name
+            options.log_severity_level = 3
+            onnxruntime.InferenceSession(result.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            assert kinds(onnx.load(file.name)).count("QLinearAdd") == 2
 
 
 def test_a_value_that_something_else_uses_stays():

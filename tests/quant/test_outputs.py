@@ -42,7 +42,10 @@ class ResidualBlock(nn.Module):
 
 
 def _two_branches(m, x):
-    y = m.a(x)
+    return _two_users(m, m.a(x))
+
+
+def _two_users(m, y):
     return m.b(y).sum() + m.c(y).sum()
 
 
@@ -80,6 +83,10 @@ PLACES = {
     "a sum with a module": (
         Network(lambda m, x: m.c(m.sum(m.a(x) + m.b(x)).sigmoid()), a=conv(), b=conv(), sum=nn.Identity(), c=conv()),
         {"a": None, "b": None, "sum": None, "c": None},
+    ),
+    "two layers quantize a sum": (
+        Network(lambda m, x: _two_users(m, m.sum(m.a(x) + m.a2(x))), a=conv(), a2=conv(), b=conv(), c=conv(), sum=nn.Identity()),
+        {"a": None, "a2": None, "b": None, "c": None},
     ),
     "a sum with a constant": (Network(lambda m, x: m.sum(m.a(x) + 1), a=conv(), sum=nn.Identity()), {"a": None}),
     "a module used twice": (

@@ -7,6 +7,7 @@ place of a convolution only if the very next operator quantizes its output.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ def quantize_early(proto: Any) -> None:
     - Relu or Clip, then quantization: quantization, and the clipping of its codes.
     - MaxPool, or a move of values, then quantization: the other way round, on uint8.
     - Concat, then quantization: each operand quantized.
+    - A sum, then two quantizations: the sum twice, each with a quantization. onnxruntime makes one operator of such.
     - DequantizeLinear of codes that are not negative, then Relu: no Relu.
     - DequantizeLinear, then MaxPool or a move of values: the other way round, on uint8.
 
@@ -32,6 +34,8 @@ def quantize_early(proto: Any) -> None:
         proto: an ``onnx.ModelProto`` whose activations are quantized as ``emit_activation`` does.
     """
     graph = _Graph(proto.graph)
+    for node in list(graph.nodes):
+        _twice(graph, node)
     changed = True
     while changed:
         changed = False
@@ -101,6 +105,36 @@ class _Graph:
         self.graph.node.extend(ordered)
 
 
+def _twice(graph: _Graph, addition: Any) -> None:
+    """Compute a sum that two quantizers read (behind a Relu, perhaps) once for each of them."""
+    if addition.op_type != "Add" or not all(_is_dequantized(graph, name) for name in addition.input):
+        return
+    chain = [addition]
+    relu = graph.only_user(addition.output[0])
+    if relu is not None and relu.op_type == "Relu":
+        chain.append(relu)
+    users = graph.users.get(chain[-1].output[0], [])
+    if len(users) != 2 or chain[-1].output[0] in graph.outputs or any(u.op_type != "QuantizeLinear" for u in users):
+        return
+    name = ""
+    for node in chain:
+        again = copy.deepcopy(node)
+        again.name, again.output[0] = "", graph.fresh(node.output[0])
+        if node is addition:  # The other way round, or onnxruntime would make one of the two again.
+            again.input[0], again.input[1] = node.input[1], node.input[0]
+        else:
+            again.input[0] = name
+        name = again.output[0]
+        graph.nodes.append(again)
+    users[1].input[0] = name
+    graph.index()
+
+
+def _is_dequantized(graph: _Graph, name: str) -> bool:
+    maker = graph.makers.get(name)
+    return maker is not None and maker.op_type == "DequantizeLinear"
+
+
 def _up(graph: _Graph, quantize: Any) -> bool:
     """Move one QuantizeLinear across the node above it, if that is possible."""
     if quantize.op_type != "QuantizeLinear":
@@ -165,8 +199,6 @@ def _code(value: float, scale: Any, zero: Any) -> Any:
 
 def _exchange(graph: _Graph, quantize: Any, above: Any, operands: list[str]) -> None:
     """Quantize the operands of ``above`` instead of its result."""
-    import copy
-
     codes = _codes(graph, quantize)
     result, value = codes.output[0], above.output[0]
     group = [quantize] if codes is quantize else [quantize, codes]

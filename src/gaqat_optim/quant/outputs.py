@@ -112,7 +112,8 @@ class _Placement:
         """Decide for the value of ``node``, which a layer or a sum computes."""
         chain = self._chain(node)
         users = self._users(chain[-1])
-        if len(users) == 1 and None not in users:
+        # A sum is cheap enough to be computed for each of two quantizers, in one integer operator with it.
+        if None not in users and len(users) <= (1 if node in self.traced.modules else 2):
             return
         for position in range(len(chain) - 1, -1, -1):
             site = self._site(chain[position])
