@@ -163,14 +163,11 @@ def test_a_sum_for_two_quantizers_is_two_sums_on_integers():
             self.relu = relu
 
         def forward(self, x):
-            a, b = (
-                emit_activation(f(x), torch.tensor(s), 8, True, "in")
-                for f, s in ((torch.tanh, 0.01), (torch.sin, 0.02))
-            )
-            y = F.relu(a + b) if self.relu else a + b
-            return emit_activation(y, torch.tensor(0.1), 4, True, "q"), emit_activation(
-                y, torch.tensor(0.3), 3, True, "r"
-            )
+            a = emit_activation(x.tanh(), torch.tensor(0.01), 8, True, "a")
+            y = a + emit_activation(x.sin(), torch.tensor(0.02), 8, True, "b")
+            y = F.relu(y) if self.relu else y
+            q = emit_activation(y, torch.tensor(0.1), 4, True, "q")
+            return q, emit_activation(y, torch.tensor(0.3), 3, True, "r")
 
     x = torch.randn(4, 3, 5, 5)
     for relu in (False, True):

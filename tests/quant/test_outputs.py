@@ -85,8 +85,8 @@ PLACES = {
         {"a": None, "b": None, "sum": None, "c": None},
     ),
     "two layers quantize a sum": (
-        Network(lambda m, x: _two_users(m, m.sum(m.a(x) + m.a2(x))), a=conv(), a2=conv(), b=conv(), c=conv(), sum=nn.Identity()),
-        {"a": None, "a2": None, "b": None, "c": None},
+        Network(lambda m, x: _two_users(m, m.a(x) + m.d(x)), a=conv(), b=conv(), c=conv(), d=conv()),
+        {"a": None, "b": None, "c": None, "d": None},
     ),
     "a sum with a constant": (Network(lambda m, x: m.sum(m.a(x) + 1), a=conv(), sum=nn.Identity()), {"a": None}),
     "a module used twice": (

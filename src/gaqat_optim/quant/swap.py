@@ -33,7 +33,8 @@ def quantize_model(
     off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by exact type: a
     subclass keeps its own forward, in floating point, unless it is registered
     (``gaqat_optim.quant.modules.quantizes``). Every other module, every hook and every key of the state dict stays; the
-    new keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales.
+    new keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales, and
+    call ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
 
     Args:
         model: the network, usually trained in floating point. It is copied unless ``inplace``.
