@@ -51,9 +51,9 @@ class QuantConfig:
             training batch): signed if any value is negative.
         first_last_bits: width of weights and input of the first and the last quantizable layer, in the order of
             ``model.named_modules()``. ``"same"`` treats them like the others, ``None`` leaves them in floating point.
-        output_bits: width of an additional quantizer for each layer's output; ``None`` for none. It stands where it makes
-            integers of floating point in deployment: behind a BatchNorm and a ReLU that follow, on residual sums as well,
-            and not at all where the next layer quantizes the value anyway.
+        output_bits: width of an additional quantizer for each layer's output; ``None`` for none. It stands where it
+            makes integers of floating point in deployment: behind a BatchNorm and a ReLU that follow, on residual sums
+            as well, and not at all where the next layer quantizes the value anyway.
         init: initial scales, ``"mse"`` (least squared error) or ``"lsq"`` (2 mean|v| / sqrt(Qp)).
         scale_domain: ``"log"`` learns log(s): positive whatever the optimizer does, and a step of the optimizer is
             relative to s. ``"linear"`` learns s itself, as in the paper, with a floor.
