@@ -28,7 +28,7 @@ def session(path, level="optimized"):
 
 
 def run(path, x, level="optimized"):
-    return torch.from_numpy(session(path, level).run(["output"], {"input": x.numpy()})[0])
+    return torch.from_numpy(session(path, level).run(None, {"input": x.numpy()})[0])
 
 
 def run_torch(model, x):

@@ -7,12 +7,12 @@ import pickle
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
-from deploy.onnx_runs import STAYS_IN_FLOAT
+from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT
+from deploy.onnx_runs import run as run_onnx
 from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.attention import DeployMultiheadAttention
 from gaqat_optim.deploy.check import compare, far_inputs, recorded_codes
@@ -37,10 +37,6 @@ CONSTRUCTIONS = {
     "zero": {"add_zero_attn": True},
     "separate": {"kdim": 6, "vdim": 10},
     "all": {"kdim": 6, "vdim": 12, "bias": False, "add_bias_kv": True, "add_zero_attn": True},
-}
-LEVELS = {
-    "as written": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "optimized": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 
 
@@ -77,14 +73,6 @@ def quantized(model, x, config=SAME):
 def run(model, x, **options):
     with torch.no_grad():
         return model(x, **options)
-
-
-def run_onnx(path, x, level):
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = LEVELS[level]
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
 
 # -- exact integers and float64 --------------------------------------------------------------------------------------
