@@ -62,6 +62,10 @@ PLACES = {
     "an average is no way": (nn.Sequential(conv(), nn.AvgPool2d(2), conv()), {"0": None, "2": None}),
     "behind a norm": (nn.Sequential(conv(), nn.BatchNorm2d(3), nn.Sigmoid()), {"1": None}),
     "behind norm and activation": (nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), nn.AvgPool2d(2)), {"2": None}),
+    "before a norm that is not folded": (
+        nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(3), nn.Sigmoid()),
+        {"1": None},
+    ),
     "before an activation that no kernel contains": (nn.Sequential(conv(), nn.GELU(), conv()), {"0": None, "2": None}),
     "a group norm is no batch norm": (nn.Sequential(conv(), nn.GroupNorm(1, 3), conv()), {"0": None, "2": None}),
     "residual blocks": (

@@ -133,7 +133,8 @@ class _Placement:
         chain = [node]
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
-            is_norm = isinstance(self.traced.modules.get(user), _BatchNorm) and chain[-1] in self.traced.modules
+            follows_layer = len(chain) == 1 and node in self.traced.modules  # and so can be folded into it
+            is_norm = follows_layer and isinstance(self.traced.modules.get(user), _BatchNorm)
             if user.all_input_nodes != [chain[-1]] or not (is_norm or self._kind(user) in _PASSING):
                 break
             chain.append(user)
