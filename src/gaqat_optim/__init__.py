@@ -2,8 +2,9 @@
 
 from .deploy.convert import convert
 from .deploy.onnx import export_onnx
-from .deploy.packing import load_packed, save_packed
+from .deploy.packing import save_packed
 from .deploy.report import ExportReport
+from .deploy.unpacking import load_packed
 from .freezing import (
     AlternateFreeze,
     AlwaysFreeze,

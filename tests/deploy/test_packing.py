@@ -24,7 +24,8 @@ from gaqat_optim import QuantConfig, export_onnx, quantize_model
 from gaqat_optim.deploy.bits import pack_bits, unpack_bits
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.layers import DeployLayer
-from gaqat_optim.deploy.packing import load_packed, save_packed
+from gaqat_optim.deploy.packing import save_packed
+from gaqat_optim.deploy.unpacking import load_packed
 from gaqat_optim.quant.modules import QuantizedModule
 
 SAME = QuantConfig(4, 4, first_last_bits="same")
@@ -202,7 +203,7 @@ def test_in_another_process(tmp_path):
     np.save(tmp_path / "x.npy", images(8).numpy())
     code = (
         "import sys, numpy as np, torch; from deploy.deploy_networks import ResNet; "
-        "from gaqat_optim.deploy.packing import load_packed; torch.set_num_threads(1); "
+        "from gaqat_optim import load_packed; torch.set_num_threads(1); "
         "y = load_packed(ResNet(), 'net.packed')(torch.from_numpy(np.load('x.npy'))); np.save('y.npy', y.numpy())"
     )
     tests = str(Path(__file__).parents[1])

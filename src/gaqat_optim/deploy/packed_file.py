@@ -1,4 +1,4 @@
-"""One file of tensors and JSON, with a checksum: what :mod:`gaqat_optim.deploy.packing` writes and reads.
+"""One file of tensors and JSON, with a checksum: what :mod:`gaqat_optim.deploy.packing` writes.
 
 All numbers are little-endian::
 
