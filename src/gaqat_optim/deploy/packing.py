@@ -45,8 +45,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
         OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
 
     Example:
-        >>> import tempfile
-        >>> from gaqat_optim import QuantConfig, load_packed, quantize_model
+        >>> import tempfile, torch
+        >>> from gaqat_optim import QuantConfig, convert, load_packed, quantize_model
         >>> net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
         >>> config = QuantConfig(3, 8, first_last_bits="same")
         >>> x = torch.rand(16, 256)
