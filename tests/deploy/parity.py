@@ -1,29 +1,51 @@
-"""Whether a graph in onnxruntime computes what a converted network does, without any tolerance on the codes."""
+"""Whether two runs of a network compute the same, without any tolerance on the codes.
+
+They are a converted network in torch and its graph in onnxruntime, or the quantized network that it was made from.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gaqat_optim.deploy import emit, rounded_biases
 from gaqat_optim.deploy.check import tensors
-from gaqat_optim.deploy.emit import QUANTIZER
 from gaqat_optim.deploy.layers import ActivationCodes
+from gaqat_optim.quant.quantizer import LSQQuantizer
 
 # onnxruntime rounds x / s, with x a sum in another order, or the product of a sum of integers with a quotient of
 # scales: some float32 roundings of numbers of the size of x / s. A tie is a place where they can decide.
-_ROUNDINGS = 32
+ROUNDINGS = 32
 _EPSILON = 2.0**-24
 
 
-def disagreement(deployed: nn.Module, proto: Any, x: Tensor, *, optimized: bool) -> str | None:
-    """What is wrong with the graph's codes and outputs for ``x``, or ``None``.
+@dataclass(frozen=True)
+class Parity:
+    """How two runs of one network on the same inputs compare.
+
+    Attributes:
+        problem: what is wrong, or ``None``.
+        inputs: how many inputs there were.
+        equal: how many of them have the same codes everywhere, so that their outputs were compared.
+    """
+
+    problem: str | None
+    inputs: int
+    equal: int
+
+
+def in_runtime(deployed: nn.Module, proto: Any, x: Tensor, *, optimized: bool, roundings: int = ROUNDINGS) -> Parity:
+    """Whether the graph of a converted network has its codes and outputs in onnxruntime.
 
     Rounding to a code makes a difference of one unit out of one in the last bit of a float32, and everything behind it
     may then differ. So each image (entry of the batch) is followed to the first quantizer, in the order of calls, at
@@ -35,30 +57,49 @@ def disagreement(deployed: nn.Module, proto: Any, x: Tensor, *, optimized: bool)
         proto: its graph.
         x: a batch.
         optimized: whether onnxruntime optimizes the graph or runs it as it is written.
+        roundings: of float32, that a value may differ by.
     """
+    return _follow(deployed, x, *_runtime_calls(proto, x, optimized), roundings)
+
+
+def in_training(deployed: nn.Module, model: nn.Module, x: Tensor, *, roundings: int = ROUNDINGS) -> Parity:
+    """The same of the quantized network that ``deployed`` was made from, with the biases that are deployed."""
+    with rounded_biases(model):
+        return _follow(deployed, x, *_fake_calls(model, x), roundings)
+
+
+def _follow(
+    deployed: nn.Module, x: Tensor, found_codes: dict[str, list[Any]], found: list[NDArray[Any]], roundings: int
+) -> Parity:
     calls, expected = _torch_calls(deployed, x)
-    found_codes, found = _runtime_calls(proto, x, optimized)
     clean = np.ones(len(x), dtype=bool)
     for name, (value, codes, zero_point) in _in_order(calls, found_codes):
         other = found_codes[name].pop(0).astype(np.int64) - zero_point
         rows = codes.shape[0] // len(x)  # A Linear takes several rows of one image as rows of a matrix.
+        other = other.reshape(codes.shape)
         differs = (codes != other).reshape(len(x), -1)
         first = differs.any(1) & clean
         if first.any():
             here = np.repeat(first, rows).reshape(-1, *[1] * (codes.ndim - 1)) & (codes != other)
             off, ties = np.abs(codes - other)[here], _distance_to_tie(value[here])
-            allowed = _ROUNDINGS * _EPSILON * _magnitude(value)
+            allowed = roundings * _EPSILON * _magnitude(value)
             if off.max() > 1 or ties.max() > allowed:
-                return (
+                problem = (
                     f"{name}: {here.sum()} of {here.size} codes differ by up to {off.max()}, up to {ties.max():.3g} "
                     f"from a tie, where rounding explains {allowed:.3g}"
                 )
+                return Parity(problem, len(x), int(clean.sum()))
         clean &= ~differs.any(1)
+    return Parity(_outputs(expected, found, clean, roundings), len(x), int(clean.sum()))
+
+
+def _outputs(expected: list[NDArray[Any]], found: list[NDArray[Any]], clean: Any, roundings: int) -> str | None:
+    """What is wrong with the outputs of the images that are ``clean``."""
     for y, z in zip(expected, found, strict=True):
         if y.shape != z.shape:
-            return f"the output has the shape {z.shape} in the runtime and {y.shape} in torch"
+            return f"the output has the shape {z.shape} and not {y.shape}"
         difference = np.abs(y - z)[clean]
-        allowed = _ROUNDINGS * _EPSILON * max(1.0, float(np.abs(y).max(initial=0)))
+        allowed = roundings * _EPSILON * max(1.0, float(np.abs(y).max(initial=0)))
         if difference.max(initial=0) > allowed or np.isnan(z).any() != np.isnan(y).any():
             return f"equal codes, but outputs that differ by {difference.max():.3g}, more than {allowed:.3g}"
     return None
@@ -90,6 +131,30 @@ def _torch_calls(deployed: nn.Module, x: Tensor) -> tuple[list[Any], list[NDArra
     return calls, expected
 
 
+def _fake_calls(model: nn.Module, x: Tensor) -> tuple[dict[str, list[Any]], list[NDArray[Any]]]:
+    """The codes of each activation quantizer of a quantized network, as a graph has them, and the outputs."""
+    codes = defaultdict(list)
+
+    def record(name: str, layer: Any, quantizer: nn.Module, args: Any, output: Tensor) -> None:
+        assert isinstance(quantizer, LSQQuantizer)
+        if name.endswith("input_quantizer") and getattr(layer, "padding_mode", "zeros") != "zeros":
+            # A deployed layer pads before it quantizes.
+            output = F.pad(output, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        found = (output / quantizer.scale).round().numpy().astype(np.int64)
+        codes[name].append(found + emit.zero_point(bool(quantizer.signed)))
+
+    hooks = [
+        m.register_forward_hook(functools.partial(record, name, model.get_submodule(name.rpartition(".")[0])))
+        for name, m in model.named_modules()
+        if isinstance(m, LSQQuantizer) and m.batched
+    ]
+    with torch.no_grad():
+        found = [y.numpy() for y in tensors(model(x))]
+    for hook in hooks:
+        hook.remove()
+    return codes, found
+
+
 def _runtime_calls(proto: Any, x: Tensor, optimized: bool) -> tuple[dict[str, list[Any]], list[NDArray[Any]]]:
     """The codes of each quantizer in the order of the graph, and the outputs."""
     exposed = onnx.ModelProto()
@@ -99,7 +164,7 @@ def _runtime_calls(proto: Any, x: Tensor, optimized: bool) -> tuple[dict[str, li
     names = []
     for node in exposed.graph.node:
         for entry in node.metadata_props:
-            if entry.key == QUANTIZER and node.output[0] not in taken:
+            if entry.key == emit.QUANTIZER and node.output[0] not in taken:
                 names.append(entry.value)
                 exposed.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
     options = onnxruntime.SessionOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gaqat_optim import QuantConfig
-from gaqat_optim.deploy.layers import DEPLOYED
 from gaqat_optim.quant.modules import QUANTIZED
 
 NORMS: dict[int, type[nn.Module]] = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
@@ -23,11 +23,19 @@ UPSAMPLINGS = {1: ["nearest", "linear"], 2: ["nearest", "bilinear"]}
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
     "hardswish": F.hardswish,
     "gelu": F.gelu,
     "torch.relu": torch.relu,
 }
-MODULES: list[type[nn.Module]] = [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.GELU, nn.Identity]
+MODULES: list[Callable[[], nn.Module]] = [
+    nn.ReLU,
+    nn.ReLU6,
+    functools.partial(nn.Hardtanh, -0.7, 1.3),
+    nn.Hardswish,
+    nn.GELU,
+    nn.Identity,
+]
 CHANNELS = [1, 2, 3, 4, 5, 7, 8, 13]
 
 
@@ -54,6 +62,31 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.body(x) + self.shortcut(x))
+
+
+class Block(nn.Module):
+    """A block as in torchvision: one activation that is called twice, behind a layer and behind the sum."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.activation = first, second, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(torch.add(self.second(self.activation(self.first(x))), x))
+
+
+class Functional(nn.Module):
+    """Sums, ReLUs and a concatenation in the middle of a forward, where no module could hold a quantizer."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x) + x)
+        z = self.second(y)
+        z = z + y
+        return torch.cat([F.relu6(z), y, x], dim=1)
 
 
 class Concat(nn.Module):
@@ -85,6 +118,30 @@ class Mean(nn.Module):
         return x.flatten(2).mean(2)
 
 
+class Places(nn.Module):
+    """What a body makes of the places of the input as a sequence of vectors."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        return self.body(y).transpose(1, 2).reshape(x.shape)
+
+
+class Attention(nn.Module):
+    """Attention from the places to those of a layer's output, beside a shortcut."""
+
+    def __init__(self, source: nn.Module, attention: nn.Module, need_weights: bool) -> None:
+        super().__init__()
+        self.source, self.attention, self.need_weights = source, attention, need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = self.source(x)
+        return x + self.attention(x, source, source, need_weights=self.need_weights)[0]
+
+
 @dataclass
 class Case:
     """A float network and what is done to it; printing one shows all of it."""
@@ -98,10 +155,6 @@ class Case:
     def __repr__(self) -> str:
         fields = f"shape={self.shape}, batch={self.batch}, seed={self.seed}"
         return f"Case({fields},\nconfig={self.config},\nnetwork={self.network})"
-
-
-def has_deployed_form(kind: type[nn.Module]) -> bool:
-    return QUANTIZED[kind] in DEPLOYED
 
 
 @st.composite
@@ -155,10 +208,9 @@ def configs(draw: st.DrawFn, layers: list[str]) -> QuantConfig:
 
 def _stage(draw: st.DrawFn, spatial: int, channels: int, size: int) -> tuple[nn.Module, int, int]:
     """A stage, and the channels and size of its output."""
-    kinds = ["layer", "residual", "projected", "concat", "twice"]
+    kinds = ["layer", "residual", "projected", "block", "functional", "concat", "twice"]
     if spatial:
-        kinds += ["strided", "pool", "upsample"] if size >= 4 else ["upsample"]
-        kinds += ["transposed"] if has_deployed_form(TRANSPOSED[spatial]) else []
+        kinds += ["strided", "pool", "upsample", "transposed", "attention", "encoder"]
     kind = draw(st.sampled_from(kinds))
     other = draw(st.sampled_from(CHANNELS))
     if kind == "layer":
@@ -175,16 +227,27 @@ def _stage(draw: st.DrawFn, spatial: int, channels: int, size: int) -> tuple[nn.
         return Concat(_layer(draw, spatial, channels, other)), channels + other, size
     if kind == "twice":
         return Twice(_layer(draw, spatial, channels, channels), _activation(draw)), channels, size
-    if kind == "pool":
-        return draw(st.sampled_from(POOLS[spatial]))(2), channels, size // 2
+    if kind == "block":
+        sides = [_layer(draw, spatial, channels, channels) for _ in range(2)]
+        return Block(*sides, _activation(draw)), channels, size
+    if kind == "functional" and channels <= 8:
+        return Functional(*[_layer(draw, spatial, channels, channels) for _ in range(2)]), 3 * channels, size
+    if kind == "pool" and size >= 4:
+        pool = draw(st.sampled_from(POOLS[spatial]))
+        if draw(st.booleans()):
+            return pool(2), channels, size // 2
+        return pool(3, 2, padding=1), channels, (size - 1) // 2 + 1
     if kind == "upsample" and size <= 9:
         mode = draw(st.sampled_from(UPSAMPLINGS[spatial]))
         aligned = None if mode == "nearest" else draw(st.booleans())
         return nn.Upsample(scale_factor=2, mode=mode, align_corners=aligned), channels, 2 * size
     if kind == "transposed" and size <= 9:
-        groups = draw(st.sampled_from([g for g in (1, 2, channels) if channels % g == 0 == other % g]))
-        layer = TRANSPOSED[spatial](channels, other, 2, 2, groups=groups, bias=draw(st.booleans()))
-        return nn.Sequential(layer, *_norm(draw, spatial, other), _activation(draw)), other, 2 * size
+        layer, size = _transposed(draw, spatial, channels, other, size)
+        return nn.Sequential(layer, *_norm(draw, spatial, other), _activation(draw)), other, size
+    if kind == "attention":
+        return Places(_attention(draw, channels)), channels, size
+    if kind == "encoder":
+        return Places(_encoder(draw, channels)), channels, size
     return _layer(draw, spatial, channels, other), other, size
 
 
@@ -203,6 +266,49 @@ def _layer(draw: st.DrawFn, spatial: int, inputs: int, outputs: int, stride: int
             inputs, outputs, kernel, stride, padding, dilation, groups, bias=bias, padding_mode=mode
         )
     return nn.Sequential(layer, *_norm(draw, spatial, outputs), _activation(draw))
+
+
+def _transposed(draw: st.DrawFn, spatial: int, inputs: int, outputs: int, size: int) -> tuple[nn.Module, int]:
+    """A transposed convolution, and the size of its output."""
+    groups = draw(st.sampled_from([g for g in (1, 2, inputs) if inputs % g == 0 == outputs % g]))
+    kernel, stride, padding, extra, dilation = draw(
+        st.sampled_from([(2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (4, 2, 1, 0, 1), (3, 1, 0, 0, 2), (1, 1, 0, 0, 1)])
+    )
+    layer = TRANSPOSED[spatial](inputs, outputs, kernel, stride, padding, extra, groups, draw(st.booleans()), dilation)
+    return layer, (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1
+
+
+def _heads(draw: st.DrawFn, width: int) -> int:
+    return draw(st.sampled_from([h for h in (1, 2, 4) if width % h == 0]))
+
+
+def _attention(draw: st.DrawFn, width: int) -> nn.Module:
+    other = draw(st.sampled_from(CHANNELS))
+    attention = nn.MultiheadAttention(
+        width,
+        _heads(draw, width),
+        bias=draw(st.booleans()),
+        add_bias_kv=draw(st.booleans()),
+        add_zero_attn=draw(st.booleans()),
+        kdim=other,
+        vdim=other,
+        batch_first=True,
+    )
+    return Attention(nn.Linear(width, other), attention, draw(st.booleans()))
+
+
+def _encoder(draw: st.DrawFn, width: int) -> nn.Module:
+    """As in torch, but with an eps that keeps the LayerNorms from making large differences of small ones."""
+    return nn.TransformerEncoderLayer(
+        width,
+        _heads(draw, width),
+        draw(st.sampled_from(CHANNELS)),
+        dropout=0.0,
+        activation=draw(st.sampled_from(["relu", "gelu"])),
+        layer_norm_eps=0.1,
+        batch_first=True,
+        norm_first=draw(st.booleans()),
+    )
 
 
 def _norm(draw: st.DrawFn, spatial: int, channels: int) -> list[nn.Module]:
@@ -226,6 +332,10 @@ def _norm(draw: st.DrawFn, spatial: int, channels: int) -> list[nn.Module]:
 def _activation(draw: st.DrawFn) -> nn.Module:
     name = draw(st.sampled_from([*FUNCTIONS, *MODULES]))
     return Function(name) if isinstance(name, str) else name()
+
+
+def has_attention(network: nn.Module) -> bool:
+    return any(isinstance(m, nn.MultiheadAttention) for m in network.modules())
 
 
 def _layer_names(network: nn.Module) -> list[str]:

@@ -11,14 +11,14 @@ import onnx
 import pytest
 import torch
 
-from deploy.large_networks import CONFIGS, NETWORKS, batch, trained, without_deployed_form
+from deploy.large_networks import CONFIGS, NETWORKS, batch, trained
 from gaqat_optim import convert, export_onnx
-from gaqat_optim.deploy.check import compare, top1
+from gaqat_optim.deploy import rounded_biases
+from gaqat_optim.deploy.check import compare_levels, top1
 
 SOAK = "SOAK_NETWORKS" in os.environ
 INPUTS = 1000
 IN_CI = [
-    ("resnet18", "W4A4"),
     ("resnet18", "W4A4 output 8"),
     ("mobilenet_v3_small", "W8A8"),
     ("vit", "W4A4"),
@@ -26,6 +26,9 @@ IN_CI = [
     ("unet", "mixed"),
 ]
 ALL = [(network, config) for network in NETWORKS for config in CONFIGS]
+# Decisions that the plain fake-quantized network has in common with convert, where that is less than 99 %: its biases
+# are not the ones that are deployed. In `rounded_biases` it is 100 %, and asserted.
+MISSED = {("mobilenet_v2", "W2A2"): 0.98}
 STEPS = {"steps": 100, "float_steps": 100} if SOAK else {"steps": 25, "float_steps": 40}
 
 
@@ -35,33 +38,37 @@ def test_the_file_decides_as_the_network_that_was_trained(network, config, tmp_p
     """Of the decisions on 1,000 images, 99.9 % are the same in onnxruntime, and 99 % are as in training.
 
     A code differs in onnxruntime where a value lies within float32's rounding of a tie, and many behind it may follow,
-    so a decision between nearly equal scores can change: one of 1,000. Against training it is the biases, which are
-    rounded to integers, by up to half a unit of the sum. Agreement means something only where decisions differ, so no
-    class may have more than 90 % of them.
+    so a decision between nearly equal scores can change: one of 1,000. In training it is the same, with the biases that
+    are deployed. Without them, it is these, which are rounded to integers by up to half a unit of the sum. Agreement
+    means something only where decisions differ and are learned.
     """
-    model = trained(network, CONFIGS[config], **STEPS)
-    missing = without_deployed_form(model)
-    if missing:
-        pytest.skip(f"no deployed form yet: {', '.join(missing)}")
+    model = trained(network, config, **STEPS)
     x, y = batch(network, INPUTS, seed=99)
     batches = [x[:1], *x[1:].split(111)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # What stays in floating point is none of this test's business.
         deployed = convert(model)
         export_onnx(model, x[:2], tmp_path / "net.onnx", check=False)
-    with torch.no_grad():
-        as_trained = torch.from_numpy(top1(torch.cat([model(v) for v in batches]).numpy()))
-        as_deployed = torch.from_numpy(top1(torch.cat([deployed(v) for v in batches]).numpy()))
+    as_trained, as_deployed = decisions(model, batches), decisions(deployed, batches)
+    with rounded_biases(model):
+        as_rounded = decisions(model, batches)
     accuracy = (as_trained == y).float().mean().item()
     share = as_trained.flatten().bincount().max().item() / as_trained.numel()
-    drift = (as_deployed == as_trained).float().mean().item()
-    print(f"\n{network} {config}: accuracy {accuracy:.2%}, convert decides as in training for {drift:.2%}")
-    proto, agreement = onnx.load(tmp_path / "net.onnx"), []
-    for optimized in (True, False):
-        found = compare(deployed, proto, batches, optimized=optimized)
-        agreement.append(found.top1_agreement)
-        print(f"onnxruntime, optimized={optimized}: {found.top1_agreement:.2%} of decisions as convert, ", end="")
-        print(f"codes that differ {found.code_flip_rate:.2e}")
+    plain = (as_deployed == as_trained).float().mean().item()
+    rounded = (as_deployed == as_rounded).float().mean().item()
+    print(f"\n{network} {config}: accuracy {accuracy:.2%}, convert decides as in training for {plain:.2%}, ", end="")
+    print(f"as in training with rounded biases for {rounded:.2%}")
+    levels = compare_levels(deployed, onnx.load(tmp_path / "net.onnx"), batches, [True, False])
+    for name, level in zip(("optimized", "as written"), levels, strict=True):
+        print(f"onnxruntime, {name}: {level.top1_agreement:.2%} of decisions as convert, ", end="")
+        print(f"codes that differ {level.code_flip_rate:.2e}")
+    assert accuracy > 0.5
     assert share < 0.9
-    assert min(agreement) >= 0.999
-    assert drift >= 0.99
+    assert min(level.top1_agreement for level in levels) >= 0.999
+    assert rounded >= 0.99
+    assert plain >= 0.99 or (network, config) in MISSED
+
+
+def decisions(network, batches):
+    with torch.no_grad():
+        return torch.from_numpy(top1(torch.cat([network(v) for v in batches]).numpy()))

@@ -151,12 +151,11 @@ class _Tables:
 
         if not self._made:
             every_byte = self._constant("gaqat.every_byte", np.arange(256, dtype=np.uint8).reshape(256, 1))
-            place = self._constant("gaqat.place", np.arange(8, dtype=np.uint8))
-            one = self._constant("gaqat.one", np.array(1, dtype=np.uint8))
-            self.nodes += [
-                make_node("BitShift", [every_byte, place], ["gaqat.bytes_shifted"], direction="RIGHT"),
-                make_node("BitwiseAnd", ["gaqat.bytes_shifted", one], ["gaqat.bits_of_bytes"]),
-                make_node("Cast", ["gaqat.bits_of_bytes"], ["gaqat.bits"], to=TensorProto.INT32),
+            place = self._constant("gaqat.place", (1 << np.arange(8)).astype(np.uint8))
+            self.nodes += [  # Not by BitShift, with which OpenVINO 2026.4 got these tables wrong.
+                make_node("BitwiseAnd", [every_byte, place], ["gaqat.bits_of_bytes"]),
+                make_node("Cast", ["gaqat.bits_of_bytes"], ["gaqat.bits_set"], to=TensorProto.BOOL),
+                make_node("Cast", ["gaqat.bits_set"], ["gaqat.bits"], to=TensorProto.INT32),
             ]
         if worth not in self._made:
             table = self._made[worth] = f"gaqat.table_{worth}"
