@@ -21,7 +21,6 @@ INPUTS = 1000
 IN_CI = [
     ("resnet18", "W4A4 output 8"),
     ("mobilenet_v3_small", "W8A8"),
-    ("vit", "W4A4"),
     ("unet", "W2A2"),
     ("unet", "mixed"),
 ]
