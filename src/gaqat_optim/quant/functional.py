@@ -99,7 +99,20 @@ def lsq_quantize(
                 f"scale of shape {tuple(scale.shape)} does not fit axis {channel_axis} of v, "
                 f"whose shape is {tuple(v.shape)}"
             )
-    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis)  # type: ignore[no-any-return,no-untyped-call]
+    return quantized(v, scale, qmin, qmax, grad_scale, channel_axis)
+
+
+def quantized(
+    v: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    grad_scale: float,
+    channel_axis: int | None,
+    keeps_output: bool = True,
+) -> Tensor:
+    """:func:`lsq_quantize` of arguments that are right; ``keeps_output`` lets backward use the result: it is faster."""
+    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, keeps_output)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
@@ -157,22 +170,30 @@ class _LSQ(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(v: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float, channel_axis: int | None) -> Tensor:
+    def forward(
+        v: Tensor,
+        scale: Tensor,
+        qmin: int,
+        qmax: int,
+        grad_scale: float,
+        channel_axis: int | None,
+        keeps_output: bool,
+    ) -> Tensor:
         dtype = _compute_dtype(v, scale)
         s = _along_axis(scale.to(dtype), v.dim(), channel_axis)
         return (v.to(dtype) / s).clamp_(qmin, qmax).round_().mul_(s).to(v.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis = inputs
-        if takes(v, scale):
+        v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis, keeps_output = inputs
+        if keeps_output and takes(v, scale):
             # The layer behind keeps the output for its own backward: it costs no memory to keep it here too.
             ctx.save_for_backward(v, scale, output)
         else:
             ctx.save_for_backward(v, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         saved, incoming = ctx.saved_tensors, grad
         v, scale, grad = saved[0].detach(), saved[1].detach(), grad.detach()
         bounds = ctx.qmin, ctx.qmax
@@ -184,7 +205,7 @@ class _LSQ(torch.autograd.Function):
         grads = [grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None, grad_scale]
         if torch.is_grad_enabled():  # create_graph=True, or torch.func
             grads = [None if g is None else _NotTwice.apply(g, incoming, *saved[:2]) for g in grads]  # type: ignore[no-untyped-call]
-        return grads[0], grads[1], None, None, None, None
+        return grads[0], grads[1], None, None, None, None, None
 
 
 def _gradients(
