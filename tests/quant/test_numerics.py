@@ -8,8 +8,9 @@ Tolerances, and why each is what it is:
   since 53 >= 2 * 24 + 2. On grids every quotient is exact, and the oracle gets the plain values. The product of code
   and scale is rounded to the dtype of the computation, then to the dtype of v.
 - dL/ds: (n + 6) half-ulps of sum |G| (|q| + |u|) over the n elements of a scale: the bound of a sum of n products in
-  any order, of rounded v_hat and v, divided by s. Where these are near the smallest number, n times that by s. Its size is not that of sum |G d|, because the code takes the difference of two inner products. Then one
-  rounding to the dtype of the scale.
+  any order, of rounded v_hat and v, divided by s; where these are near the smallest number, n times that by s. Its size
+  is not that of sum |G d|, because the code takes the difference of two inner products. Then one rounding to the dtype
+  of the scale.
 """
 
 import math
