@@ -52,7 +52,7 @@ def displace(
 
 @torch.no_grad()
 def combine(perturbation: Perturbation, monitor: ScaleMonitor, g_task: Gradients, g_smooth: Gradients) -> None:
-    """Write the combined gradients, frozen parts left out, to ``.grad``; ``g_smooth`` is overwritten.
+    """Write the combined gradients, frozen parts left out, to ``.grad``.
 
     A parameter with a gradient in one pass only uses the one that it has.
     """
@@ -60,8 +60,10 @@ def combine(perturbation: Perturbation, monitor: ScaleMonitor, g_task: Gradients
     task = monitor.without_frozen("task", both, [g_task[p] for p in both])
     smooth = monitor.without_frozen("smooth", both, [g_smooth[p] for p in both])
     for p, g in zip(both, perturbation.combine(task, smooth), strict=True):
-        if g is not g_smooth[p]:
+        if g_smooth[p]._base is not None:  # DistributedDataParallel's buckets stay what .grad is a view of.
             g_smooth[p].copy_(g)
+        elif g is not g_smooth[p]:
+            p.grad = g
     first = [p for p in g_task if p not in g_smooth]
     second = [p for p in g_smooth if p not in g_task]
     for p, g in zip(first, monitor.without_frozen("task", first, [g_task[p] for p in first]), strict=True):

@@ -245,9 +245,16 @@ def _ascent(grads: Sequence[Tensor], rhos: Sequence[float], alpha: float, grad_s
     """(rho/(norm + 1e-12) - alpha) * g for true gradients g; zero where their norm is not finite."""
     norm = total_norm(grads) / grad_scale
     finite = torch.isfinite(norm)
+    # On a CPU the answer is there; to ask another device for it would be to wait for it.
+    known_finite = norm.device.type == "cpu" and bool(finite)
+    factors: dict[tuple[float, torch.device], Tensor] = {}
     displacements = []
     for g, rho in zip(grads, rhos, strict=True):
-        factor = ((rho / (norm + 1e-12) - alpha) / grad_scale).to(g.device)
+        if (rho, g.device) not in factors:
+            factors[rho, g.device] = ((rho / (norm + 1e-12) - alpha) / grad_scale).to(g.device)
         dtype = torch.promote_types(g.dtype, torch.float32)  # A factor rounded to half precision may be zero.
-        displacements.append(torch.where(finite.to(g.device), g.to(dtype) * factor, 0.0).to(g.dtype))
+        displacement = g.to(dtype) * factors[rho, g.device]
+        if not known_finite:
+            displacement = torch.where(finite.to(g.device), displacement, 0.0)
+        displacements.append(displacement.to(g.dtype))
     return displacements

@@ -7,9 +7,10 @@ Tolerances, and why each is what it is:
   quotient rounded once to the dtype of the computation; for float32 operands that is the correctly rounded quotient,
   since 53 >= 2 * 24 + 2. On grids every quotient is exact, and the oracle gets the plain values. The product of code
   and scale is rounded to the dtype of the computation, then to the dtype of v.
-- dL/ds: (n + 4) half-ulps of sum |G| (|q| + |u|) over the n elements of a scale: the bound of a sum of n products in
-  any order. Its size is not that of sum |G d|, because the code takes the difference of two inner products. Then one
-  rounding to the dtype of the scale.
+- dL/ds: (n + 6) half-ulps of sum |G| (|q| + |u|) over the n elements of a scale: the bound of a sum of n products in
+  any order, of rounded v_hat and v, divided by s; where these are near the smallest number, n times that by s. Its size
+  is not that of sum |G d|, because the code takes the difference of two inner products. Then one rounding to the dtype
+  of the scale.
 """
 
 import math
@@ -92,7 +93,8 @@ def expected(case, exact):
     sizes = [abs(a) * (abs(b) + abs(min(max(c, qmin), qmax))) for a, b, c in zip(g, q, known, strict=True)]
     sizes = torch.tensor(sizes, dtype=torch.float64).reshape(v.shape)
     count = v.numel() // max(scale.numel(), 1)
-    bound = (count + 4) * torch.finfo(compute).eps / 2 * per_scale(sizes, axis) + torch.finfo(compute).tiny
+    bound = (count + 6) * torch.finfo(compute).eps / 2 * per_scale(sizes, axis) + torch.finfo(compute).tiny
+    bound = bound + count * torch.finfo(compute).smallest_normal * torch.finfo(compute).eps / scale.double()
     ds = per_scale(terms.reshape(v.shape), axis)
     return v_hat.reshape(v.shape).to(compute).to(v.dtype), dv.reshape(v.shape).to(v.dtype), ds, bound
 
@@ -306,6 +308,7 @@ def test_powers_of_two_pass_through_to_the_bit(case, k):
     if case.v.dtype == torch.float16:
         k, case = k % 2, case._replace(v=case.v.clamp(-3e4, 3e4))
         case = case._replace(v=torch.where(case.v.abs() < 1e-4, 0, case.v), scale=case.scale.float())
+    case = case._replace(v=case.v.clone())  # Where memory begins decides in which order a dot product is added up.
     hat, dv, ds = run(*case)
     factor = 2.0**k
     scaled_hat, scaled_dv, scaled_ds = run(case.v * factor, case.scale * factor, *case[2:])
@@ -355,7 +358,9 @@ def test_what_is_not_finite_stays_in_its_channel(case):
     ):
         assert bool(got.isinf().sum() == 0)
         others = torch.tensor([i for i in range(case.v.shape[axis]) if i != 1])
-        same(got.index_select(of, others), want.index_select(of, others))
+        got, want = got.index_select(of, others), want.index_select(of, others)
+        # What is not finite is taken another way, by which all gradients of scales are added up in another order.
+        torch.testing.assert_close(got, want) if of == 0 else same(got, want)
 
 
 @given(any_case(), st.sampled_from([-2.0, 0.5, 4.0]), SEEDS)

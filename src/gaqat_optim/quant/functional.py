@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dots import gradients, takes
+
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -97,7 +99,20 @@ def lsq_quantize(
                 f"scale of shape {tuple(scale.shape)} does not fit axis {channel_axis} of v, "
                 f"whose shape is {tuple(v.shape)}"
             )
-    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis)  # type: ignore[no-any-return,no-untyped-call]
+    return quantized(v, scale, qmin, qmax, grad_scale, channel_axis)
+
+
+def quantized(
+    v: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    grad_scale: float,
+    channel_axis: int | None,
+    keeps_output: bool = True,
+) -> Tensor:
+    """:func:`lsq_quantize` of arguments that are right; ``keeps_output`` lets backward use the result: it is faster."""
+    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, keeps_output)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
@@ -149,33 +164,57 @@ class _LSQ(torch.autograd.Function):
     With u = clamp(v/s, Qn, Qp), q = round(u) and dv = G inside the bounds, 0 elsewhere: sum(G*d) = <G, q> - <dv, u>,
     since d = q - u inside and d = q outside. The clamped u, where v/s would do for finite v, keeps an infinite v from
     making 0 * inf.
+
+    What counts is how often memory is passed over. On a CPU in eager mode, backward takes q s and v, which are there
+    already, for q and u (:mod:`gaqat_optim.quant.dots`); a compiler makes few passes of the plain form.
     """
 
     @staticmethod
-    def forward(v: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float, channel_axis: int | None) -> Tensor:
+    def forward(
+        v: Tensor,
+        scale: Tensor,
+        qmin: int,
+        qmax: int,
+        grad_scale: float,
+        channel_axis: int | None,
+        keeps_output: bool,
+    ) -> Tensor:
         dtype = _compute_dtype(v, scale)
         s = _along_axis(scale.to(dtype), v.dim(), channel_axis)
         return (v.to(dtype) / s).clamp_(qmin, qmax).round_().mul_(s).to(v.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis = inputs
-        ctx.save_for_backward(v, scale)
+        v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis, keeps_output = inputs
+        if keeps_output and takes(v, scale):
+            # The layer behind keeps the output for its own backward: it costs no memory to keep it here too.
+            ctx.save_for_backward(v, scale, output)
+        else:
+            ctx.save_for_backward(v, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         saved, incoming = ctx.saved_tensors, grad
         v, scale, grad = saved[0].detach(), saved[1].detach(), grad.detach()
-        dtype = _compute_dtype(v, scale)
-        grad = grad.to(dtype)
-        u = (v.to(dtype) / _along_axis(scale.to(dtype), v.dim(), ctx.channel_axis)).clamp_(ctx.qmin, ctx.qmax)
-        # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
-        grad_v = torch.ops.aten.hardtanh_backward(grad, u, ctx.qmin, ctx.qmax)
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            total = _dot(grad, u.round(), ctx.channel_axis) - _dot(grad_v, u, ctx.channel_axis)
-            grad_scale = (total * ctx.grad_scale).reshape(scale.shape).to(scale.dtype)
+        bounds = ctx.qmin, ctx.qmax
+        found = None
+        if len(saved) == 3 and takes(grad, scale):
+            found = gradients(grad, v, scale, saved[2].detach(), *bounds, ctx.channel_axis)
+        grad_v, total = found or _gradients(grad, v, scale, *bounds, ctx.channel_axis)
+        grad_scale = (total * ctx.grad_scale).reshape(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
         grads = [grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None, grad_scale]
         if torch.is_grad_enabled():  # create_graph=True, or torch.func
-            grads = [None if g is None else _NotTwice.apply(g, incoming, *saved) for g in grads]  # type: ignore[no-untyped-call]
-        return grads[0], grads[1], None, None, None, None
+            grads = [None if g is None else _NotTwice.apply(g, incoming, *saved[:2]) for g in grads]  # type: ignore[no-untyped-call]
+        return grads[0], grads[1], None, None, None, None, None
+
+
+def _gradients(
+    grad: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, channel_axis: int | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of v, and of the scale without g."""
+    dtype = _compute_dtype(v, scale)
+    grad = grad.to(dtype)
+    u = (v.to(dtype) / _along_axis(scale.to(dtype), v.dim(), channel_axis)).clamp_(qmin, qmax)
+    # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
+    grad_v = torch.ops.aten.hardtanh_backward(grad, u, qmin, qmax)
+    return grad_v, _dot(grad, u.round(), channel_axis) - _dot(grad_v, u, channel_axis)

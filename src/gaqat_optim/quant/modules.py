@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import LayerConfig
 from .quantizer import LSQQuantizer
 from .record import QuantRecord, packed_bytes
+from .saved import quantized_again
 
 Q = TypeVar("Q", bound="type[QuantizedModule]")
 
@@ -59,6 +60,7 @@ class QuantizedModule(nn.Module):
     """
 
     takes_codes: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
+    recomputes: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
 
     weight: Tensor
     weight_quantizer: LSQQuantizer | None
@@ -107,8 +109,14 @@ class QuantizedModule(nn.Module):
         return self.from_channels(self.weight_quantizer(self.by_channel(self.weight)))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
-        x = self.input_quantizer(input) if self.input_quantizer is not None else input
-        y = self.compute(x, self.quantized_weight(), *args, **kwargs)
+        quantizer = self.input_quantizer
+        x = quantizer(input) if quantizer is not None else input
+        weight = self.quantized_weight()
+        if self.recomputes and quantizer is not None and x is not input and not torch.compiler.is_compiling():
+            with quantized_again(quantizer, input, x):
+                y = self.compute(x, weight, *args, **kwargs)
+        else:
+            y = self.compute(x, weight, *args, **kwargs)
         return self.output_quantizer(y) if self.output_quantizer is not None else y
 
     def quant_record(self, name: str) -> QuantRecord:

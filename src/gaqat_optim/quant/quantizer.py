@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..names import LINEAR_SCALE, LOG_SCALE
-from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize
+from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, quantized
 from .initial import initial_scale
 
 # How far a scale may go from its initial value, either way. No network needs more; and from much further away it would
@@ -100,6 +100,7 @@ class LSQQuantizer(nn.Module):
         self.init = init
         self.scale_domain = scale_domain
         self.enabled = True
+        self.keeps_output = True  # for backward, where whatever is behind keeps it anyway
         self.name = ""
         self._sharded = False
         start = torch.zeros(channels or 1, device=device)  # log(1); float32 whatever the model's dtype
@@ -231,7 +232,10 @@ class LSQQuantizer(nn.Module):
                 low, high = self._raw_bounds
                 self.raw_scale.clamp_(low, min(high, torch.finfo(self.raw_scale.dtype).max))
             grad_scale = self._grad_scale(v)
-        return lsq_quantize(v, self.scale, self.qmin, self.qmax, grad_scale=grad_scale, channel_axis=self.channel_axis)
+        bounds = self.qmin, self.qmax
+        if self.keeps_output:
+            return lsq_quantize(v, self.scale, *bounds, grad_scale=grad_scale, channel_axis=self.channel_axis)
+        return quantized(v, self.scale, *bounds, grad_scale, self.channel_axis, keeps_output=False)
 
     def _grad_scale(self, v: Tensor) -> float:
         sizes = v.shape[1:] if self.batched and v.dim() > 1 else v.shape

@@ -1,0 +1,67 @@
+"""What a step leaves behind: no more after 1,000 steps than after a few, nor more for a longer window."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gaqat_optim import ASAM, GSAM, SAGM, SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
+
+
+def training(perturbation, window):
+    torch.manual_seed(0)
+    x, y = torch.rand(8, 6), torch.randint(3, (8,))
+    model = quantize_model(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), QuantConfig(4, 4), calibration=x)
+    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = GAQATOptimizer(base, model, perturbation=perturbation, freezing=DisorderFreeze(window))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return optimizer, closure
+
+
+def living():
+    """Number and bytes of all tensors that Python can reach, storages counted once."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+    return len(tensors), sum(storages.values())
+
+
+@pytest.mark.parametrize("perturbation", [SAM(), SAGM(), ASAM(), GSAM()], ids=lambda p: type(p).__name__)
+def test_a_thousand_steps_leave_nothing_behind(perturbation):
+    optimizer, closure = training(perturbation, window=7)
+    for _ in range(20):
+        optimizer.step(closure)
+    before = living()
+    for _ in range(1000 if isinstance(perturbation, SAGM) else 140):
+        optimizer.step(closure)
+    assert living() == before
+
+
+def test_between_steps_the_optimizer_holds_no_copy_of_the_parameters():
+    """Beside parameters, gradients and momentum there are the counters: some numbers a scale."""
+    optimizer, closure = training(SAGM(), window=5)
+    model_bytes = 4 * sum(p.numel() for p in optimizer.model.parameters())
+    before = living()[1]
+    for _ in range(6):
+        optimizer.step(closure)
+    scales = sum(p.numel() for p in optimizer._run.monitor.scales.values())
+    assert living()[1] - before <= 2 * model_bytes + 40 * 4 * scales
+
+
+def test_counters_do_not_grow_with_the_window():
+    sizes = {}
+    for window in (2, 10_000):
+        optimizer, closure = training(SAGM(), window)
+        for _ in range(5):
+            optimizer.step(closure)
+        state = optimizer._run.monitor.packed()
+        sizes[window] = sum(v.numel() for v in state.values())
+    assert sizes[2] == sizes[10_000] > 0
