@@ -24,10 +24,7 @@ def domains():
     return digits.load_domains(0)
 
 
-@pytest.mark.filterwarnings("ignore:Layers with integer weight and input that onnxruntime runs in floating point")
-@pytest.mark.parametrize(("bits", "method"), CELLS if SOAK else [(3, "lsq"), (2, "gaqat-flat")])
-def test_the_file_is_as_often_right_as_the_network_in_training(domains, bits, method, tmp_path):
-    """Equal but for images of which a value lies between two codes, within float32's rounding: at most 2 of 599."""
+def trainer_for(domains, bits):
     settings = study.Settings(
         bits=bits,
         steps=100 if SOAK else 25,
@@ -43,12 +40,23 @@ def test_the_file_is_as_often_right_as_the_network_in_training(domains, bits, me
         cosine=True,
     )
     training, holdouts = split_sources(domains, TARGET, settings.holdout, seed=0)
-    trainer = study.Trainer(
+    return study.Trainer(
         settings,
         stream=lambda phase: study.endless_batches(training, settings.batch_size, seed=phase),
         validate=lambda model: float(np.mean([study.accuracy(model, x, y) for x, y in holdouts])),
     )
-    run = trainer.quantized(trainer.erm(small_resnet(0)), study.METHODS[method])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(domains):
+    return trainer_for(domains, bits=8).erm(small_resnet(0))
+
+
+@pytest.mark.filterwarnings("ignore:Layers with integer weight and input that onnxruntime runs in floating point")
+@pytest.mark.parametrize(("bits", "method"), CELLS if SOAK else [(3, "lsq"), (2, "gaqat-flat")])
+def test_the_file_is_as_often_right_as_the_network_in_training(domains, checkpoint, bits, method, tmp_path):
+    """Equal but for images of which a value lies between two codes, within float32's rounding: at most 2 of 599."""
+    run = trainer_for(domains, bits).quantized(checkpoint, study.METHODS[method])
     for which, model in (("last step", run.last), ("selected", run.selected)):
         export_onnx(model, domains[TARGET][0][:8], tmp_path / "net.onnx", check=False)
         for name, (images, labels) in domains.items():
