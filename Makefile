@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 JOBS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -26,7 +27,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit soak bench format hooks clean distclean
+.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit soak bench bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -97,9 +98,20 @@ soak: $(VENV)/.dev ## random sequences of the optimizer and random networks, oth
 	$(call headline,soak: random and large networks in onnxruntime)
 	SOAK_NETWORKS=$${SOAK_NETWORKS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/deploy/test_fuzz.py tests/deploy/test_large_networks.py
 
-bench: $(VENV)/.dev ## latency of deployed ResNets against float32 and static int8 (BENCH_ARGS="--runs 100 --json ratios.json")
+$(BENCH_VENV)/.created: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(call headline,installing what the benchmarks compare with (a minute or several, once))
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check --no-input install -qq --constraint constraints.txt \
+		-e '.[onnx,examples,vision]' -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH_VENV)/.created ## training against fp32 and against its peers, in an environment of its own (BENCH_ARGS="--parts step --json ratios.json")
+	$(call headline,training)
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-deploy: $(BENCH_VENV)/.created ## latency of deployed ResNets against float32 and static int8 (BENCH_ARGS="--runs 100 --json ratios.json")
 	$(call headline,latency)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deploy.py $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python benchmarks/deploy.py $(BENCH_ARGS)
 
 # -------------------------------------------------------------------------------------------------------- housekeeping
 

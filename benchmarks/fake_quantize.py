@@ -1,0 +1,97 @@
+"""Fake quantization alone: forward and backward, as multiples of the memory floor.
+
+The floor is the fewest bytes that must move: forward reads v and writes v_hat; backward reads v and the gradient G and
+writes dv. That is five times the tensor, at the speed of ``Tensor.copy_`` between two tensors of the same shape, which
+moves it twice and takes turns with what is measured. A gradient for the scale comes out of the same passes.
+
+The shapes are activations and weights of a ResNet-50 and a transformer, 4 bits: unsigned activations behind a ReLU,
+signed ones, weights per tensor and per channel. How each package is set up: ``peers.py``. Compiled is
+``torch.compile(module)`` with one thread; Brevitas is left out there, since its graph breaks.
+
+    python benchmarks/fake_quantize.py [--runs 9] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gaqat_optim import LSQQuantizer
+from peers import OURS, PEERS, check, peer
+from timing import Ratio, Table, Times, command, interleaved, ratio
+
+FLOOR = 2.5  # tensors that have to move, in copies of one
+ACTIVATION, WEIGHT = (32, 64, 56, 56), (256, 256, 3, 3)
+# what is quantized, its shape, whether it is an activation, whether it is signed, whether it has a scale per channel
+CASES = [
+    ("activation 32x64x56x56, unsigned", ACTIVATION, True, False, False),
+    ("activation 32x64x56x56, signed", ACTIVATION, True, True, False),
+    ("activation 32x256x14x14, unsigned", (32, 256, 14, 14), True, False, False),
+    ("activation 32x256x14x14, signed", (32, 256, 14, 14), True, True, False),
+    ("weight 256x256x3x3, per tensor", WEIGHT, False, True, False),
+    ("weight 256x256x3x3, per channel", WEIGHT, False, True, True),
+    ("weight 1024x1024, per tensor", (1024, 1024), False, True, False),
+    ("weight 1024x1024, per channel", (1024, 1024), False, True, True),
+]
+
+
+def tables(runs: int) -> Iterator[Table]:
+    eager = Table("Fake quantization, forward + backward, eager: multiples of the memory floor", ["", OURS, *PEERS])
+    faster = Table("The same, how many times faster ours is", ["", *PEERS])
+    compiled = Table("Fake quantization, compiled: multiples of the memory floor", ["", OURS, *PEERS])
+    for label, shape, activation, signed, per_channel in CASES:
+        v = torch.randn(shape) if signed else torch.randn(shape).relu()
+        quantizer = LSQQuantizer(
+            4,
+            signed=signed,
+            batched=activation,
+            channels=shape[0] if per_channel else None,
+            channel_axis=0 if per_channel else None,
+        )
+        quantizer.initialize(v)
+        modules: dict[str, nn.Module] = {OURS: quantizer}
+        for name in PEERS:
+            modules[name] = peer(name, quantizer, v)
+            check(name, modules[name], quantizer, v)
+        # Small tensors run several times in a measurement.
+        times = measured(modules, v, runs, repeat=max(1, 4_000_000 // v.numel()))
+        eager.rows.append([label, *floors(times, [OURS, *PEERS])])
+        faster.rows.append([label, *(ratio(times[name], times[OURS]) for name in PEERS)])
+        torch.compiler.reset()
+        modules = {name: torch.compile(module) for name, module in modules.items() if name != "Brevitas"}
+        times = measured(modules, v, runs, repeat=max(1, 4_000_000 // v.numel()))
+        compiled.rows.append([label, *floors(times, [OURS, *PEERS])])
+    yield from (eager, faster, compiled)
+
+
+def measured(modules: dict[str, nn.Module], v: Tensor, runs: int, repeat: int) -> dict[str, Times]:
+    target, cotangent = torch.empty_like(v), torch.randn_like(v)
+    candidates = {"copy": lambda: [target.copy_(v) for _ in range(repeat)]}
+    for name, module in modules.items():
+        candidates[name] = forward_and_backward(module, v, cotangent, repeat)
+    return interleaved(candidates, runs)
+
+
+def forward_and_backward(module: nn.Module, v: Tensor, cotangent: Tensor, repeat: int) -> Callable[[], None]:
+    v = v.clone().requires_grad_()
+    wanted = [v, *(p for p in module.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        for _ in range(repeat):
+            torch.autograd.grad(module(v), wanted, cotangent)
+
+    with warnings.catch_warnings():  # of compilation
+        warnings.simplefilter("ignore")
+        run()
+    return run
+
+
+def floors(times: dict[str, Times], names: list[str]) -> list[Ratio | None]:
+    return [ratio(times[name], times["copy"], 1 / FLOOR) if name in times else None for name in names]
+
+
+if __name__ == "__main__":
+    command(tables, __doc__, runs=9)

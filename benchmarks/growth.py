@@ -1,0 +1,80 @@
+"""How the cost of a GAQAT step grows: with the batch, the width, the depth, the scales, and the length of the window.
+
+A W4A4 chain of linear layers, one thread. Each row has the cost relative to the smallest size. The last column is the
+largest size's cost for each unit of work relative to the smallest's, the work being proportional to batch, depth and
+scales, and to the square of the width: linear growth is at most 1 there, and less as far as a fixed cost is spread over
+more work. The cost of bookkeeping is to be flat in the window, and no memory to depend on it.
+
+    python benchmarks/growth.py [--runs 5] [--json FILE]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from gaqat_optim import DisorderFreeze, GAQATOptimizer
+from gaqat_optim.monitor import ScaleMonitor
+from networks import Chain, passes, w4a4
+from timing import Ratio, Table, command, interleaved, ratio
+
+BATCHES, WIDTHS, DEPTHS = (64, 256, 1024, 4096), (64, 128, 256, 512, 1024), (2, 8, 32, 128)
+SCALES, WINDOWS = (10, 100, 1_000, 10_000), (2, 10, 100, 1_000, 10_000)
+
+
+def tables(runs: int) -> Iterator[Table]:
+    grown = {
+        "batch (4 layers of width 256)": ({n: step(n, 256, 4) for n in BATCHES}, lambda n: n),
+        "width (4 layers, batch 256)": ({n: step(256, n, 4) for n in WIDTHS}, lambda n: n * n),
+        "depth (width 64, batch 64)": ({n: step(64, 64, n) for n in DEPTHS}, lambda n: n),
+        "scales, bookkeeping alone (window 100)": ({n: bookkeeping(n, 100) for n in SCALES}, lambda n: n),
+    }
+    for label, (candidates, work) in grown.items():
+        times = interleaved(named(candidates), runs)
+        table = Table(f"Cost of a step against {label}: multiples of the smallest", ["", *times, "largest / linear"])
+        table.rows.append(["cost", *(ratio(t, times[str(min(candidates))]) for t in times.values())])
+        low, high = min(candidates), max(candidates)
+        table.rows[-1].append(ratio(times[str(high)], times[str(low)], work(low) / work(high)))
+        yield table
+    times = interleaved(named({n: over_windows(n) for n in WINDOWS}), runs)
+    table = Table("Bookkeeping of 100 scales against the window: multiples of window 100", ["", *times])
+    table.rows.append(["cost", *(ratio(t, times["100"]) for t in times.values())])
+    table.rows.append(["bytes of state", *(state_bytes(n) for n in WINDOWS)])
+    yield table
+
+
+def named(candidates: dict[int, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    return {str(n): candidate for n, candidate in candidates.items()}
+
+
+def step(batch: int, width: int, depth: int) -> Callable[[], object]:
+    x, y = torch.randn(batch, width), torch.randint(10, (batch,))
+    model = w4a4(Chain(depth, width), x, init="lsq")
+    optimizer, closure = GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=1e-6), model), passes(model, x, y)
+    return lambda: [optimizer.step(closure) for _ in range(3)]
+
+
+def monitor_of(count: int, window: int) -> ScaleMonitor:
+    scales = {f"scale{i}": torch.nn.Parameter(torch.ones(1)) for i in range(count)}
+    return ScaleMonitor(scales, DisorderFreeze(window=window), True)
+
+
+def bookkeeping(count: int, window: int, steps: int = 10) -> Callable[[], object]:
+    monitor = monitor_of(count, window)
+    task, smooth = ({p: torch.randn_like(p) for p in monitor.scales.values()} for _ in range(2))
+    return lambda: [monitor.commit(monitor.gather(task), monitor.gather(smooth)) for _ in range(steps)]
+
+
+def over_windows(window: int) -> Callable[[], object]:
+    """Bookkeeping of so many steps that windows up to 1,000 end in each run."""
+    return bookkeeping(100, window, steps=1_000)
+
+
+def state_bytes(window: int) -> Ratio:
+    monitor = monitor_of(100, window)
+    return Ratio(sum(t.nbytes for t in monitor.packed().values()), spread=None, digits=0)
+
+
+if __name__ == "__main__":
+    command(tables, __doc__, runs=5)

@@ -1,0 +1,164 @@
+"""The step of ``GAQATOptimizer`` against what it cannot do without, and what its parts cost.
+
+What a step cannot do without is two quantized forward and backward passes and the step of the base optimizer, here
+Adam on a W4A4 ResNet-18 in CIFAR form, batch 32, one thread. Beside it stands ``pytorch_optimizer.SAM`` with the same
+base on the same network: it perturbs and restores, but counts and combines nothing.
+
+The rest is a percent or less of such a step, less than the spread of whole steps. So it is measured on its own as well:
+the optimizers run with a closure that hands out copies of known gradients instead of computing them, and what the plain
+base takes with the same closure is subtracted.
+
+Bookkeeping is what the optimizer does for scales alone: it gathers their gradients of both passes and counts signs. Its
+share is that of a GAQAT step on a network with so many scales.
+
+    python benchmarks/two_passes.py [--runs 5] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
+from gaqat_optim.monitor import ScaleMonitor, find_scales
+from networks import Chain, images, passes, resnet18_cifar, tokens, w4a4
+from timing import Ratio, Table, Times, command, interleaved, ratio
+
+PLAIN = "two passes + base step"
+OPTIMIZERS = ("ours, SAGM", "ours, SAM", "pytorch_optimizer SAM", "pytorch_optimizer SAM, foreach")
+Closures = Callable[[nn.Module], Callable[[], Tensor]]
+RATE = 1e-6
+
+
+def tables(runs: int) -> Iterator[Table]:
+    x, y = images(32, 32)
+    model = w4a4(resnet18_cifar(), x)
+    whole = Table("A step on ResNet-18, CIFAR form", ["", *OPTIMIZERS])
+    times = interleaved(steps(model, lambda network: passes(network, x, y)), runs)
+    whole.rows.append(["multiples of " + PLAIN, *(ratio(times[name], times[PLAIN], digits=3) for name in OPTIMIZERS)])
+    handed = interleaved(steps(model, known_gradients(model, x, y)), 10 * runs)
+    row = [beyond(handed[name], handed[PLAIN], statistics.median(times[PLAIN])) for name in OPTIMIZERS]
+    whole.rows.append(["beyond " + PLAIN + ", in percent of it", *row])
+    yield whole
+
+    every_fifth = Table("interval=5 on the same network", ["", "ours, SAGM"])
+    average = interleaved(intervals(model, lambda network: passes(network, x, y)), max(2, runs // 2))
+    every_fifth.rows.append(["multiples of quantized steps of the base", ratio(average["interval=5"], average["base"])])
+    yield every_fifth
+    yield shares(model, x, y, runs)
+
+
+def shares(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> Table:
+    share = Table("Bookkeeping of scales, in percent of a GAQAT step", ["", "share"])
+    alone = bookkeeping(model)
+    times = interleaved({"alone": lambda: [alone() for _ in range(100)]}, runs)["alone"]
+    step = statistics.median(gaqat_steps(model, x, y, runs))
+    share.rows.append([f"ResNet-18, {describe(model)}", percent(times, 100 * step)])
+    for layers in (53, 5000):
+        v, z = tokens(32, 1, 32)
+        chain = Chain(layers, 32)
+        quick = QuantConfig(4, 4, weight_granularity="tensor", first_last_bits="same", init="lsq")
+        chain = quantize_model(chain, quick, calibration=v).train()
+        optimizer = GAQATOptimizer(torch.optim.Adam(chain.parameters(), lr=RATE), chain)
+        alone, closure = bookkeeping(chain), passes(nn.Sequential(chain, nn.Flatten()), v, z)
+        times = interleaved({"alone": alone, "step": partial(optimizer.step, closure)}, runs)
+        label = f"{layers} linear layers 32x32, 32 rows: {describe(chain)}"
+        share.rows.append([label, percent(times["alone"], statistics.median(times["step"]))])
+    return share
+
+
+def steps(model: nn.Module, closures: Closures) -> dict[str, Callable[[], object]]:
+    """A step of each optimizer, each on a copy of the network."""
+    from pytorch_optimizer import SAM as PeerSAM
+
+    candidates: dict[str, Callable[[], object]] = {}
+    network = copy.deepcopy(model)
+    candidates[PLAIN] = plain(torch.optim.Adam(network.parameters(), lr=RATE), closures(network))
+    for name, settings in (("ours, SAGM", {}), ("ours, SAM", {"perturbation": SAM()})):
+        network = copy.deepcopy(model)
+        optimizer = GAQATOptimizer(torch.optim.Adam(network.parameters(), lr=RATE), network, **settings)
+        candidates[name] = partial(optimizer.step, closures(network))
+    for name, foreach in zip(OPTIMIZERS[2:], (None, True), strict=True):
+        network = copy.deepcopy(model)
+        peer = PeerSAM(network.parameters(), torch.optim.Adam, lr=RATE, foreach=foreach)
+        candidates[name] = partial(peer_step, peer, closures(network))
+    return candidates
+
+
+def plain(base: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        closure()
+        closure()
+        base.step()
+
+    return run
+
+
+def peer_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> None:
+    closure()
+    optimizer.step(closure)
+
+
+def known_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Closures:
+    """Closures that set ``.grad`` to copies of the gradients that ``model`` has at the start."""
+    reference = copy.deepcopy(model)
+    passes(reference, x, y)()
+    gradients = [p.grad for p in reference.parameters()]
+
+    def closures(network: nn.Module) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            for p, g in zip(network.parameters(), gradients, strict=True):
+                p.grad = g.clone()
+            return torch.zeros(())
+
+        return closure
+
+    return closures
+
+
+def intervals(model: nn.Module, closures: Closures) -> dict[str, Callable[[], object]]:
+    """Five steps, of which ours perturbs one."""
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    base = torch.optim.Adam(one.parameters(), lr=RATE)
+    optimizer = GAQATOptimizer(torch.optim.Adam(other.parameters(), lr=RATE), other, interval=5)
+    base_closure, closure = closures(one), closures(other)
+    return {
+        "base": lambda: [base.step(base_closure) for _ in range(5)],
+        "interval=5": lambda: [optimizer.step(closure) for _ in range(5)],
+    }
+
+
+def gaqat_steps(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> Times:
+    optimizer = GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=RATE), model)
+    closure = passes(model, x, y)
+    return interleaved({"step": lambda: optimizer.step(closure)}, max(2, runs // 2))["step"]
+
+
+def bookkeeping(model: nn.Module) -> Callable[[], object]:
+    """What the optimizer does for the scales of ``model`` in a perturbed step."""
+    monitor = ScaleMonitor(find_scales(model, None), DisorderFreeze(window=10_000), True)
+    task, smooth = ({p: torch.randn_like(p) for p in monitor.scales.values()} for _ in range(2))
+    return lambda: monitor.commit(monitor.gather(task), monitor.gather(smooth))
+
+
+def describe(model: nn.Module) -> str:
+    found = find_scales(model, None).values()
+    return f"{len(found):,} scales of {sum(p.numel() for p in found):,} elements"
+
+
+def beyond(times: Times, reference: Times, whole: float) -> Ratio:
+    """What ``times`` take more than ``reference``, in percent of ``whole``."""
+    return percent([a - b for a, b in zip(times, reference, strict=True)], whole)
+
+
+def percent(times: Times, whole: float) -> Ratio:
+    return ratio(times, [whole] * len(times), 100.0, digits=3)
+
+
+if __name__ == "__main__":
+    command(tables, __doc__, runs=5)
