@@ -127,4 +127,4 @@ clean: ## remove what was built, keep .venv and runs
 	find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv and runs as well
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(BENCH_VENV) runs

@@ -83,6 +83,9 @@ class ScaleMonitor:
 
     def gather(self, grads: Mapping[Parameter, Tensor]) -> Tensor:
         """The gradients of all scale elements as one float32 vector; zero where a scale has none."""
+        found = [grads.get(p) for p in self.scales.values()]
+        if found and all(type(g) is Tensor and g.device == self.device and g.dtype == torch.float32 for g in found):
+            return torch.cat([g.reshape(-1) for g in found if g is not None])
         parts = []
         for p in self.scales.values():
             g = grads.get(p)

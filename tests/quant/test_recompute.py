@@ -16,17 +16,11 @@ CONFIG = QuantConfig(4, 4)
 
 
 def kept_for_backward(model, x):
-    """Bytes of the storages that the graph of ``model(x)`` holds, but for parameters."""
-    storages = {}
-
-    def keep(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    """Bytes that a forward pass allocates and does not free, whoever holds them; and the output, which holds them."""
+    model(x)  # What is made once is none of it.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         y = model(x)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return y, sum(size for pointer, size in storages.items() if pointer not in own)
+    return y, sum(event.cpu_memory_usage for event in profile.events() if event.cpu_parent is None)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -73,10 +67,9 @@ def test_what_is_kept():
     _, before = kept_for_backward(net, x)
     _, kept = kept_for_backward(model, x)
     recompute_activations(model)
-    # The hook that measures is the outer one: what the inner one turns into instructions never reaches it.
     _, less = kept_for_backward(model, x)
     print(f"kept for backward, against floating point: {kept / before:.2f}, recomputed {less / before:.2f}")
-    assert kept <= 2.0 * before
+    assert 1.9 * before < kept < 2.1 * before  # Real networks keep more beside it: about 1.5 in all.
     assert less <= 1.05 * before
     recompute_activations(model, False)
     assert kept_for_backward(model, x)[1] == kept

@@ -43,7 +43,8 @@ def gradients(
     else:
         shape = [1] * v.dim()
         shape[channel_axis] = -1
-        grad_v = torch.ops.aten.hardtanh_backward(grad, v / scale.reshape(shape), qmin, qmax)
+        u = v / scale.reshape(shape)
+        grad_v = torch.ops.aten.hardtanh_backward.grad_input(grad, u, qmin, qmax, grad_input=u)
         total = (_rows(grad, v_hat, channel_axis) - _rows(grad_v, v, channel_axis)) / scale
     return (grad_v, total) if bool(total.isfinite().all()) else None
 

@@ -25,8 +25,11 @@ def quantized_again(quantizer: LSQQuantizer, v: Tensor, x: Tensor) -> Iterator[N
     v, scale = v.detach(), quantizer.scale.detach()
     settings, axis = (scale, quantizer.qmin, quantizer.qmax), quantizer.channel_axis
 
+    count, address = x.numel(), x.data_ptr()
+    del x  # The functions below live as long as the graph, and would keep it.
+
     def keep(tensor: Tensor) -> Any:
-        if tensor.numel() != x.numel() or tensor.data_ptr() != x.data_ptr() or not x.numel():
+        if tensor.numel() != count or tensor.data_ptr() != address or not count:
             return tensor
         return tensor.size(), tensor.stride()
 
