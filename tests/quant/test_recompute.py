@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gaqat_optim import GAQATOptimizer, QuantConfig, quantize_model
+from gaqat_optim import GAQATOptimizer, QuantConfig, lsq_quantize, quantize_model
 from gaqat_optim.quant.recompute import recompute_activations
 from networks import NETWORKS, build
 
@@ -110,3 +110,15 @@ def test_an_input_that_is_changed_before_backward_is_an_error():
 def test_a_network_without_quantized_layers_is_refused():
     with pytest.raises(ValueError, match="Linear has no quantized layers"):
         recompute_activations(nn.Linear(2, 2))
+
+
+def test_an_output_may_be_changed_in_place():
+    """As torchvision's residual blocks do with what an output quantizer gives."""
+    x = torch.rand(4, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Sigmoid())
+    model = quantize_model(net, QuantConfig(4, 4, output_bits=8), calibration=x)
+    model[1](model[0](x)).add_(1).sum().backward()
+    assert model[1].output_quantizer.raw_scale.grad is not None
+    v, scale = torch.rand(5, requires_grad=True), torch.ones(1, requires_grad=True)
+    lsq_quantize(v, scale, 0, 3).add_(1).sum().backward()
+    assert scale.grad is not None

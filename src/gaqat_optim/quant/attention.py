@@ -57,6 +57,9 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
                 signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
                 of_input = LSQQuantizer(layer.activation_bits, signed=signed, batched=True, **kinds)
                 of_input.train(module.training)
+            for quantizer in (of_weight, of_input):
+                if quantizer is not None:
+                    quantizer.keeps_output = True
             setattr(quantized, f"{role}_weight_quantizer", of_weight)
             setattr(quantized, f"{role}_quantizer", of_input)
         return quantized

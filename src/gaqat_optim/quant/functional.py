@@ -109,9 +109,12 @@ def quantized(
     qmax: int,
     grad_scale: float,
     channel_axis: int | None,
-    keeps_output: bool = True,
+    keeps_output: bool = False,
 ) -> Tensor:
-    """:func:`lsq_quantize` of arguments that are right; ``keeps_output`` lets backward use the result: it is faster."""
+    """:func:`lsq_quantize` of arguments that are right.
+
+    With ``keeps_output``, backward uses the result, which is faster; it must not be changed in place then.
+    """
     return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, keeps_output)  # type: ignore[no-any-return,no-untyped-call]
 
 

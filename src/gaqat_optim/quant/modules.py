@@ -86,6 +86,9 @@ class QuantizedModule(nn.Module):
             activation = LSQQuantizer(layer.activation_bits, signed=signed, batched=True, **kinds)  # type: ignore[arg-type]
         if layer.output_bits is not None:
             output = LSQQuantizer(layer.output_bits, batched=True, **kinds)  # type: ignore[arg-type]
+        for quantizer in (weight, activation):
+            if quantizer is not None:
+                quantizer.keeps_output = True
         quantized.weight_quantizer, quantized.input_quantizer, quantized.output_quantizer = weight, activation, output
         quantized.train(module.training)
         return quantized

@@ -100,7 +100,9 @@ class LSQQuantizer(nn.Module):
         self.init = init
         self.scale_domain = scale_domain
         self.enabled = True
-        self.keeps_output = True  # for backward, where whatever is behind keeps it anyway
+        # For backward, which is faster with it: where a layer alone gets it, and keeps it anyway. Elsewhere it may be
+        # changed in place.
+        self.keeps_output = False
         self.name = ""
         self._sharded = False
         start = torch.zeros(channels or 1, device=device)  # log(1); float32 whatever the model's dtype
@@ -234,8 +236,8 @@ class LSQQuantizer(nn.Module):
             grad_scale = self._grad_scale(v)
         bounds = self.qmin, self.qmax
         if self.keeps_output:
-            return lsq_quantize(v, self.scale, *bounds, grad_scale=grad_scale, channel_axis=self.channel_axis)
-        return quantized(v, self.scale, *bounds, grad_scale, self.channel_axis, keeps_output=False)
+            return quantized(v, self.scale, *bounds, grad_scale, self.channel_axis, keeps_output=True)
+        return lsq_quantize(v, self.scale, *bounds, grad_scale=grad_scale, channel_axis=self.channel_axis)
 
     def _grad_scale(self, v: Tensor) -> float:
         sizes = v.shape[1:] if self.batched and v.dim() > 1 else v.shape

@@ -24,6 +24,8 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> None:
 
     Example:
         >>> from gaqat_optim import quantize_model
+        >>> import torch
+        >>> from gaqat_optim.quant.recompute import recompute_activations
         >>> model = quantize_model(nn.Linear(4, 2), calibration=torch.rand(8, 4))
         >>> recompute_activations(model)
         >>> model(torch.rand(8, 4)).sum().backward()
