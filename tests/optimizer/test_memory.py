@@ -47,7 +47,9 @@ def test_a_thousand_steps_leave_nothing_behind(perturbation):
     before = living()
     for _ in range(1000 if isinstance(perturbation, SAGM) else 140):
         optimizer.step(closure)
-    assert living() == before
+    after = living()
+    assert after[0] <= before[0]  # Less, where another test's garbage was collected in between.
+    assert after[1] <= before[1]
 
 
 def test_between_steps_the_optimizer_holds_no_copy_of_the_parameters():
