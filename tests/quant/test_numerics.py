@@ -21,7 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaqat_optim import LSQQuantizer, lsq_quantize
+from gaqat_optim import LSQQuantizer
+from gaqat_optim.quant import functional
 from gaqat_optim.quant.functional import integer_bounds
 from gaqat_optim.quant.initial import initial_scale
 from oracle import lsq
@@ -33,6 +34,22 @@ SHAPES = [(), (1,), (7,), (33,), (3, 5), (3, 3), (4, 1), (2, 3, 4), (2, 2, 2), (
 EMPTY = [(0,), (0, 4), (3, 0), (0, 3, 2), (2, 0, 3), (0, 2, 3, 3), (2, 3, 0, 1, 2)]
 LAYOUTS = ["contiguous", "transposed", "strided", "expanded", "channels_last"]
 CONTENTS = ["random", "ties and bounds", "near ties", "far", "extreme", "zeros", "zero channel", "not finite"]
+
+
+KEEPS_OUTPUT = [False]
+
+
+@pytest.fixture(params=["as a function", "as in a layer"], scope="module", autouse=True)
+def _both_ways(request):
+    """Everything here holds for ``lsq_quantize``, and for quantizers of layers, whose backward uses the output."""
+    KEEPS_OUTPUT[0] = request.param == "as in a layer"
+
+
+def lsq_quantize(v, scale, qmin, qmax, grad_scale=1.0, channel_axis=None):
+    if KEEPS_OUTPUT[0]:
+        axis = None if channel_axis is None else channel_axis % v.dim()
+        return functional.quantized(v, scale, qmin, qmax, grad_scale, axis, keeps_output=True)
+    return functional.lsq_quantize(v, scale, qmin, qmax, grad_scale=grad_scale, channel_axis=channel_axis)
 
 
 class Case(NamedTuple):
@@ -391,6 +408,7 @@ def test_second_derivatives_are_refused_instead_of_wrong(through_module, of, axi
     if through_module:
         quantizer = LSQQuantizer(4, signed=True, channels=channels, channel_axis=axis, scale_domain="linear")
         quantizer.initialize(v, torch.full((channels or 1,), 0.25))
+        quantizer.keeps_output = KEEPS_OUTPUT[0]
         y, scale = quantizer(v), quantizer.raw_scale
     else:
         scale = torch.full((channels or 1,), 0.25, requires_grad=True)
