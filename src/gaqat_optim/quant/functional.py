@@ -118,7 +118,7 @@ def quantized(
     return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, keeps_output)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
+def compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
     """float32, or float64 if an input is: half precision divided by a scale changes up to 7 % of 8-bit codes."""
     return torch.promote_types(torch.promote_types(v.dtype, scale.dtype), torch.float32)
 
@@ -141,7 +141,7 @@ def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
     return (a * b).sum(others) if others else a * b
 
 
-class _NotTwice(torch.autograd.Function):
+class NotTwice(torch.autograd.Function):
     """``grad`` itself; its derivative by anything in ``of``, which it depends on, is an error.
 
     Not ``once_differentiable``: that looks at the incoming gradient alone, not at v and scale, and torch.func gets
@@ -182,7 +182,7 @@ class _LSQ(torch.autograd.Function):
         channel_axis: int | None,
         keeps_output: bool,
     ) -> Tensor:
-        dtype = _compute_dtype(v, scale)
+        dtype = compute_dtype(v, scale)
         s = _along_axis(scale.to(dtype), v.dim(), channel_axis)
         return (v.to(dtype) / s).clamp_(qmin, qmax).round_().mul_(s).to(v.dtype)
 
@@ -207,7 +207,7 @@ class _LSQ(torch.autograd.Function):
         grad_scale = (total * ctx.grad_scale).reshape(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
         grads = [grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None, grad_scale]
         if torch.is_grad_enabled():  # create_graph=True, or torch.func
-            grads = [None if g is None else _NotTwice.apply(g, incoming, *saved[:2]) for g in grads]  # type: ignore[no-untyped-call]
+            grads = [None if g is None else NotTwice.apply(g, incoming, *saved[:2]) for g in grads]  # type: ignore[no-untyped-call]
         return grads[0], grads[1], None, None, None, None, None
 
 
@@ -215,7 +215,7 @@ def _gradients(
     grad: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, channel_axis: int | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of v, and of the scale without g."""
-    dtype = _compute_dtype(v, scale)
+    dtype = compute_dtype(v, scale)
     grad = grad.to(dtype)
     u = (v.to(dtype) / _along_axis(scale.to(dtype), v.dim(), channel_axis)).clamp_(qmin, qmax)
     # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LayerConfig
+from .first import with_scale_gradient
 from .quantizer import LSQQuantizer
 from .record import QuantRecord, packed_bytes
 from .saved import quantized_again
@@ -60,6 +62,7 @@ class QuantizedModule(nn.Module):
     """
 
     takes_codes: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
+    takes_images: ClassVar[bool] = False  # whether ``product`` is what ``compute`` does, but for a bias
     recomputes: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
 
     weight: Tensor
@@ -115,11 +118,14 @@ class QuantizedModule(nn.Module):
         quantizer = self.input_quantizer
         x = quantizer(input) if quantizer is not None else input
         weight = self.quantized_weight()
-        if self.recomputes and quantizer is not None and x is not input and not torch.compiler.is_compiling():
-            with quantized_again(quantizer, input, x):
-                y = self.compute(x, weight, *args, **kwargs)
-        else:
+        eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
+        # Where only the scale before a convolution learns, there is a shorter way to its gradient.
+        first = eager and self.takes_images and x.requires_grad and not input.requires_grad
+        x = x.detach() if first else x
+        with quantized_again(quantizer, input, x) if eager and self.recomputes else nullcontext():  # type: ignore[arg-type]
             y = self.compute(x, weight, *args, **kwargs)
+        if first:
+            y = with_scale_gradient(y, quantizer, input, weight, self.product)  # type: ignore[arg-type]
         return self.output_quantizer(y) if self.output_quantizer is not None else y
 
     def quant_record(self, name: str) -> QuantRecord:
@@ -184,8 +190,13 @@ class _QuantConv(QuantizedModule):
 
     bias: Tensor | None
 
+    takes_images = True
+
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return,operator]
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, None)  # type: ignore[no-any-return,operator]
 
 
 @quantizes(nn.Conv1d)

@@ -233,13 +233,14 @@ class LSQQuantizer(nn.Module):
             with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
                 self.raw_scale.clamp_(low, min(high, torch.finfo(self.raw_scale.dtype).max))
-            grad_scale = self._grad_scale(v)
+            grad_scale = self.gradient_factor(v)
         bounds = self.qmin, self.qmax
         if self.keeps_output:
             return quantized(v, self.scale, *bounds, grad_scale, self.channel_axis, keeps_output=True)
         return lsq_quantize(v, self.scale, *bounds, grad_scale=grad_scale, channel_axis=self.channel_axis)
 
-    def _grad_scale(self, v: Tensor) -> float:
+    def gradient_factor(self, v: Tensor) -> float:
+        """LSQ's g for values like ``v``."""
         sizes = v.shape[1:] if self.batched and v.dim() > 1 else v.shape
         count = math.prod(sizes) // self.raw_scale.numel()
         return 1.0 / math.sqrt(max(count, 1) * self.qmax)

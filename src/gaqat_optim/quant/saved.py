@@ -25,7 +25,11 @@ def quantized_again(quantizer: LSQQuantizer, v: Tensor, x: Tensor) -> Iterator[N
     v, scale = v.detach(), quantizer.scale.detach()
     settings, axis = (scale, quantizer.qmin, quantizer.qmax), quantizer.channel_axis
 
-    count, address = x.numel(), x.data_ptr()
+    try:
+        count, address = x.numel(), x.data_ptr()
+    except RuntimeError:  # torch.func's tensors have no memory of their own, and its transforms refuse these hooks.
+        yield
+        return
     del x  # The functions below live as long as the graph, and would keep it.
 
     def keep(tensor: Tensor) -> Any:
