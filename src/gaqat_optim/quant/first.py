@@ -62,7 +62,7 @@ class _ScaleOfInput(torch.autograd.Function):
 
 
 def _error(v: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    """s d: how far quantizing moves an element inside the bounds, and the bound itself beyond."""
+    """How far (s d) quantizing moves an element inside the bounds; beyond them, the bound."""
     dtype = compute_dtype(v, scale)
     s = scale.to(dtype).reshape(())
     u = v.to(dtype) / s
