@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,14 +39,15 @@ def gradients(
         low, high = interval(scale, qmin, qmax)
         # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
         grad_v = torch.ops.aten.hardtanh_backward(grad, v, low, high)
-        total = (_dot(grad, v_hat) - _dot(grad_v, v)) / scale.reshape(())
-    else:
-        shape = [1] * v.dim()
-        shape[channel_axis] = -1
-        u = v / scale.reshape(shape)
-        grad_v = torch.ops.aten.hardtanh_backward.grad_input(grad, u, qmin, qmax, grad_input=u)
-        total = (_rows(grad, v_hat, channel_axis) - _rows(grad_v, v, channel_axis)) / scale
-    return (grad_v, total) if bool(total.isfinite().all()) else None
+        # As Python's numbers: each operator more costs what it takes to call it.
+        total = (_dot(grad, v_hat).item() - _dot(grad_v, v).item()) / scale.item()
+        return (grad_v, scale.new_tensor(total)) if math.isfinite(total) else None
+    shape = [1] * v.dim()
+    shape[channel_axis] = -1
+    u = v / scale.reshape(shape)
+    grad_v = torch.ops.aten.hardtanh_backward.grad_input(grad, u, qmin, qmax, grad_input=u)
+    totals = (_rows(grad, v_hat, channel_axis, scale) - _rows(grad_v, v, channel_axis, scale)) / scale
+    return (grad_v, totals) if math.isfinite(totals.sum().item()) else None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -56,17 +57,19 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def _rows(a: Tensor, b: Tensor, channel_axis: int) -> Tensor:
+def _rows(a: Tensor, b: Tensor, channel_axis: int, one_each: Tensor) -> Tensor:
     """Inner products along all axes but one, without writing the products.
 
     They are what GroupNorm computes for the gradient of its weight, with a mean of 0 and a deviation of 1 for each row;
     torch has no other kernel that takes them in one pass.
     """
-    channels = a.shape[channel_axis]
-    a, b = (x.movedim(channel_axis, 0).reshape(channels, -1).contiguous() for x in (a, b))
-    zeros, ones = a.new_zeros(1, channels), a.new_ones(1, channels)
-    sizes = 1, channels, a.shape[1], channels  # samples, channels, elements of each, groups
-    found = torch.ops.aten.native_group_norm_backward(a, b, zeros, ones, ones[0], *sizes, [False, True, False])
+    a, b = a.movedim(channel_axis, 0).contiguous(), b.movedim(channel_axis, 0).contiguous()
+    channels = len(a)
+    mean, inverse_deviation = a.new_zeros(1, channels), a.new_ones(1, channels)
+    sizes = 1, channels, a.numel() // channels, channels  # samples, channels, elements of each, groups
+    found = torch.ops.aten.native_group_norm_backward(
+        a, b, mean, inverse_deviation, one_each, *sizes, [False, True, False]
+    )
     products: Tensor = found[1]
     return products
 
@@ -79,22 +82,38 @@ def interval(scale: Tensor, qmin: int, qmax: int) -> tuple[float, float]:
     >>> interval(torch.tensor([0.1]), -4, 3)
     (-0.4000000059604645, 0.30000001192092896)
     """
-    kind = np.float32 if scale.dtype == torch.float32 else np.float64
-    s: Any = kind(scale.item())
-    return (-_first(s, -qmin) if qmin else _first(s, 0)), _first(s, qmax)
+    s, format = scale.item(), _FORMATS[scale.dtype]
+    return _last(s, -qmin, format), -_last(s, qmax, format)
 
 
-def _first(s: np.floating[Any], bound: int) -> float:
-    """The smallest v >= 0 with v/s >= bound; for 0, the largest with v/s = 0, which are those that underflow."""
-    kind = type(s)
-    below, above = kind(-np.inf), kind(np.inf)
+class _Format(NamedTuple):
+    """Of floating-point numbers: n 2^e with ``digits`` binary digits and e >= ``lowest``, less than 2^``top``."""
+
+    digits: int
+    lowest: int
+    top: int
+
+
+_FORMATS = {torch.float32: _Format(24, -149, 128), torch.float64: _Format(53, -1074, 1024)}
+
+
+def _last(s: float, bound: int, format: _Format) -> float:
+    """The largest v with v/s <= -bound.
+
+    From half a unit below its size on, v/s is rounded to the bound, ties included: the last digit of the bound is 0,
+    that of the number before it 1. So v is s times that number, an exact product of integers, and rounded away from 0.
+    For 0 that is half of the smallest number, and the tie is rounded to 0 as well.
+    """
     if bound == 0:
-        smallest = float(np.nextafter(kind(0), above))
-        v = kind(np.floor(s / 2) * smallest)  # A half of the smallest number is rounded to 0.
-        return float(v if float(v) <= np.floor(s / 2) * smallest else np.nextafter(v, below))
-    v = kind(s * bound)
-    while np.nextafter(v, below) / s >= bound:
-        v = np.nextafter(v, below)
-    while v / s < bound:
-        v = np.nextafter(v, above)
-    return float(v)
+        return _floor(math.floor(s / 2), format.lowest, format)
+    mantissa, power = math.frexp(s)
+    highest = bound.bit_length() - 1
+    half = highest - format.digits - (bound == 1 << highest)  # 2^half is half the distance to the number before
+    return _floor(-int(mantissa * 2**53) * ((bound << -half) - 1), power - 53 + half, format)
+
+
+def _floor(n: int, power: int, format: _Format) -> float:
+    """The largest number of the format that is at most n 2^power."""
+    drop = max(n.bit_length() - format.digits, format.lowest - power, 0)
+    n, power = n >> drop, power + drop
+    return math.ldexp(n, power) if n.bit_length() + power <= format.top else -math.inf

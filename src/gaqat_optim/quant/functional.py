@@ -173,18 +173,13 @@ class _LSQ(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        v: Tensor,
-        scale: Tensor,
-        qmin: int,
-        qmax: int,
-        grad_scale: float,
-        channel_axis: int | None,
-        keeps_output: bool,
-    ) -> Tensor:
+    def forward(*arguments: Any) -> Tensor:
+        # Not by name: torch binds arguments to a signature in each call, for as long as all of this takes.
+        v, scale, qmin, qmax, _, channel_axis, _ = arguments
         dtype = compute_dtype(v, scale)
         s = _along_axis(scale.to(dtype), v.dim(), channel_axis)
-        return (v.to(dtype) / s).clamp_(qmin, qmax).round_().mul_(s).to(v.dtype)
+        result: Tensor = (v.to(dtype) / s).clamp_(qmin, qmax).round_().mul_(s).to(v.dtype)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -196,19 +191,18 @@ class _LSQ(torch.autograd.Function):
             ctx.save_for_backward(v, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
-        saved, incoming = ctx.saved_tensors, grad
-        v, scale, grad = saved[0].detach(), saved[1].detach(), grad.detach()
-        bounds = ctx.qmin, ctx.qmax
-        found = None
-        if len(saved) == 3 and takes(grad, scale):
-            found = gradients(grad, v, scale, saved[2].detach(), *bounds, ctx.channel_axis)
-        grad_v, total = found or _gradients(grad, v, scale, *bounds, ctx.channel_axis)
-        grad_scale = (total * ctx.grad_scale).reshape(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
-        grads = [grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None, grad_scale]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, scale, *output = ctx.saved_tensors
+        settings = ctx.qmin, ctx.qmax, ctx.channel_axis
+        with torch.no_grad():
+            found = gradients(grad, v, scale, *output, *settings) if output and takes(grad, scale) else None
+            grad_v, total = found or _gradients(grad, v, scale, *settings)
+            of_v = grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None
+            of_scale = (total * ctx.grad_scale).view(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        grads = [of_v, of_scale]
         if torch.is_grad_enabled():  # create_graph=True, or torch.func
-            grads = [None if g is None else NotTwice.apply(g, incoming, *saved[:2]) for g in grads]  # type: ignore[no-untyped-call]
-        return grads[0], grads[1], None, None, None, None, None
+            grads = [None if g is None else NotTwice.apply(g, grad, v, scale) for g in grads]  # type: ignore[no-untyped-call]
+        return (*grads, *[None] * 5)
 
 
 def _gradients(

@@ -135,7 +135,10 @@ class LSQQuantizer(nn.Module):
         # At least float32, whatever dtype the model was moved to: float16 has no number near the lower bound.
         raw = self.raw_scale.to(torch.promote_types(self.raw_scale.dtype, torch.float32))
         bounded: Tensor = _ClampStraightThrough.apply(raw, *self._raw_bounds)  # type: ignore[no-untyped-call]
-        return bounded.exp() if self.scale_domain == "log" else bounded
+        return self._of_raw(bounded)
+
+    def _of_raw(self, raw: Tensor) -> Tensor:
+        return raw.exp() if self.scale_domain == "log" else raw
 
     @property
     def _raw_bounds(self) -> tuple[float, float]:
@@ -227,17 +230,20 @@ class LSQQuantizer(nn.Module):
             if not self.training:
                 raise RuntimeError(self._unset_message())
             self.initialize(v.detach())
-        grad_scale = 1.0
         # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
         if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            factor, raw = self.gradient_factor(v), self.raw_scale
             with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
-                self.raw_scale.clamp_(low, min(high, torch.finfo(self.raw_scale.dtype).max))
-            grad_scale = self.gradient_factor(v)
-        bounds = self.qmin, self.qmax
+                raw.clamp_(low, min(high, torch.finfo(raw.dtype).max))
+            # In half precision the bound itself may have been rounded up.
+            scale = self.scale if raw.dtype.itemsize < 4 else self._of_raw(raw)
+        else:
+            factor, scale = 1.0, self.scale
+        qmin, qmax = integer_bounds(self.bits, self._decided_sign())
         if self.keeps_output:
-            return quantized(v, self.scale, *bounds, grad_scale, self.channel_axis, keeps_output=True)
-        return lsq_quantize(v, self.scale, *bounds, grad_scale=grad_scale, channel_axis=self.channel_axis)
+            return quantized(v, scale, qmin, qmax, factor, self.channel_axis, keeps_output=True)
+        return lsq_quantize(v, scale, qmin, qmax, grad_scale=factor, channel_axis=self.channel_axis)
 
     def gradient_factor(self, v: Tensor) -> float:
         """LSQ's g for values like ``v``."""
