@@ -6,9 +6,10 @@ moves it twice and takes turns with what is measured. A gradient for the scale c
 
 The shapes are activations and weights of a ResNet-50 and a transformer, 4 bits: unsigned activations behind a ReLU,
 signed ones, weights per tensor and per channel. How each package is set up: ``peers.py``. Compiled is
-``torch.compile(module)`` with one thread; Brevitas is left out there, since its graph breaks.
+``torch.compile(module)`` with one thread; Brevitas is left out there, since its graph breaks. On a GPU it is Triton's
+kernels in CUDA graphs (mode "reduce-overhead").
 
-    python benchmarks/fake_quantize.py [--runs 9] [--json FILE]
+    python benchmarks/fake_quantize.py [--runs 9] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from gaqat_optim import LSQQuantizer
 from peers import OURS, PEERS, check, peer
-from timing import Ratio, Table, Times, command, interleaved, ratio
+from timing import Ratio, Table, Times, command, interleaved, on_gpu, ratio
 
 FLOOR = 2.5  # tensors that have to move, in copies of one
 ACTIVATION, WEIGHT = (32, 64, 56, 56), (256, 256, 3, 3)
@@ -52,6 +53,7 @@ def tables(runs: int) -> Iterator[Table]:
             channel_axis=0 if per_channel else None,
         )
         quantizer.initialize(v)
+        quantizer.keeps_output = True  # as in a layer, which keeps it anyway
         modules: dict[str, nn.Module] = {OURS: quantizer}
         for name in PEERS:
             modules[name] = peer(name, quantizer, v)
@@ -61,7 +63,8 @@ def tables(runs: int) -> Iterator[Table]:
         eager.rows.append([label, *floors(times, [OURS, *PEERS])])
         faster.rows.append([label, *(ratio(times[name], times[OURS]) for name in PEERS)])
         torch.compiler.reset()
-        modules = {name: torch.compile(module) for name, module in modules.items() if name != "Brevitas"}
+        mode = "reduce-overhead" if on_gpu() else None  # CUDA graphs
+        modules = {name: torch.compile(module, mode=mode) for name, module in modules.items() if name != "Brevitas"}
         times = measured(modules, v, runs, repeat=max(1, 4_000_000 // v.numel()))
         compiled.rows.append([label, *floors(times, [OURS, *PEERS])])
     yield from (eager, faster, compiled)

@@ -28,7 +28,7 @@ from gaqat_optim import GSAM, SAM, GAQATOptimizer
 from networks import Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
 from peers import OURS, PEERS
 from step import FLOAT, RECOMPUTED, variants
-from timing import Ratio, Table, command
+from timing import Ratio, Table, command, on_gpu
 
 
 def tables(runs: int) -> Iterator[Table]:
@@ -111,10 +111,13 @@ def kept_for_backward(model: nn.Module, x: Tensor) -> int:
 
 def allocated(run: Callable[[], object]) -> list[int]:
     """Bytes held after each allocation and release, beyond what was held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
+    with profile(activities=activities, profile_memory=True) as profiler:
         result = run()
     del result
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    device = torch.get_default_device().type.upper()
+    events = profiler.profiler.kineto_results.events()
+    events = [e for e in events if e.name() == "[memory]" and e.device_type().name == device]
     return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 

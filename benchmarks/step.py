@@ -3,9 +3,10 @@
 All networks have 4-bit weights per channel and 4-bit activations per tensor, the first and the last layer 8 bits, and
 train on random data with one thread. The peers' quantizers stand in the same layers with the same scales
 (``peers.py``). "ours, recomputed" is after ``recompute_activations(model)``. Compiled is ``torch.compile(model)``,
-against the compiled network in floating point; Brevitas is left out there, since its graph breaks.
+against the compiled network in floating point; Brevitas is left out there, since its graph breaks. On a GPU the
+compiler makes CUDA graphs (mode "reduce-overhead").
 
-    python benchmarks/step.py [--runs 5] [--json FILE]
+    python benchmarks/step.py [--runs 5] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from gaqat_optim.quant.recompute import recompute_activations
 from networks import Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
 from peers import OURS, PEERS, network_of
-from timing import Table, Times, command, interleaved, ratio
+from timing import Table, Times, command, interleaved, on_gpu, ratio
 
 FLOAT, RECOMPUTED = "fp32", "ours, recomputed"
 
@@ -66,7 +67,8 @@ def compiled_times(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> dict[st
     for name in (FLOAT, OURS, *(name for name in PEERS if name != "Brevitas")):
         torch.compiler.reset()  # Candidates must not count against each other's limit of recompilations.
         candidates["eager " + name] = passes(networks[name], x, y)
-        candidates[name] = passes(torch.compile(networks[name]), x, y)
+        mode = "reduce-overhead" if on_gpu() else None
+        candidates[name] = passes(torch.compile(networks[name], mode=mode), x, y)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             candidates[name]()

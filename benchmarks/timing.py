@@ -1,9 +1,14 @@
 """What the scripts in this folder share: interleaved runs, ratios with their spread, tables, JSON.
 
 Time is the CPU time of this process on one thread, so that other processes on the machine lengthen a run by what they
-take of caches and memory bandwidth, but not by the time for which they hold the processor. Candidates run in turns,
-a, b, c, b, c, a, ..., and are compared within a turn: a ratio is the median over turns of the ratio in each turn, and
-its spread is the interquartile range of these, divided by their median. A warm-up turn is not counted.
+take of caches and memory bandwidth, but not by the time for which they hold the processor. On a GPU it is the time
+until the device has finished. Candidates run in turns, a, b, c, b, c, a, ..., and are compared within a turn: a ratio
+is the median over turns of the ratio in each turn, and its spread is the interquartile range of these, divided by their
+median. Two turns for warming up are not counted.
+
+glibc is told to keep the memory it has. Otherwise it gives some back to the system whenever much is free at the end of
+its heap, which is a matter of luck, and costs more than what is measured here: the pages of a new tensor then have to
+be made again.
 """
 
 from __future__ import annotations
@@ -12,8 +17,10 @@ import argparse
 import gc
 import json
 import logging
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +30,7 @@ import torch
 from tabulate import tabulate
 
 Times = list[float]
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**35)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int) -> di
     """Seconds of ``runs`` runs of each, in turns that each begin with another one."""
     names = list(candidates)
     times: dict[str, Times] = {name: [] for name in names}
-    for turn in range(-1, runs):
+    for turn in range(-2, runs):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             seconds = timed(candidates[name])
@@ -67,15 +75,22 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int) -> di
 
 
 def timed(run: Callable[[], object]) -> float:
-    """CPU seconds of one run, without garbage collection."""
+    """Seconds of one run, without garbage collection."""
     gc.collect()
     gc.disable()
+    wait, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu() else (lambda: None, time.process_time)
     try:
-        start = time.process_time()
+        wait()
+        start = clock()
         run()
-        return time.process_time() - start
+        wait()
+        return clock() - start
     finally:
         gc.enable()
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
 
 
 def ratio(times: Times, reference: Times, factor: float = 1.0, digits: int = 2) -> Ratio:
@@ -87,7 +102,8 @@ def ratio(times: Times, reference: Times, factor: float = 1.0, digits: int = 2) 
 
 
 def setting() -> dict[str, object]:
-    return {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    machine = torch.cuda.get_device_name() if on_gpu() else f"{torch.get_num_threads()} thread"
+    return {"torch": torch.__version__, "python": platform.python_version(), "machine": machine}
 
 
 def command(tables: Callable[[int], Iterable[Table]], description: str, runs: int) -> None:
@@ -95,7 +111,11 @@ def command(tables: Callable[[int], Iterable[Table]], description: str, runs: in
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--runs", type=int, default=runs, help="measured turns (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the tables here as well")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     options = parser.parse_args()
+    if not KEEP_MEMORY.keys() <= os.environ.keys():  # It is read when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    torch.set_default_device(options.device)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # of what torchao could not load, and would not be used here
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The step of ``GAQATOptimizer`` against what it cannot do without, and what its parts cost.
 
 What a step cannot do without is two quantized forward and backward passes and the step of the base optimizer, here
-Adam on a W4A4 ResNet-18 in CIFAR form, batch 32, one thread. Beside it stands ``pytorch_optimizer.SAM`` with the same
+Adam on a W4A4 ResNet-18 in CIFAR form, batch 64, one thread. Beside it stands ``pytorch_optimizer.SAM`` with the same
 base on the same network: it perturbs and restores, but counts and combines nothing.
 
 The rest is a percent or less of such a step, less than the spread of whole steps. So it is measured on its own as well:
@@ -36,7 +36,7 @@ RATE = 1e-6
 
 
 def tables(runs: int) -> Iterator[Table]:
-    x, y = images(32, 32)
+    x, y = images(64, 32)
     model = w4a4(resnet18_cifar(), x)
     whole = Table("A step on ResNet-18, CIFAR form", ["", *OPTIMIZERS])
     times = interleaved(steps(model, lambda network: passes(network, x, y)), runs)

@@ -59,6 +59,7 @@ class ScaleMonitor:
         self.target: FreezeTarget = policy.freeze or ("task" if has_task_part else "both")
         self.sizes = [p.numel() for p in self.scales.values()]
         self.device = next((p.device for p in self.scales.values()), torch.device("cpu"))
+        self._alike = all(p.dim() == 1 and p.device == self.device for p in self.scales.values())
         self.reset()
 
     def reset(self) -> None:
@@ -83,9 +84,10 @@ class ScaleMonitor:
 
     def gather(self, grads: Mapping[Parameter, Tensor]) -> Tensor:
         """The gradients of all scale elements as one float32 vector; zero where a scale has none."""
-        found = [grads.get(p) for p in self.scales.values()]
-        if found and all(type(g) is Tensor and g.device == self.device and g.dtype == torch.float32 for g in found):
-            return torch.cat([g.reshape(-1) for g in found if g is not None])
+        found = list(map(grads.get, self.scales.values()))
+        # There may be thousands: what is done for each one in Python is most of what all of this takes.
+        if self._alike and set(map(type, found)) == {Tensor}:
+            return torch.cat(found).to(self.device, torch.float32)  # type: ignore[arg-type]
         parts = []
         for p in self.scales.values():
             g = grads.get(p)

@@ -195,7 +195,7 @@ class _LSQ(torch.autograd.Function):
         v, scale, *output = ctx.saved_tensors
         settings = ctx.qmin, ctx.qmax, ctx.channel_axis
         with torch.no_grad():
-            found = gradients(grad, v, scale, *output, *settings) if output and takes(grad, scale) else None
+            found = gradients(grad, v, scale, output[0], *settings) if output and takes(grad, scale) else None
             grad_v, total = found or _gradients(grad, v, scale, *settings)
             of_v = grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None
             of_scale = (total * ctx.grad_scale).view(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
