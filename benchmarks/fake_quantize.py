@@ -9,7 +9,7 @@ signed ones, weights per tensor and per channel. How each package is set up: ``p
 ``torch.compile(module)`` with one thread; Brevitas is left out there, since its graph breaks. On a GPU it is Triton's
 kernels in CUDA graphs (mode "reduce-overhead").
 
-    python benchmarks/fake_quantize.py [--runs 9] [--device cuda] [--json FILE]
+    python benchmarks/fake_quantize.py [--runs 5] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
@@ -97,4 +97,4 @@ def floors(times: dict[str, Times], names: list[str]) -> list[Ratio | None]:
 
 
 if __name__ == "__main__":
-    command(tables, __doc__, runs=9)
+    command(tables, __doc__, runs=5)

@@ -6,7 +6,7 @@ train on random data with one thread. The peers' quantizers stand in the same la
 against the compiled network in floating point; Brevitas is left out there, since its graph breaks. On a GPU the
 compiler makes CUDA graphs (mode "reduce-overhead").
 
-    python benchmarks/step.py [--runs 5] [--device cuda] [--json FILE]
+    python benchmarks/step.py [--runs 3] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
@@ -76,4 +76,4 @@ def compiled_times(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> dict[st
 
 
 if __name__ == "__main__":
-    command(tables, __doc__, runs=5)
+    command(tables, __doc__, runs=3)

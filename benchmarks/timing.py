@@ -8,7 +8,7 @@ median. Two turns for warming up are not counted.
 
 glibc is told to keep the memory it has. Otherwise it gives some back to the system whenever much is free at the end of
 its heap, which is a matter of luck, and costs more than what is measured here: the pages of a new tensor then have to
-be made again.
+be made again. ``--allocator default`` leaves it as it is.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ def command(tables: Callable[[int], Iterable[Table]], description: str, runs: in
     parser.add_argument("--runs", type=int, default=runs, help="measured turns (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the tables here as well")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--allocator", choices=("keep", "default"), default="keep", help="(default: %(default)s)")
     options = parser.parse_args()
-    if not KEEP_MEMORY.keys() <= os.environ.keys():  # It is read when a process starts.
+    if options.allocator == "keep" and not KEEP_MEMORY.keys() <= os.environ.keys():  # It is read when a process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_default_device(options.device)
     torch.set_num_threads(1)

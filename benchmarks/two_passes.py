@@ -11,7 +11,7 @@ base takes with the same closure is subtracted.
 Bookkeeping is what the optimizer does for scales alone: it gathers their gradients of both passes and counts signs. Its
 share is that of a GAQAT step on a network with so many scales.
 
-    python benchmarks/two_passes.py [--runs 5] [--json FILE]
+    python benchmarks/two_passes.py [--runs 4] [--json FILE]
 """
 
 from __future__ import annotations
@@ -161,4 +161,4 @@ def percent(times: Times, whole: float) -> Ratio:
 
 
 if __name__ == "__main__":
-    command(tables, __doc__, runs=5)
+    command(tables, __doc__, runs=4)
