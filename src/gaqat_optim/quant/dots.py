@@ -63,8 +63,9 @@ def _rows(a: Tensor, b: Tensor, channel_axis: int, one_each: Tensor) -> Tensor:
     They are what GroupNorm computes for the gradient of its weight, with a mean of 0 and a deviation of 1 for each row;
     torch has no other kernel that takes them in one pass.
     """
-    a, b = a.movedim(channel_axis, 0).contiguous(), b.movedim(channel_axis, 0).contiguous()
-    channels = len(a)
+    channels = a.shape[channel_axis]
+    # As matrices: the kernel takes 1x1 convolutions, whose strides are also those of channels last, for such.
+    a, b = (x.movedim(channel_axis, 0).reshape(channels, -1).contiguous() for x in (a, b))
     mean, inverse_deviation = a.new_zeros(1, channels), a.new_ones(1, channels)
     sizes = 1, channels, a.numel() // channels, channels  # samples, channels, elements of each, groups
     found = torch.ops.aten.native_group_norm_backward(

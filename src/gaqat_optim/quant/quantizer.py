@@ -138,7 +138,8 @@ class LSQQuantizer(nn.Module):
         return self._of_raw(bounded)
 
     def _of_raw(self, raw: Tensor) -> Tensor:
-        return raw.exp() if self.scale_domain == "log" else raw
+        # A copy, since another forward of a shared layer clamps the parameter in place.
+        return raw.exp() if self.scale_domain == "log" else raw.clone()
 
     @property
     def _raw_bounds(self) -> tuple[float, float]:
