@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from gaqat_optim import QuantConfig, quantize_model
+from gaqat_optim.quant.modules import QUANTIZED, QuantConv2d
 from gaqat_optim.quant.recompute import recompute_activations
 
 LAYERS = {
@@ -114,6 +115,23 @@ def test_inputs_that_are_not_finite_do_as_before(bad):
     want = all_gradients(model, x.clone().requires_grad_())
     key = "0.input_quantizer.lsq_log_scale"
     assert_close(all_gradients(model, x)[key], want[key], equal_nan=True)
+
+
+def test_a_class_that_computes_something_else_keeps_its_own_gradient(monkeypatch):
+    class Squared(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x * x, self.weight, self.bias)
+
+    class QuantSquared(QuantConv2d, Squared):
+        def compute(self, x, weight):
+            return super().compute(x * x, weight)
+
+    monkeypatch.setitem(QUANTIZED, Squared, QuantSquared)
+    x = torch.randn(2, 3, 6, 6)
+    config = QuantConfig(3, 3, first_last_bits="same")
+    model = quantize_model(nn.Sequential(Squared(3, 4, 3)), config, calibration=x).double()
+    want = all_gradients(model, x.double().requires_grad_())
+    assert_close(all_gradients(model, x.double()), want)
 
 
 def test_no_gradient_of_the_input_is_computed():

@@ -62,7 +62,6 @@ class QuantizedModule(nn.Module):
     """
 
     takes_codes: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
-    takes_images: ClassVar[bool] = False  # whether ``product`` is what ``compute`` does, but for a bias
     recomputes: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
 
     weight: Tensor
@@ -120,12 +119,12 @@ class QuantizedModule(nn.Module):
         weight = self.quantized_weight()
         eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
         # Where only the scale before a convolution learns, there is a shorter way to its gradient.
-        first = eager and self.takes_images and x.requires_grad and not input.requires_grad
-        x = x.detach() if first else x
+        product = self.product() if eager and x.requires_grad and not input.requires_grad else None
+        x = x.detach() if product is not None else x
         with quantized_again(quantizer, input, x) if eager and self.recomputes else nullcontext():  # type: ignore[arg-type]
             y = self.compute(x, weight, *args, **kwargs)
-        if first:
-            y = with_scale_gradient(y, quantizer, input, weight, self.product)  # type: ignore[arg-type]
+        if product is not None:
+            y = with_scale_gradient(y, quantizer, input, weight, product)  # type: ignore[arg-type]
         return self.output_quantizer(y) if self.output_quantizer is not None else y
 
     def quant_record(self, name: str) -> QuantRecord:
@@ -164,6 +163,10 @@ class QuantizedModule(nn.Module):
         """What the float layer computes, on quantized operands; further arguments are those of its forward."""
         raise NotImplementedError
 
+    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """:meth:`compute` without its bias, if it is linear in the input and its gradient worth a shorter way."""
+        return None
+
     def by_channel(self, weight: Tensor) -> Tensor:
         """The weight with its output channels on axis 0, where the quantizer looks for them."""
         return weight
@@ -190,13 +193,13 @@ class _QuantConv(QuantizedModule):
 
     bias: Tensor | None
 
-    takes_images = True
-
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return,operator]
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, None)  # type: ignore[no-any-return,operator]
+    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        if type(self).compute is not _QuantConv.compute:  # A user's class may compute something else.
+            return None
+        return lambda x, weight: self._conv_forward(x, weight, None)  # type: ignore[operator]
 
 
 @quantizes(nn.Conv1d)
