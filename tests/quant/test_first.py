@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from gaqat_optim import QuantConfig, quantize_model
+from gaqat_optim import LSQQuantizer, QuantConfig, quantize_model
 from gaqat_optim.quant.modules import QUANTIZED, QuantConv2d
 from gaqat_optim.quant.recompute import recompute_activations
 
@@ -132,6 +132,50 @@ def test_a_class_that_computes_something_else_keeps_its_own_gradient(monkeypatch
     model = quantize_model(nn.Sequential(Squared(3, 4, 3)), config, calibration=x).double()
     want = all_gradients(model, x.double().requires_grad_())
     assert_close(all_gradients(model, x.double()), want)
+
+
+def test_a_class_with_a_convolution_of_its_own_keeps_its_own_gradient(monkeypatch):
+    class Squared(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x * x, weight, bias)
+
+    class QuantSquared(QuantConv2d, Squared):
+        _conv_forward = Squared._conv_forward
+
+    monkeypatch.setitem(QUANTIZED, Squared, QuantSquared)
+    x = torch.randn(2, 3, 6, 6)
+    config = QuantConfig(3, 3, first_last_bits="same")
+    model = quantize_model(nn.Sequential(Squared(3, 4, 3)), config, calibration=x).double()
+    want = all_gradients(model, x.double().requires_grad_())
+    assert_close(all_gradients(model, x.double()), want)
+
+
+def test_what_a_forward_hook_makes_of_the_codes_counts():
+    model, x = network("image")
+    model[0].input_quantizer.register_forward_hook(lambda module, args, output: output.square())
+    want = all_gradients(model, x.clone().requires_grad_())
+    assert_close(all_gradients(model, x), want)
+
+
+def test_a_quantizer_of_ones_own_has_its_own_gradient():
+    class Halved(LSQQuantizer):
+        def forward(self, v):
+            return super().forward(v) / 2
+
+    model, x = network("image")
+    model[0].input_quantizer.__class__ = Halved
+    want = all_gradients(model, x.clone().requires_grad_())
+    assert_close(all_gradients(model, x), want)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # no input needs a gradient, which torch remarks on
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_quantizer_are_called(kind):
+    model, x = network("image")
+    seen = []
+    getattr(model[0].input_quantizer, kind)(lambda module, *grads: seen.append(grads[-1][0].shape))
+    all_gradients(model, x)
+    assert seen == [x.shape]
 
 
 def test_no_gradient_of_the_input_is_computed():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LayerConfig
-from .first import with_scale_gradient
+from .first import is_plain, with_scale_gradient
 from .quantizer import LSQQuantizer
 from .record import QuantRecord, packed_bytes
 from .saved import quantized_again
@@ -119,7 +119,8 @@ class QuantizedModule(nn.Module):
         weight = self.quantized_weight()
         eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
         # Where only the scale before a convolution learns, there is a shorter way to its gradient.
-        product = self.product() if eager and x.requires_grad and not input.requires_grad else None
+        shorter = eager and x.requires_grad and not input.requires_grad and is_plain(quantizer)  # type: ignore[arg-type]
+        product = self.product() if shorter else None
         x = x.detach() if product is not None else x
         with quantized_again(quantizer, input, x) if eager and self.recomputes else nullcontext():  # type: ignore[arg-type]
             y = self.compute(x, weight, *args, **kwargs)
@@ -188,6 +189,9 @@ class QuantLinear(QuantizedModule, nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
+_CONVOLUTIONS = nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward
+
+
 class _QuantConv(QuantizedModule):
     """What the convolutions share: torch's own ``_conv_forward`` takes the weight and knows the padding mode."""
 
@@ -197,8 +201,9 @@ class _QuantConv(QuantizedModule):
         return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return,operator]
 
     def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        if type(self).compute is not _QuantConv.compute:  # A user's class may compute something else.
-            return None
+        cls: Any = type(self)
+        if cls.compute is not _QuantConv.compute or cls._conv_forward not in _CONVOLUTIONS:
+            return None  # A user's class may compute something else.
         return lambda x, weight: self._conv_forward(x, weight, None)  # type: ignore[operator]
 
 
