@@ -51,10 +51,16 @@ def gradients(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if not a.is_contiguous() and a.stride() == b.stride():  # In any order of the axes: channels last, say.
-        order = sorted(range(a.dim()), key=a.stride, reverse=True)
-        a, b = a.permute(order), b.permute(order)
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    flat = (in_memory_order(a), in_memory_order(b)) if a.stride() == b.stride() else (None, None)
+    a, b = (x.reshape(-1) if y is None else y for x, y in zip((a, b), flat, strict=True))
+    return torch.dot(a, b)
+
+
+def in_memory_order(x: Tensor) -> Tensor | None:
+    """A view of ``x`` as a vector, its axes in any order (channels last, say); ``None`` where it has gaps."""
+    if not x.is_contiguous():
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    return x.view(-1) if x.is_contiguous() else None
 
 
 def _rows(a: Tensor, b: Tensor, channel_axis: int, one_each: Tensor) -> Tensor:
