@@ -2,7 +2,8 @@
 
 The floor is the fewest bytes that must move: forward reads v and writes v_hat; backward reads v and the gradient G and
 writes dv. That is five times the tensor, at the speed of ``Tensor.copy_`` between two tensors of the same shape, which
-moves it twice and takes turns with what is measured. A gradient for the scale comes out of the same passes.
+moves it twice and takes turns with what is measured. A gradient for the scale comes out of the same passes. As in a
+network, each call gets another tensor, and together they do not fit into a cache.
 
 The shapes are activations and weights of a ResNet-50 and a transformer, 4 bits: unsigned activations behind a ReLU,
 signed ones, weights per tensor and per channel. How each package is set up: ``peers.py``. Compiled is
@@ -25,6 +26,7 @@ from peers import OURS, PEERS, check, peer
 from timing import Ratio, Table, Times, command, interleaved, on_gpu, ratio
 
 FLOOR = 2.5  # tensors that have to move, in copies of one
+TOGETHER = 16_000_000  # elements of the tensors that take turns in a measurement
 ACTIVATION, WEIGHT = (32, 64, 56, 56), (256, 256, 3, 3)
 # what is quantized, its shape, whether it is an activation, whether it is signed, whether it has a scale per channel
 CASES = [
@@ -58,33 +60,34 @@ def tables(runs: int) -> Iterator[Table]:
         for name in PEERS:
             modules[name] = peer(name, quantizer, v)
             check(name, modules[name], quantizer, v)
-        # Small tensors run several times in a measurement.
-        times = measured(modules, v, runs, repeat=max(1, 4_000_000 // v.numel()))
+        times = measured(modules, v, runs)
         eager.rows.append([label, *floors(times, [OURS, *PEERS])])
         faster.rows.append([label, *(ratio(times[name], times[OURS]) for name in PEERS)])
         torch.compiler.reset()
         mode = "reduce-overhead" if on_gpu() else None  # CUDA graphs
         modules = {name: torch.compile(module, mode=mode) for name, module in modules.items() if name != "Brevitas"}
-        times = measured(modules, v, runs, repeat=max(1, 4_000_000 // v.numel()))
+        times = measured(modules, v, runs)
         compiled.rows.append([label, *floors(times, [OURS, *PEERS])])
     yield from (eager, faster, compiled)
 
 
-def measured(modules: dict[str, nn.Module], v: Tensor, runs: int, repeat: int) -> dict[str, Times]:
-    target, cotangent = torch.empty_like(v), torch.randn_like(v)
-    candidates = {"copy": lambda: [target.copy_(v) for _ in range(repeat)]}
+def measured(modules: dict[str, nn.Module], v: Tensor, runs: int) -> dict[str, Times]:
+    count = max(1, TOGETHER // v.numel())
+    inputs = [v.clone() for _ in range(count)]
+    targets, cotangents = ([torch.randn_like(v) for _ in range(count)] for _ in range(2))
+    candidates = {"copy": lambda: [target.copy_(v) for target, v in zip(targets, inputs, strict=True)]}
     for name, module in modules.items():
-        candidates[name] = forward_and_backward(module, v, cotangent, repeat)
+        candidates[name] = forward_and_backward(module, inputs, cotangents)
     return interleaved(candidates, runs)
 
 
-def forward_and_backward(module: nn.Module, v: Tensor, cotangent: Tensor, repeat: int) -> Callable[[], None]:
-    v = v.clone().requires_grad_()
-    wanted = [v, *(p for p in module.parameters() if p.requires_grad)]
+def forward_and_backward(module: nn.Module, inputs: list[Tensor], cotangents: list[Tensor]) -> Callable[[], None]:
+    inputs = [v.detach().requires_grad_() for v in inputs]
+    parameters = [p for p in module.parameters() if p.requires_grad]
 
     def run() -> None:
-        for _ in range(repeat):
-            torch.autograd.grad(module(v), wanted, cotangent)
+        for v, cotangent in zip(inputs, cotangents, strict=True):
+            torch.autograd.grad(module(v), [v, *parameters], cotangent)
 
     with warnings.catch_warnings():  # of compilation
         warnings.simplefilter("ignore")
