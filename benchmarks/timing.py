@@ -4,7 +4,7 @@ Time is the CPU time of this process on one thread, so that other processes on t
 take of caches and memory bandwidth, but not by the time for which they hold the processor. On a GPU it is the time
 until the device has finished. Candidates run in turns, a, b, c, b, c, a, ..., and are compared within a turn: a ratio
 is the median over turns of the ratio in each turn, and its spread is the interquartile range of these, divided by their
-median. Two turns for warming up are not counted.
+median. The first turns, for warming up, are not counted.
 
 glibc is told to keep the memory it has. Otherwise it gives some back to the system whenever much is free at the end of
 its heap, which is a matter of luck, and costs more than what is measured here: the pages of a new tensor then have to
@@ -43,7 +43,7 @@ class Ratio:
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ±{self.spread:.0%}"
-        return f"{self.value:.{self.digits}f}{spread}"
+        return f"{round(self.value, self.digits) + 0.0:.{self.digits}f}{spread}"  # no "-0.00"
 
 
 @dataclass
@@ -61,11 +61,11 @@ class Table:
         return f"\n{self.title}\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int) -> dict[str, Times]:
-    """Seconds of ``runs`` runs of each, in turns that each begin with another one."""
+def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 2) -> dict[str, Times]:
+    """Seconds of ``runs`` runs of each, in turns that each begin with another one, after ``warm_up`` uncounted ones."""
     names = list(candidates)
     times: dict[str, Times] = {name: [] for name in names}
-    for turn in range(-2, runs):
+    for turn in range(-warm_up, runs):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             seconds = timed(candidates[name])

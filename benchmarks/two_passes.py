@@ -1,8 +1,8 @@
 """The step of ``GAQATOptimizer`` against what it cannot do without, and what its parts cost.
 
 What a step cannot do without is two quantized forward and backward passes and the step of the base optimizer, here
-Adam on a W4A4 ResNet-18 in CIFAR form, batch 64, one thread. Beside it stands ``pytorch_optimizer.SAM`` with the same
-base on the same network: it perturbs and restores, but counts and combines nothing.
+Adam, on W4A4 networks and one thread. Beside it stands ``pytorch_optimizer.SAM`` with the same base on the same
+network: it perturbs and restores, but counts and combines nothing.
 
 The rest is a percent or less of such a step, less than the spread of whole steps. So it is measured on its own as well:
 the optimizers run with a closure that hands out copies of known gradients instead of computing them, and what the plain
@@ -26,39 +26,56 @@ from torch import Tensor, nn
 
 from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
 from gaqat_optim.monitor import ScaleMonitor, find_scales
-from networks import Chain, images, passes, resnet18_cifar, tokens, w4a4
+from networks import Chain, Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
 from timing import Ratio, Table, Times, command, interleaved, ratio
 
 PLAIN = "two passes + base step"
 OPTIMIZERS = ("ours, SAGM", "ours, SAM", "pytorch_optimizer SAM", "pytorch_optimizer SAM, foreach")
 Closures = Callable[[nn.Module], Callable[[], Tensor]]
 RATE = 1e-6
+BEYOND = "beyond " + PLAIN + ", in percent of it"
 
 
 def tables(runs: int) -> Iterator[Table]:
     x, y = images(64, 32)
     model = w4a4(resnet18_cifar(), x)
+    # It takes some turns until the heap has all the memory that is wanted at once.
     whole = Table("A step on ResNet-18, CIFAR form", ["", *OPTIMIZERS])
-    times = interleaved(steps(model, lambda network: passes(network, x, y)), runs)
+    times = interleaved(steps(model, lambda network: passes(network, x, y)), runs, warm_up=4)
     whole.rows.append(["multiples of " + PLAIN, *(ratio(times[name], times[PLAIN], digits=3) for name in OPTIMIZERS)])
-    handed = interleaved(steps(model, known_gradients(model, x, y)), 10 * runs)
+    handed = interleaved(steps(model, known_gradients(model, x, y)), 5 * runs, warm_up=6)
     row = [beyond(handed[name], handed[PLAIN], statistics.median(times[PLAIN])) for name in OPTIMIZERS]
-    whole.rows.append(["beyond " + PLAIN + ", in percent of it", *row])
+    whole.rows.append([BEYOND, *row])
     yield whole
 
+    larger = Table("Larger networks: " + BEYOND, ["", *OPTIMIZERS])
+    resnet50 = w4a4(from_torchvision("resnet50"), images(4, 224)[0], weight_granularity="tensor")
+    transformer = w4a4(Transformer(768, 6, 12), tokens(4, 128, 768)[0], init="lsq")
+    large = {
+        "ResNet-50, 224x224, batch 4": (resnet50, *images(4, 224)),
+        "6 transformer blocks, width 768, 4x128 tokens": (transformer, *tokens(4, 128, 768)),
+    }
+    for label, case in large.items():
+        handed = interleaved(steps(case[0], known_gradients(*case)), 2 * runs, warm_up=6)
+        quantized = statistics.median(two_passes_and_step(*case, runs))
+        row = [beyond(handed[name], handed[PLAIN], quantized) for name in OPTIMIZERS]
+        larger.rows.append([f"{label}: {parameters(case[0])}", *row])
+    yield larger
+
     every_fifth = Table("interval=5 on the same network", ["", "ours, SAGM"])
-    average = interleaved(intervals(model, lambda network: passes(network, x, y)), max(2, runs // 2))
+    average = interleaved(intervals(model, lambda network: passes(network, x, y)), max(2, runs // 2), warm_up=1)
     every_fifth.rows.append(["multiples of quantized steps of the base", ratio(average["interval=5"], average["base"])])
     yield every_fifth
-    yield shares(model, x, y, runs)
+    yield shares({"ResNet-18, CIFAR form": (model, x, y), "ResNet-50": large["ResNet-50, 224x224, batch 4"]}, runs)
 
 
-def shares(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> Table:
+def shares(cases: dict[str, tuple[nn.Module, Tensor, Tensor]], runs: int) -> Table:
     share = Table("Bookkeeping of scales, in percent of a GAQAT step", ["", "share"])
-    alone = bookkeeping(model)
-    times = interleaved({"alone": lambda: [alone() for _ in range(100)]}, runs)["alone"]
-    step = statistics.median(gaqat_steps(model, x, y, runs))
-    share.rows.append([f"ResNet-18, {describe(model)}", percent(times, 100 * step)])
+    for label, (model, x, y) in cases.items():
+        alone = bookkeeping(model)
+        times = interleaved({"alone": lambda run=alone: [run() for _ in range(100)]}, runs)["alone"]
+        step = statistics.median(gaqat_steps(model, x, y, runs))
+        share.rows.append([f"{label}: {describe(model)}", percent(times, 100 * step)])
     for layers in (53, 5000):
         v, z = tokens(32, 1, 32)
         chain = Chain(layers, 32)
@@ -88,6 +105,12 @@ def steps(model: nn.Module, closures: Closures) -> dict[str, Callable[[], object
         peer = PeerSAM(network.parameters(), torch.optim.Adam, lr=RATE, foreach=foreach)
         candidates[name] = partial(peer_step, peer, closures(network))
     return candidates
+
+
+def two_passes_and_step(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> Times:
+    network = copy.deepcopy(model)
+    run = plain(torch.optim.Adam(network.parameters(), lr=RATE), passes(network, x, y))
+    return interleaved({PLAIN: run}, max(2, runs // 2))[PLAIN]
 
 
 def plain(base: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> Callable[[], None]:
@@ -144,6 +167,11 @@ def bookkeeping(model: nn.Module) -> Callable[[], object]:
     monitor = ScaleMonitor(find_scales(model, None), DisorderFreeze(window=10_000), True)
     task, smooth = ({p: torch.randn_like(p) for p in monitor.scales.values()} for _ in range(2))
     return lambda: monitor.commit(monitor.gather(task), monitor.gather(smooth))
+
+
+def parameters(model: nn.Module) -> str:
+    sizes = [p.numel() for p in model.parameters()]
+    return f"{sum(sizes) / 1e6:.0f} million in {len(sizes)} tensors"
 
 
 def describe(model: nn.Module) -> str:
