@@ -26,7 +26,7 @@ from peers import OURS, PEERS, check, peer
 from timing import Ratio, Table, Times, command, interleaved, on_gpu, ratio
 
 FLOOR = 2.5  # tensors that have to move, in copies of one
-TOGETHER = 16_000_000  # elements of the tensors that take turns in a measurement
+TOGETHER = 8_000_000  # elements of the tensors that take turns in a measurement
 ACTIVATION, WEIGHT = (32, 64, 56, 56), (256, 256, 3, 3)
 # what is quantized, its shape, whether it is an activation, whether it is signed, whether it has a scale per channel
 CASES = [

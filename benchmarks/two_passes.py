@@ -41,7 +41,7 @@ def tables(runs: int) -> Iterator[Table]:
     model = w4a4(resnet18_cifar(), x)
     # It takes some turns until the heap has all the memory that is wanted at once.
     whole = Table("A step on ResNet-18, CIFAR form", ["", *OPTIMIZERS])
-    times = interleaved(steps(model, lambda network: passes(network, x, y)), runs, warm_up=4)
+    times = interleaved(steps(model, lambda network: passes(network, x, y)), runs, warm_up=3)
     whole.rows.append(["multiples of " + PLAIN, *(ratio(times[name], times[PLAIN], digits=3) for name in OPTIMIZERS)])
     handed = interleaved(steps(model, known_gradients(model, x, y)), 5 * runs, warm_up=6)
     row = [beyond(handed[name], handed[PLAIN], statistics.median(times[PLAIN])) for name in OPTIMIZERS]
