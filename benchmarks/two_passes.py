@@ -8,8 +8,8 @@ The rest is a percent or less of such a step, less than the spread of whole step
 the optimizers run with a closure that hands out copies of known gradients instead of computing them, and what the plain
 base takes with the same closure is subtracted.
 
-Bookkeeping is what the optimizer does for scales alone: it gathers their gradients of both passes and counts signs. Its
-share is that of a GAQAT step on a network with so many scales.
+Bookkeeping is what the optimizer does for scales alone: it gathers their gradients of both passes and counts signs. It
+is timed behind a whole step, as a share of that.
 
     python benchmarks/two_passes.py [--runs 4] [--json FILE]
 """
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
 from gaqat_optim.monitor import ScaleMonitor, find_scales
 from networks import Chain, Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
-from timing import Ratio, Table, Times, command, interleaved, ratio
+from timing import Ratio, Table, Times, command, interleaved, ratio, timed
 
 PLAIN = "two passes + base step"
 OPTIMIZERS = ("ours, SAGM", "ours, SAM", "pytorch_optimizer SAM", "pytorch_optimizer SAM, foreach")
@@ -72,21 +72,28 @@ def tables(runs: int) -> Iterator[Table]:
 def shares(cases: dict[str, tuple[nn.Module, Tensor, Tensor]], runs: int) -> Table:
     share = Table("Bookkeeping of scales, in percent of a GAQAT step", ["", "share"])
     for label, (model, x, y) in cases.items():
-        alone = bookkeeping(model)
-        times = interleaved({"alone": lambda run=alone: [run() for _ in range(100)]}, runs)["alone"]
-        step = statistics.median(gaqat_steps(model, x, y, runs))
-        share.rows.append([f"{label}: {describe(model)}", percent(times, 100 * step)])
+        share.rows.append([f"{label}: {describe(model)}", bookkeeping(model, passes(model, x, y), runs)])
     for layers in (53, 5000):
         v, z = tokens(32, 1, 32)
-        chain = Chain(layers, 32)
         quick = QuantConfig(4, 4, weight_granularity="tensor", first_last_bits="same", init="lsq")
-        chain = quantize_model(chain, quick, calibration=v).train()
-        optimizer = GAQATOptimizer(torch.optim.Adam(chain.parameters(), lr=RATE), chain)
-        alone, closure = bookkeeping(chain), passes(nn.Sequential(chain, nn.Flatten()), v, z)
-        times = interleaved({"alone": alone, "step": partial(optimizer.step, closure)}, runs)
+        chain = quantize_model(Chain(layers, 32), quick, calibration=v).train()
+        closure = passes(nn.Sequential(chain, nn.Flatten()), v, z)
         label = f"{layers} linear layers 32x32, 32 rows: {describe(chain)}"
-        share.rows.append([label, percent(times["alone"], statistics.median(times["step"]))])
+        share.rows.append([label, bookkeeping(chain, closure, runs)])
     return share
+
+
+def bookkeeping(model: nn.Module, closure: Callable[[], Tensor], runs: int) -> Ratio:
+    """What the optimizer does for the scales of ``model`` in a perturbed step, as a share of the step."""
+    optimizer = GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=RATE), model)
+    monitor = ScaleMonitor(find_scales(model, None), DisorderFreeze(window=10_000), True)
+    task, smooth = ({p: torch.randn_like(p) for p in monitor.scales.values()} for _ in range(2))
+    times: dict[str, Times] = {"step": [], "alone": []}
+    # Always behind a step, which leaves nothing of the last time in the caches.
+    for _ in range(1 + runs):
+        times["step"].append(timed(partial(optimizer.step, closure)))
+        times["alone"].append(timed(lambda: monitor.commit(monitor.gather(task), monitor.gather(smooth))))
+    return ratio(times["alone"][1:], times["step"][1:], 100.0, digits=3)
 
 
 def steps(model: nn.Module, closures: Closures) -> dict[str, Callable[[], object]]:
@@ -154,19 +161,6 @@ def intervals(model: nn.Module, closures: Closures) -> dict[str, Callable[[], ob
         "base": lambda: [base.step(base_closure) for _ in range(5)],
         "interval=5": lambda: [optimizer.step(closure) for _ in range(5)],
     }
-
-
-def gaqat_steps(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> Times:
-    optimizer = GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=RATE), model)
-    closure = passes(model, x, y)
-    return interleaved({"step": lambda: optimizer.step(closure)}, max(2, runs // 2))["step"]
-
-
-def bookkeeping(model: nn.Module) -> Callable[[], object]:
-    """What the optimizer does for the scales of ``model`` in a perturbed step."""
-    monitor = ScaleMonitor(find_scales(model, None), DisorderFreeze(window=10_000), True)
-    task, smooth = ({p: torch.randn_like(p) for p in monitor.scales.values()} for _ in range(2))
-    return lambda: monitor.commit(monitor.gather(task), monitor.gather(smooth))
 
 
 def parameters(model: nn.Module) -> str:
