@@ -117,37 +117,22 @@ def test_inputs_that_are_not_finite_do_as_before(bad):
     assert_close(all_gradients(model, x)[key], want[key], equal_nan=True)
 
 
-def test_a_class_that_computes_something_else_keeps_its_own_gradient(monkeypatch):
-    class Squared(nn.Conv2d):
-        def forward(self, x):
-            return self._conv_forward(x * x, self.weight, self.bias)
-
-    class QuantSquared(QuantConv2d, Squared):
-        def compute(self, x, weight):
-            return super().compute(x * x, weight)
-
-    monkeypatch.setitem(QUANTIZED, Squared, QuantSquared)
-    x = torch.randn(2, 3, 6, 6)
-    config = QuantConfig(3, 3, first_last_bits="same")
-    model = quantize_model(nn.Sequential(Squared(3, 4, 3)), config, calibration=x).double()
-    want = all_gradients(model, x.double().requires_grad_())
-    assert_close(all_gradients(model, x.double()), want)
+class ComputesOtherwise(QuantConv2d):
+    def compute(self, x, weight):
+        return super().compute(x * x, weight)
 
 
-def test_a_class_with_a_convolution_of_its_own_keeps_its_own_gradient(monkeypatch):
-    class Squared(nn.Conv2d):
-        def _conv_forward(self, x, weight, bias):
-            return super()._conv_forward(x * x, weight, bias)
+class ConvolvesOtherwise(QuantConv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x * x, weight, bias)
 
-    class QuantSquared(QuantConv2d, Squared):
-        _conv_forward = Squared._conv_forward
 
-    monkeypatch.setitem(QUANTIZED, Squared, QuantSquared)
-    x = torch.randn(2, 3, 6, 6)
-    config = QuantConfig(3, 3, first_last_bits="same")
-    model = quantize_model(nn.Sequential(Squared(3, 4, 3)), config, calibration=x).double()
-    want = all_gradients(model, x.double().requires_grad_())
-    assert_close(all_gradients(model, x.double()), want)
+@pytest.mark.parametrize("cls", [ComputesOtherwise, ConvolvesOtherwise])
+def test_a_class_that_computes_something_else_keeps_its_own_gradient(cls, monkeypatch):
+    monkeypatch.setitem(QUANTIZED, nn.Conv2d, cls)
+    model, x = network("image")
+    want = all_gradients(model, x.clone().requires_grad_())
+    assert_close(all_gradients(model, x), want)
 
 
 def test_what_a_forward_hook_makes_of_the_codes_counts():
