@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 def takes(v: Tensor, scale: Tensor) -> bool:
     """Whether :func:`gradients` can be had for such tensors: plain ones on a CPU, of one dtype, without a compiler."""
+    if torch.compiler.is_compiling():  # first: a question about the size would bind the graph to the answer
+        return False
     plain = type(v) in (Tensor, nn.Parameter) and v.device.type == "cpu" and v.dtype == scale.dtype and v.numel() > 0
-    return plain and v.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    return plain and v.dtype in (torch.float32, torch.float64)
 
 
 def gradients(

@@ -22,7 +22,7 @@ def quantized_in_pieces(v: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tenso
         qmin: lower integer bound.
         qmax: upper integer bound.
     """
-    if v.numel() < WORTHWHILE or not takes(v, scale):
+    if not takes(v, scale) or v.numel() < WORTHWHILE:
         return None
     flat, s = in_memory_order(v), scale.reshape(())
     if flat is None:
