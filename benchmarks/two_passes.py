@@ -4,9 +4,9 @@ What a step cannot do without is two quantized forward and backward passes and t
 Adam, on W4A4 networks and one thread. Beside it stands ``pytorch_optimizer.SAM`` with the same base on the same
 network: it perturbs and restores, but counts and combines nothing.
 
-The rest is a percent or less of such a step, less than the spread of whole steps. So it is measured on its own as well:
-the optimizers run with a closure that hands out copies of known gradients instead of computing them, and what the plain
-base takes with the same closure is subtracted.
+The rest is one to three percent of such a step, hardly more than the spread of whole steps. So it is measured on its
+own as well: the optimizers run with a closure that hands out copies of known gradients instead of computing them, and
+what the plain base takes with the same closure is subtracted.
 
 Bookkeeping is what the optimizer does for scales alone: it gathers their gradients of both passes and counts signs. It
 is timed behind a whole step, as a share of that.

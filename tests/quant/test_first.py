@@ -7,6 +7,7 @@ leaves room for; in float32 and half precision the tolerance is the rounding of 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -135,14 +136,36 @@ def test_a_class_that_computes_something_else_keeps_its_own_gradient(cls, monkey
     assert_close(all_gradients(model, x), want)
 
 
-def test_what_a_forward_hook_makes_of_the_codes_counts():
+def squares_codes(module, args, output):
+    return output.square() if isinstance(module, LSQQuantizer) and module.batched else None
+
+
+def halves_input(module, args):
+    return args[0] / 2 if isinstance(module, LSQQuantizer) and module.batched else None
+
+
+HOOKS = {
+    "output": lambda quantizer: quantizer.register_forward_hook(squares_codes),
+    "input": lambda quantizer: quantizer.register_forward_pre_hook(halves_input),
+    "output, all modules": lambda quantizer: register_module_forward_hook(squares_codes),
+    "input, all modules": lambda quantizer: register_module_forward_pre_hook(halves_input),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_a_forward_hook_changes_counts(hook):
     model, x = network("image")
-    model[0].input_quantizer.register_forward_hook(lambda module, args, output: output.square())
-    want = all_gradients(model, x.clone().requires_grad_())
-    assert_close(all_gradients(model, x), want)
+    handle = HOOKS[hook](model[0].input_quantizer)
+    try:
+        want = all_gradients(model, x.clone().requires_grad_())
+        assert_close(all_gradients(model, x), want)
+        recompute_activations(model)
+        assert_close(all_gradients(model, x), want)
+    finally:
+        handle.remove()
 
 
-def test_a_quantizer_of_ones_own_has_its_own_gradient():
+def test_a_quantizer_of_ones_own_has_its_own_gradients():
     class Halved(LSQQuantizer):
         def forward(self, v):
             return super().forward(v) / 2
@@ -150,6 +173,8 @@ def test_a_quantizer_of_ones_own_has_its_own_gradient():
     model, x = network("image")
     model[0].input_quantizer.__class__ = Halved
     want = all_gradients(model, x.clone().requires_grad_())
+    assert_close(all_gradients(model, x), want)
+    recompute_activations(model)
     assert_close(all_gradients(model, x), want)
 
 

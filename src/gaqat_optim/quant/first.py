@@ -36,12 +36,6 @@ def with_scale_gradient(
     return _ScaleOfInput.apply(y, quantizer.scale, v, weight, product, *settings)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def is_plain(quantizer: LSQQuantizer) -> bool:
-    """Whether the output of ``quantizer`` is LSQ's and nobody asks for its gradient: no class or hooks of a user's."""
-    hooks = quantizer._forward_hooks, quantizer._backward_hooks, quantizer._backward_pre_hooks
-    return type(quantizer) is LSQQuantizer and not any(hooks)
-
-
 class _ScaleOfInput(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, scale: Tensor, v: Tensor, weight: Tensor, *_: Any) -> Tensor:

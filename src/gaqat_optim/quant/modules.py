@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LayerConfig
-from .first import is_plain, with_scale_gradient
-from .quantizer import LSQQuantizer
+from .first import with_scale_gradient
+from .quantizer import LSQQuantizer, is_plain
 from .record import QuantRecord, packed_bytes
 from .saved import quantized_again
 
@@ -118,11 +118,11 @@ class QuantizedModule(nn.Module):
         x = quantizer(input) if quantizer is not None else input
         weight = self.quantized_weight()
         eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
+        known = eager and is_plain(quantizer)  # type: ignore[arg-type]  # x is LSQ's of the input
         # Where only the scale before a convolution learns, there is a shorter way to its gradient.
-        shorter = eager and x.requires_grad and not input.requires_grad and is_plain(quantizer)  # type: ignore[arg-type]
-        product = self.product() if shorter else None
+        product = self.product() if known and x.requires_grad and not input.requires_grad else None
         x = x.detach() if product is not None else x
-        with quantized_again(quantizer, input, x) if eager and self.recomputes else nullcontext():  # type: ignore[arg-type]
+        with quantized_again(quantizer, input, x) if known and self.recomputes else nullcontext():  # type: ignore[arg-type]
             y = self.compute(x, weight, *args, **kwargs)
         if product is not None:
             y = with_scale_gradient(y, quantizer, input, weight, product)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
 from ..names import LINEAR_SCALE, LOG_SCALE
@@ -268,6 +269,16 @@ class LSQQuantizer(nn.Module):
         if high > 0:
             self._range = max(low, _SMALLEST), min(high, _LARGEST)
             self._signed = bool(self.scale_is_signed)
+
+
+def is_plain(quantizer: LSQQuantizer) -> bool:
+    """Whether ``quantizer`` does LSQ on its input and nothing else: no class of a user's, and no hooks.
+
+    A hook may change the input or the output, or ask for the gradient of either.
+    """
+    q = quantizer
+    hooks = q._forward_pre_hooks, q._forward_hooks, q._backward_pre_hooks, q._backward_hooks
+    return type(q) is LSQQuantizer and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _distributed() -> bool:

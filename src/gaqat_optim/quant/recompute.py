@@ -13,7 +13,8 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> None:
     A layer keeps its quantized input for the gradient of its weight, and the quantizer keeps the input itself: two
     tensors where the floating-point network has one. With this, each layer keeps the input alone, and quantizes it
     again when backward asks for it, to the same bits. (The projections of an ``nn.MultiheadAttention`` go on as they
-    were; so do the transforms of ``torch.func``, and a compiled network, where the compiler decides what is kept.)
+    were; so do layers whose input quantizer has hooks or is of a class of one's own, the transforms of ``torch.func``,
+    and a compiled network, where the compiler decides what is kept.)
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`.
