@@ -97,7 +97,7 @@ def _without_vanishing(
     computes is its bias. Gamma = 0 does that to a channel; so does a gamma at which the bias, beside the largest sum,
     does not fit into int32, which is a warning because there the weights did count for something.
     """
-    step = torch.ones((), device=scale.device) if activation is None else activation.scale
+    step = torch.ones((), dtype=torch.float32, device=scale.device) if activation is None else activation.scale
     size, unit = bias.to(torch.float64).abs(), (step * scale).abs().to(torch.float64)
     vanishing = (unit < _SMALLEST).expand_as(size)
     too_large = torch.zeros_like(vanishing)

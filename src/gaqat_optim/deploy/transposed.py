@@ -52,7 +52,7 @@ class DeployConvTranspose(DeployLayer):
             return emit_dequantize(codes, scale, self.weight_bits, self.shift, axis=1)
         # The scale runs over two axes, the groups in axis 0 and the channels in axis 1, and DequantizeLinear takes one.
         # With a scale of 1 it gives the codes, exactly; the product with the scale is rounded once, as in it.
-        values = emit_dequantize(codes, torch.ones(()), self.weight_bits, self.shift)
+        values = emit_dequantize(codes, torch.ones((), dtype=torch.float32), self.weight_bits, self.shift)
         by_group = scale.reshape(self.groups, 1, -1, *[1] * self._spatial())
         return (torch.unflatten(values, 0, (self.groups, -1)) * by_group).flatten(0, 1)
 

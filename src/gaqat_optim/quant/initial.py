@@ -59,9 +59,9 @@ def mse_scale(rows: Tensor, qmin: int, qmax: int) -> Tensor:
     largest = rows.max(dim=1).values.clamp(min=0) / qmax
     if qmin < 0:
         largest = torch.maximum(largest, rows.min(dim=1).values.clamp(max=0) / qmin)
-    fractions = torch.linspace(1 / 32, 1, 32, device=rows.device)
+    fractions = torch.linspace(1 / 32, 1, 32, dtype=rows.dtype, device=rows.device)
     best = _least_error(rows, largest, fractions.expand(len(rows), -1), qmin, qmax)
-    fine = best.unsqueeze(1) + torch.linspace(-1 / 32, 1 / 32, 17, device=rows.device)
+    fine = best.unsqueeze(1) + torch.linspace(-1 / 32, 1 / 32, 17, dtype=rows.dtype, device=rows.device)
     return largest * _least_error(rows, largest, fine.clamp(1 / 256, 1), qmin, qmax)
 
 

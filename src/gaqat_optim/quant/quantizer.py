@@ -106,14 +106,14 @@ class LSQQuantizer(nn.Module):
         self.keeps_output = False
         self.name = ""
         self._sharded = False
-        start = torch.zeros(channels or 1, device=device)  # log(1); float32 whatever the model's dtype
+        start = torch.zeros(channels or 1, dtype=torch.float32, device=device)  # log(1)
         name = LOG_SCALE if scale_domain == "log" else LINEAR_SCALE
         self.register_parameter(name, nn.Parameter(start if scale_domain == "log" else start + 1))
         # Python values decide in forward (no synchronisation, no graph break); the buffers carry them in state dicts.
         self._signed = signed
         self._range: tuple[float, float] | None = None
         self.register_buffer("scale_is_signed", torch.tensor(bool(signed), device=device))
-        self.register_buffer("scale_range", torch.zeros(2, device=device))  # zeros: the scale is not set yet
+        self.register_buffer("scale_range", torch.zeros(2, dtype=torch.float32, device=device))  # zeros: not set yet
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
