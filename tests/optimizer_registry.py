@@ -7,10 +7,9 @@ of perturbation or policy also needs its formula in optimizer_twin.
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -49,16 +48,11 @@ PERTURBATIONS = {
 # -- policies ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NeverInShortWindows(NeverFreeze):
-    window: ClassVar[int] = 3
-
-
 POLICIES = {
     "never": NeverFreeze(),
-    "never-3": NeverInShortWindows(),
+    "never-3": NeverFreeze(3),
     "always": AlwaysFreeze(),
-    "always-smooth": AlwaysFreeze(freeze="smooth"),
+    "always-smooth": AlwaysFreeze(4, freeze="smooth"),
     "always-both": AlwaysFreeze(freeze="both"),
     "below": DisorderFreeze(3, 0.5),
     "above": DisorderFreeze(3, 0.4, when="above"),
@@ -310,6 +304,7 @@ def assert_agree(optimizer, model, twin):
     # Ratios of counts below 1000, in float32: another count is another ratio, by more than 1e-6.
     assert_close(report, want, 1e-6, 1e-7)
     assert optimizer.perturbs == twin.perturbs
+    assert (optimizer.steps, optimizer.perturbed_steps) == (twin.steps, twin.perturbed_steps)
     norm = {"mean": model.norm.running_mean.tolist(), "var": model.norm.running_var.tolist()}
     assert_close(norm, {"mean": twin.running_mean, "var": twin.running_var}, RTOL, ATOL)
     assert model.norm.num_batches_tracked.item() == twin.batches_seen

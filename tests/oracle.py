@@ -59,6 +59,7 @@ class SignCounter:
 
     def __init__(self):
         self.previous = {"task": 0, "smooth": 0}
+        self.present = {"task": False, "smooth": False}
         self.restart()
 
     def restart(self):
@@ -68,14 +69,18 @@ class SignCounter:
         self.conflicts = self.pairs = 0
 
     def observe(self, task, smooth):
+        """Count a step; ``None`` for a gradient that is missing."""
         for part, g in (("task", task), ("smooth", smooth)):
+            if g is None:
+                self.present[part] = False
+                continue
             sign = (g > 0) - (g < 0) or self.previous[part]
-            if self.previous[part] != 0:
+            if self.present[part] and self.previous[part] != 0:
                 self.compared[part] += 1
                 self.flips[part] += sign != self.previous[part]
-            self.previous[part] = sign
+            self.previous[part], self.present[part] = sign, True
             self.sums[part] += g
-        if self.previous["task"] and self.previous["smooth"]:
+        if all(self.present.values()) and all(self.previous.values()):
             self.pairs += 1
             self.conflicts += self.previous["task"] != self.previous["smooth"]
 

@@ -26,7 +26,12 @@ from optimizer_twin import JUDGES, of
 from oracle import SignCounter
 
 UNFROZEN = torch.zeros(4, dtype=torch.bool)
-GRADIENT = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0])
+GRADIENT = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0, None])
+
+
+def vectors(step):
+    """The two gradients of all elements; None is NaN."""
+    return torch.tensor([[math.nan if g is None else g for g in pair] for pair in step]).T
 
 
 def same(tensor, values):
@@ -41,7 +46,7 @@ def test_windows_count_as_the_oracle_does(steps, length):
     window = SignWindow.zeros(3, torch.device("cpu"))
     oracle = [SignCounter() for _ in range(3)]
     for count, step in enumerate(steps, start=1):
-        window.observe(*torch.tensor(step).T)
+        window.observe(*vectors(step))
         for counter, (task, smooth) in zip(oracle, step, strict=True):
             counter.observe(task, smooth)
         statistics = window.statistics()
@@ -77,7 +82,7 @@ def test_a_window_by_hand():
 
 def test_a_scale_without_gradients_shows_nothing_and_is_not_frozen():
     window = SignWindow.zeros(1, torch.device("cpu"))
-    feed(window, [0, 0, 0, math.nan], [0, 0, 0, 0])
+    feed(window, [0, 0, 0, math.nan], [0, math.nan, 0, 0])
     s = window.statistics()
     assert all(math.isnan(v.item()) for v in (s.disorder_task, s.disorder_smooth, s.conflict, s.opposition))
     for policy in (
@@ -91,6 +96,24 @@ def test_a_scale_without_gradients_shows_nothing_and_is_not_frozen():
         OppositionFreeze(threshold=1.0),
     ):
         assert not policy.judge(s, torch.tensor([False]), 0).item()
+
+
+def test_only_two_gradients_in_a_row_are_compared_by_hand():
+    window = SignWindow.zeros(1, torch.device("cpu"))
+    none = math.nan
+    feed(window, [1, none, -1, -1, 0, none, 0, 1], [1, 1, 1, none, none, -1, -1, -1])
+    s = window.statistics()
+    # g_task: + . - - (-) . (-) +: comparisons in steps 4, 5 and 8; one flip, in step 8.
+    assert s.disorder_task.item() == pytest.approx(1 / 3)
+    # g_smooth: + + + . . - - -: steps 2, 3, 7 and 8, without a flip: over the gap nothing is compared.
+    assert s.disorder_smooth.item() == 0
+    # Both in steps 1, 3, 7 and 8, with other signs in 3 and 8.
+    assert s.conflict.item() == pytest.approx(2 / 4)
+    assert s.opposition.item() == 0  # the sums are 0 and 0
+    window.restart()
+    feed(window, [none, 1], [1, 1])
+    assert math.isnan(window.statistics().disorder_task.item())  # the step before the last had none
+    assert window.statistics().disorder_smooth.item() == pytest.approx(1 / 2)
 
 
 # -- policies ---------------------------------------------------------------------------------------------------
@@ -159,7 +182,7 @@ EVERY_POLICY = st.one_of(
 def test_policies_judge_as_the_loops_of_the_twin_and_change_nothing(policy, steps, frozen, windows):
     window, counters = SignWindow.zeros(4, torch.device("cpu")), [SignCounter() for _ in range(4)]
     for step in steps:
-        window.observe(*torch.tensor(step).T)
+        window.observe(*vectors(step))
         for counter, pair in zip(counters, step, strict=True):
             counter.observe(*pair)
     shown, mask = window.statistics(), torch.tensor(frozen)
@@ -229,12 +252,12 @@ def scaled_line(policy):
     return model, GAQATOptimizer(base, model, perturbation=SAGM(0.1), freezing=policy, scales=is_scale)
 
 
-def step(model, optimizer):
+def step(model, optimizer, factor=1):
     """One step; the scale's gradient in the first pass, in the second, and the combined one."""
 
     def one_pass():
         optimizer.zero_grad()
-        (model["weight"].sum() * model["scale"]).square().sum().backward()
+        (model["weight"].sum() * model["scale"]).square().sum().mul(factor).backward()
         return model["scale"].grad.clone()
 
     task = one_pass()
@@ -279,10 +302,18 @@ def test_a_policy_of_one_s_own_needs_no_change_of_the_optimizer():
 
 # -- settings ---------------------------------------------------------------------------------------------------
 
-WINDOWED = [DisorderFreeze, FreezeOnce, RandomFreeze, ConflictFreeze, OppositionFreeze, AlternateFreeze]
+WINDOWED = [
+    AlwaysFreeze,
+    DisorderFreeze,
+    FreezeOnce,
+    RandomFreeze,
+    ConflictFreeze,
+    OppositionFreeze,
+    AlternateFreeze,
+]
 BAD = [
-    *((kind, {"window": window}) for kind in WINDOWED for window in (0, -1, 2.5, "3")),
-    *((kind, {"freeze": "all"}) for kind in [*WINDOWED, AlwaysFreeze]),
+    *((kind, {"window": window}) for kind in [NeverFreeze, *WINDOWED] for window in (0, -1, 2.5, "3")),
+    *((kind, {"freeze": "all"}) for kind in WINDOWED),
     *(
         (kind, {"threshold": bad})
         for kind in (DisorderFreeze, FreezeOnce, ConflictFreeze, OppositionFreeze)
@@ -304,9 +335,20 @@ def test_bad_settings_are_named(kind, arguments):
         kind(**arguments)
 
 
-@pytest.mark.parametrize("kind", [*WINDOWED, AlwaysFreeze])
+@pytest.mark.parametrize("kind", WINDOWED)
 def test_good_settings_are_taken(kind):
     for freeze in (None, "task", "smooth", "both"):
         assert kind(freeze=freeze).freeze == freeze
-    if kind is not AlwaysFreeze:
-        assert kind(1).window == 1
+    assert kind(1).window == 1
+
+
+@pytest.mark.parametrize("control", [NeverFreeze(window=4), AlwaysFreeze(window=4)])
+def test_a_control_reports_over_the_windows_of_the_method(control):
+    reports = []
+    for policy in (control, DisorderFreeze(window=4, threshold=0.0)):
+        model, optimizer = scaled_line(policy)
+        optimizer.param_groups[0]["lr"] = 0.0  # so that what is frozen makes no difference to the gradients
+        for factor in (1, -1, 1, -1, -1, -1):
+            step(model, optimizer, factor)
+        reports.append([(r.disorder_task, r.disorder_smooth, r.conflict) for r in optimizer.scale_report()])
+    assert reports == [[(1.0, 1.0, 0.0)]] * 2  # of the first four steps

@@ -111,7 +111,7 @@ def build_optimizer(model: nn.Module, method: Method, settings: Settings) -> tor
     base = torch.optim.Adam(groups, lr=settings.learning_rate)
     if not method.two_passes:
         return base
-    freezing = DisorderFreeze(settings.window, settings.threshold) if method.freezing else NeverFreeze()
+    freezing = DisorderFreeze(settings.window, settings.threshold) if method.freezing else NeverFreeze(settings.window)
     return GAQATOptimizer(base, model, perturbation=SAGM(settings.rho, settings.alpha), freezing=freezing)
 
 

@@ -49,48 +49,6 @@ class FreezePolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class NeverFreeze:
-    """Never freeze: with :class:`SAGM`, the direct integration LSQ+SAGM. Disorder and conflict are still measured.
-
-    Example:
-        >>> statistics = WindowStatistics(*torch.zeros(4, 3))
-        >>> NeverFreeze().judge(statistics, torch.zeros(3, dtype=torch.bool), 0).tolist()
-        [False, False, False]
-    """
-
-    window: ClassVar[int] = 100
-    freeze: ClassVar[FreezeTarget | None] = None
-    from_the_start: ClassVar[bool] = False
-
-    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
-        return torch.zeros_like(frozen)
-
-
-@dataclass(frozen=True)
-class AlwaysFreeze:
-    """Freeze every scale from the first step on. With ``freeze="both"``, the scales are fixed.
-
-    Args:
-        freeze: what is frozen, as in :class:`DisorderFreeze`.
-
-    Example:
-        >>> statistics = WindowStatistics(*torch.zeros(4, 3))
-        >>> AlwaysFreeze().judge(statistics, torch.ones(3, dtype=torch.bool), 0).tolist()
-        [True, True, True]
-    """
-
-    window: ClassVar[int] = 100
-    from_the_start: ClassVar[bool] = True
-    freeze: FreezeTarget | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice(self, "freeze", _TARGETS)
-
-    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
-        return torch.ones_like(frozen)
-
-
-@dataclass(frozen=True)
 class _Windowed:
     """What the policies that judge windows share."""
 
@@ -99,9 +57,53 @@ class _Windowed:
     freeze: FreezeTarget | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"{type(self).__name__}: window must be an integer >= 1, got {self.window!r}")
+        _check_window(self)
         _check_choice(self, "freeze", _TARGETS)
+
+
+@dataclass(frozen=True)
+class NeverFreeze:
+    """Never freeze: with :class:`SAGM`, the direct integration LSQ+SAGM. Disorder and conflict are still measured.
+
+    Args:
+        window: number of perturbed steps over which they are measured, at least 1: that of the method it is compared
+            with.
+
+    Example:
+        >>> statistics = WindowStatistics(*torch.zeros(4, 3))
+        >>> NeverFreeze().judge(statistics, torch.zeros(3, dtype=torch.bool), 0).tolist()
+        [False, False, False]
+    """
+
+    freeze: ClassVar[FreezeTarget | None] = None
+    from_the_start: ClassVar[bool] = False
+    window: int = 100
+
+    def __post_init__(self) -> None:
+        _check_window(self)
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return torch.zeros_like(frozen)
+
+
+@dataclass(frozen=True)
+class AlwaysFreeze(_Windowed):
+    """Freeze every scale from the first step on. With ``freeze="both"``, the scales are fixed.
+
+    Args:
+        window: number of perturbed steps over which disorder and conflict are measured, at least 1.
+        freeze: what is frozen, as in :class:`DisorderFreeze`.
+
+    Example:
+        >>> statistics = WindowStatistics(*torch.zeros(4, 3))
+        >>> AlwaysFreeze().judge(statistics, torch.ones(3, dtype=torch.bool), 0).tolist()
+        [True, True, True]
+    """
+
+    from_the_start: ClassVar[bool] = True
+
+    def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
+        return torch.ones_like(frozen)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ class DisorderFreeze(_Windowed):
 
     The disorder of a gradient is the fraction of steps in which its sign flips. A g_task of low disorder keeps pushing
     one way and may hold a g_smooth that pushes the other way in balance; without it the scale goes where flatness
-    asks. Nothing is frozen in the first window. Scales with one entry per channel are judged entry by entry; an entry
-    that had no gradient is not frozen.
+    asks. Nothing is frozen in the first window. Scales with one entry per channel are judged entry by entry. Steps in
+    which a scale was not used do not count for it: an entry without two gradients in a row is not frozen.
 
     The public record leaves ``window``, ``threshold`` and the three keywords open: the defaults are our reading.
 
@@ -286,6 +288,11 @@ class AlternateFreeze(_Windowed):
 
     def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
         return torch.full_like(frozen, windows % 2 == 0)
+
+
+def _check_window(policy: Any) -> None:
+    if not isinstance(policy.window, int) or policy.window < 1:
+        raise ValueError(f"{type(policy).__name__}: window must be an integer >= 1, got {policy.window!r}")
 
 
 def _check_fraction(policy: Any, name: str) -> None:
