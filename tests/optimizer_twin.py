@@ -98,18 +98,18 @@ def norm(values):
     return math.sqrt(sum(v * v for v in values))
 
 
-def sam_displacement(settings, w, g, radii):
+def sam_displacement(settings, w, g, radii, names):
     size = norm(g) + 1e-12
     return [rho / size * x for x, rho in zip(g, radii, strict=True)]
 
 
-def sagm_displacement(settings, w, g, radii):
+def sagm_displacement(settings, w, g, radii, names):
     size = norm(g) + 1e-12
     return [(rho / size - settings.alpha) * x for x, rho in zip(g, radii, strict=True)]
 
 
-def asam_displacement(settings, w, g, radii):
-    t = [abs(v) + settings.eta for v in w]
+def asam_displacement(settings, w, g, radii, names):
+    t = [abs(v) + settings.eta if "weight" in name.split(".")[-1] else 1 for v, name in zip(w, names, strict=True)]
     size = norm([a * x for a, x in zip(t, g, strict=True)]) + 1e-12
     return [rho / size * a * a * x for a, x, rho in zip(t, g, radii, strict=True)]
 
@@ -213,10 +213,9 @@ class Twin:
     def __init__(self, start, groups, make_base, perturbation, policy, interval=1):
         self.tensors = {}
         self.counters, self.frozen, self.judged = {}, {}, {}
-        self.perturbation, self.policy, self.interval = perturbation, policy, interval
-        self.displacement, self.combination, has_task, self.scales_move = of(FORMULAS, perturbation)
-        self.target = policy.freeze or ("task" if has_task else "both")
-        self.steps = self.perturbed_steps = 0
+        self.policy, self.interval = policy, interval
+        self.perturb_by(perturbation)
+        self.steps = self.perturbed_steps = self.windows = 0
         self.running_mean, self.running_var, self.batches_seen = [0.0] * 3, [1.0] * 3, 0
         self.smallest = math.inf  # the smallest gradient of a scale, zeros apart: how far all signs were from changing
         self.base = make_base([self._taken_up(start, group) for group in groups])
@@ -229,6 +228,24 @@ class Twin:
                 self.frozen[name, i] = self.policy.from_the_start
         rest = {key: value for key, value in group.items() if key != "names"}
         return {"params": [self.tensors[name] for name in group["names"]], **rest}
+
+    def perturb_by(self, perturbation):
+        self.perturbation = perturbation
+        self.displacement, self.combination, self.has_task, self.scales_move = of(FORMULAS, perturbation)
+
+    def freeze_by(self, policy):
+        """Another policy judges the last window again or, before the first, begins as it begins."""
+        self.policy = policy
+        self.frozen = dict.fromkeys(self.frozen, policy.from_the_start)
+        if self.windows:
+            elements = self._elements()
+            shown = [Shown(self.judged.get(e, [math.nan] * 4)) for e in elements]
+            mask = of(JUDGES, policy)(policy, shown, list(self.frozen.values()), self.windows - 1)
+            self.frozen = dict(zip(elements, mask, strict=True))
+
+    @property
+    def target(self):
+        return self.policy.freeze or ("task" if self.has_task else "both")
 
     def add(self, values, group):
         self.base.add_param_group(self._taken_up(values, group))
@@ -277,7 +294,8 @@ class Twin:
                     w.append(theta[name][i])
                     g.append(x)
                     radii.append(group.get("rho", self.perturbation.rho))
-        for (name, i), d in zip(where, self.displacement(self.perturbation, w, g, radii), strict=True):
+        names = [name for name, _ in where]
+        for (name, i), d in zip(where, self.displacement(self.perturbation, w, g, radii, names), strict=True):
             theta[name][i] += d
         return theta
 
@@ -330,16 +348,16 @@ class Twin:
 
     def _count(self, task, smooth):
         for (name, i), counter in self.counters.items():
-            pair = [part[name][i] if name in part else 0.0 for part in (task, smooth)]
-            self.smallest = min(self.smallest, *(abs(g) for g in pair if g != 0), math.inf)
+            pair = [part[name][i] if name in part else None for part in (task, smooth)]
+            self.smallest = min(self.smallest, *(abs(g) for g in pair if g), math.inf)
             counter.observe(*pair)
         self.perturbed_steps += 1
         if self.perturbed_steps % self.policy.window == 0:
             elements = self._elements()
             counters = [self.counters[e] for e in elements]
-            windows = self.perturbed_steps // self.policy.window - 1
             judge = of(JUDGES, self.policy)
-            mask = judge(self.policy, counters, [self.frozen[e] for e in elements], windows)
+            mask = judge(self.policy, counters, [self.frozen[e] for e in elements], self.windows)
+            self.windows += 1
             self.frozen = dict(zip(elements, mask, strict=True))
             self.judged = {e: shown(self.counters[e]) for e in elements}
             for counter in counters:
@@ -350,7 +368,7 @@ class Twin:
         rows = {}
         for name in (name for name in SHAPES if name in self.tensors and is_scale(name)):
             elements = [e for e in self._elements() if e[0] == name]
-            if self.perturbed_steps >= self.policy.window:
+            if self.windows:
                 table = [self.judged.get(e, [math.nan] * 4) for e in elements]
             else:
                 table = [shown(self.counters[e]) for e in elements]
@@ -359,6 +377,22 @@ class Twin:
             frozen = sum(self.frozen[e] for e in elements) / len(elements)
             rows[name] = [sum(values) / len(values), *statistics, frozen]
         return rows
+
+
+class Shown:
+    """What a counter showed at the end of its window."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def disorder(self, part):
+        return self.values[part == "smooth"]
+
+    def conflict(self):
+        return self.values[2]
+
+    def opposition(self):
+        return self.values[3]
 
 
 def shown(counter):

@@ -235,6 +235,22 @@ class Run(RuleBasedStateMachine):
         for groups in (self.optimizer.param_groups, self.twin.base.param_groups):
             groups[group % len(groups)]["lr"] = lr
 
+    @rule(policy=st.sampled_from(list(POLICIES)))
+    def freeze_by_another_policy(self, policy):
+        if legal(self.perturbation, policy):
+            self.policy = policy
+            self.optimizer.freezing = POLICIES[policy]
+            self.twin.freeze_by(POLICIES[policy])
+
+    @rule(perturbation=st.sampled_from(list(PERTURBATIONS)), interval=st.integers(1, 3))
+    def perturb_otherwise(self, perturbation, interval):
+        if legal(perturbation, self.policy):
+            self.perturbation, self.interval = perturbation, interval
+            setting, _ = PERTURBATIONS[perturbation]
+            self.optimizer.perturbation, self.optimizer.interval = setting, interval
+            self.twin.perturb_by(setting)
+            self.twin.interval = interval
+
     @rule(batch=BATCH)
     def step_and_schedule(self, batch):
         self.closure_step(batch)
@@ -244,8 +260,11 @@ class Run(RuleBasedStateMachine):
 
     # -- saving and copying: what comes back goes on in the place of what was
 
-    @rule()
-    def resume_from_a_file(self):
+    @rule(policy=st.sampled_from([None, None, *POLICIES]))
+    def resume_from_a_file(self, policy):
+        if policy is not None and POLICIES[policy] != POLICIES[self.policy] and legal(self.perturbation, policy):
+            self.policy = policy
+            self.twin.freeze_by(POLICIES[policy])
         file = io.BytesIO()
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
         file.seek(0)

@@ -12,6 +12,7 @@ from torch import nn
 from gaqat_optim import ASAM, GSAM, SAGM, SAM, GAQATOptimizer
 
 RHO = st.floats(0, 2)
+WEIGHTS = ["a.weight", "b.weight", "c.weight"]
 EVERY = [SAM(0.5), SAGM(0.5), ASAM(0.5), GSAM(0.5)]
 every = pytest.mark.parametrize("perturbation", EVERY, ids=lambda p: type(p).__name__)
 
@@ -59,7 +60,7 @@ def test_direction_is_the_formula_on_true_gradients(seed, perturbation, rho, gra
     want = [factor(perturbation, grads, rho) * x for x in flat(grads)]
     for scale in (grad_scale, torch.tensor(grad_scale)):
         got = perturbation.direction(
-            [torch.zeros_like(g) for g in grads], [g * grad_scale for g in grads], [rho] * 3, scale
+            [torch.zeros_like(g) for g in grads], [g * grad_scale for g in grads], [rho] * 3, scale, WEIGHTS
         )
         assert_close(got, want)
 
@@ -72,17 +73,83 @@ def test_asam_measures_the_radius_relative_to_each_weight(seed, rhos, eta, grad_
     radii = [rho for rho, w in zip(rhos, weights, strict=True) for _ in range(w.numel())]
     want = [rho * t * t * g / (norm + 1e-12) for rho, t, g in zip(radii, sizes, flat(grads), strict=True)]
     for scale in (grad_scale, torch.tensor(grad_scale)):
-        assert_close(ASAM(9.0, eta).direction(weights, [g * grad_scale for g in grads], rhos, scale), want)
+        assert_close(ASAM(9.0, eta).direction(weights, [g * grad_scale for g in grads], rhos, scale, WEIGHTS), want)
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 10))
 def test_asam_does_not_see_how_a_layer_is_scaled(seed, factor):
     # Weights times a factor, gradients over it: the displacement is the same relative to the weights.
     weights, grads = draw(seed, 2)
-    want = [factor * x for x in flat(ASAM(1.0, eta=0.0).direction(weights, grads, [1.0] * 3, 1.0))]
+    want = [factor * x for x in flat(ASAM(1.0, eta=0.0).direction(weights, grads, [1.0] * 3, 1.0, WEIGHTS))]
     scaled = [w * factor for w in weights], [g / factor for g in grads]
-    for a, b in zip(flat(ASAM(1.0, eta=0.0).direction(*scaled, [1.0] * 3, 1.0)), want, strict=True):
+    for a, b in zip(flat(ASAM(1.0, eta=0.0).direction(*scaled, [1.0] * 3, 1.0, WEIGHTS)), want, strict=True):
         assert math.isclose(a, b, rel_tol=1e-9)
+
+
+def test_asam_takes_the_size_of_weights_alone():
+    # T is |w| + eta for parameters whose last name has "weight" in it, and 1 for the rest and for what has no name.
+    sizes = {
+        "fc.weight": 3.0,
+        "attention.in_proj_weight": 3.0,
+        "fc.bias": 1.0,
+        "weight_quantizer.offset": 1.0,
+        "weights.0": 1.0,
+        "": 1.0,
+    }
+    params = [torch.tensor([-2.0])] * len(sizes)
+    grads = [torch.tensor([float(i + 1)]) for i in range(len(sizes))]
+    norm = math.sqrt(sum((t * g.item()) ** 2 for t, g in zip(sizes.values(), grads, strict=True)))
+    got = ASAM(eta=1.0).direction(params, grads, [0.5] * len(sizes), 1.0, list(sizes))
+    want = [0.5 * t * t * g.item() / norm for t, g in zip(sizes.values(), grads, strict=True)]
+    assert flat(got) == pytest.approx(want)
+
+
+class AsReleased:
+    """ASAM with its authors' two steps, on a network whose weights are called so in every component of their names."""
+
+    def __init__(self, model, base, rho=0.5, eta=0.01):
+        self.model, self.base, self.rho, self.eta = model, base, rho, eta
+
+    def step(self, closure):
+        closure()
+        with torch.no_grad():
+            sizes = [p.abs() + self.eta if "weight" in n else torch.ones_like(p) for n, p in named(self.model)]
+            norm = torch.stack([(t * p.grad).norm() for t, (_, p) in zip(sizes, named(self.model), strict=True)]).norm()
+            moved = [
+                t * t * p.grad * self.rho / (norm + 1e-16) for t, (_, p) in zip(sizes, named(self.model), strict=True)
+            ]
+            start = [p.clone() for p in self.model.parameters()]
+            for p, d in zip(self.model.parameters(), moved, strict=True):
+                p.add_(d)
+        closure()
+        with torch.no_grad():
+            for p, value in zip(self.model.parameters(), start, strict=True):
+                p.copy_(value)
+        self.base.step()
+
+
+def named(model):
+    return list(model.named_parameters())
+
+
+def test_asam_by_its_defaults_is_its_authors_released_code():
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2)).double()
+    theirs = copy.deepcopy(ours)
+    x, y = torch.randn(16, 3, dtype=torch.float64), torch.randint(2, (16,))
+    optimizer = GAQATOptimizer(torch.optim.SGD(ours.parameters(), lr=0.1), ours, perturbation=ASAM())
+    reference = AsReleased(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1))
+    for model, it in ((ours, optimizer), (theirs, reference)):
+
+        def closure(model=model):
+            model.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(20):
+            it.step(closure)
+    assert flat(list(ours.parameters())) == pytest.approx(flat(list(theirs.parameters())), rel=1e-12)
 
 
 def test_asam_leaves_scales_where_they_are_and_out_of_the_norm():
@@ -99,8 +166,8 @@ def test_asam_leaves_scales_where_they_are_and_out_of_the_norm():
 @every
 def test_each_group_has_its_radius_under_one_norm(perturbation):
     weights, grads = [torch.tensor([1.0]), torch.tensor([1.0])], [torch.tensor([3.0]), torch.tensor([4.0])]
-    one = torch.cat(perturbation.direction(weights, grads, [0.5, 0.5], 1.0))
-    other = torch.cat(perturbation.direction(weights, grads, [0.5, 1.0], 1.0))
+    one = torch.cat(perturbation.direction(weights, grads, [0.5, 0.5], 1.0, WEIGHTS[:2]))
+    other = torch.cat(perturbation.direction(weights, grads, [0.5, 1.0], 1.0, WEIGHTS[:2]))
     assert other[0] == one[0]
     alpha = perturbation.alpha if isinstance(perturbation, SAGM) else 0.0  # no part of the radius
     assert other[1] + 4 * alpha == pytest.approx(2 * (one[1] + 4 * alpha))
@@ -110,14 +177,14 @@ def test_each_group_has_its_radius_under_one_norm(perturbation):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_not_finite_displace_nothing(perturbation, bad):
     grads = [torch.tensor([1.0, bad]), torch.ones(2)]
-    got = perturbation.direction([torch.ones(2)] * 2, grads, [0.5, 0.5], 1.0)
+    got = perturbation.direction([torch.ones(2)] * 2, grads, [0.5, 0.5], 1.0, WEIGHTS[:2])
     assert torch.cat(got).tolist() == [0, 0, 0, 0]
 
 
 @every
 def test_zero_gradients_displace_nothing(perturbation):
     for w in (torch.zeros(2), torch.ones(2)):
-        assert perturbation.direction([w], [torch.zeros(2)], [0.5], 1.0)[0].tolist() == [0, 0]
+        assert perturbation.direction([w], [torch.zeros(2)], [0.5], 1.0, WEIGHTS[:1])[0].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -125,7 +192,7 @@ def test_zero_gradients_displace_nothing(perturbation):
 def test_half_precision_under_a_large_loss_scale(dtype, perturbation):
     # The factor is about 1e-6 here, which float16 rounds to a few percent.
     g = torch.tensor([300.0, 400.0], dtype=dtype)
-    (got,) = perturbation.direction([g], [g], [0.5], 65536.0)
+    (got,) = perturbation.direction([g], [g], [0.5], 65536.0, WEIGHTS[:1])
     assert got.dtype == dtype
     assert got.tolist() == pytest.approx([0.3, 0.4], rel=4e-3)
 
@@ -134,7 +201,7 @@ def test_half_precision_under_a_large_loss_scale(dtype, perturbation):
 def test_asam_in_half_precision_with_small_weights(dtype):
     # Their squares are below the smallest float16.
     w, g = torch.tensor([1e-4, -2e-4], dtype=dtype), torch.tensor([300.0, 200.0], dtype=dtype)
-    (got,) = ASAM(10.0, eta=0.0).direction([w], [g], [10.0], 65536.0)
+    (got,) = ASAM(10.0, eta=0.0).direction([w], [g], [10.0], 65536.0, WEIGHTS[:1])
     assert got.dtype == dtype
     assert got.tolist() == pytest.approx([10 * 0.6 * 1e-4, 10 * 0.8 * 2e-4], rel=2e-2)
 
@@ -197,7 +264,7 @@ def test_what_is_not_finite_stays_visible(perturbation, bad):
 def test_nothing_changes_its_arguments(perturbation):
     weights, task, smooth = draw(5, 3)
     arguments = copy.deepcopy((weights, task, smooth))
-    perturbation.direction(weights, task, [0.1, 0.2, 0.3], torch.tensor(4.0))
+    perturbation.direction(weights, task, [0.1, 0.2, 0.3], torch.tensor(4.0), WEIGHTS)
     result = perturbation.combine(task, smooth)
     for tensors, before in zip((weights, task, smooth), arguments, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))

@@ -7,6 +7,8 @@ that is not empty for one that it has set up.
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-_STATE, _STEPS, _PERTURBED_STEPS = "gaqat", "gaqat_steps", "gaqat_perturbed_steps"
+from .freezing import FreezePolicy
+
+_STATE = "gaqat"
+# What is in every parameter group, by the attribute of Freezing. All are numbers: no checkpointing tool refuses those.
+_NUMBERS = {name: f"gaqat_{name}" for name in ("steps", "perturbed_steps", "windows", "policy")}
 
 StateDict = dict[str, Any]
 Groups = list[dict[str, Any]]
@@ -28,11 +34,23 @@ class Freezing:
         scales: the packed state of each scale.
         steps: number of steps made.
         perturbed_steps: number of those with a second pass.
+        windows: number of windows judged.
+        policy: :func:`policy_number` of the policy that judged them.
     """
 
     scales: Mapping[Parameter, Tensor]
     steps: int
     perturbed_steps: int
+    windows: int
+    policy: int
+
+
+def policy_number(policy: FreezePolicy) -> int:
+    """A number that is the same for policies of one class and settings, in every process."""
+    settings = sorted(getattr(policy, "__dict__", {}).items())
+    # The default repr of an object ends with its address, which is another one in every run.
+    described = re.sub(r" at 0x[0-9a-f]+", "", f"{type(policy).__qualname__}{settings}")
+    return zlib.crc32(described.encode())
 
 
 def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
@@ -41,23 +59,23 @@ def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
     # With an entry for every parameter or for none: torch's distributed checkpoints refuse anything between, which
     # those of the scales alone would be beside a base without state.
     state = {**({i: {} for i in ids.values()} if freezing.scales else {}), **base["state"]}
-    for p, packed in freezing.scales.items():
+    for p, packed in ((p, packed) for p, packed in freezing.scales.items() if p in ids):
         state[ids[p]] = {**state[ids[p]], _STATE: packed}  # A copy: the entry is the base's run-time state.
-    counts = {_STEPS: freezing.steps, _PERTURBED_STEPS: freezing.perturbed_steps}
-    return {**base, "state": state, "param_groups": [{**group, **counts} for group in base["param_groups"]]}
+    numbers = {key: getattr(freezing, name) for name, key in _NUMBERS.items()}
+    return {**base, "state": state, "param_groups": [{**group, **numbers} for group in base["param_groups"]]}
 
 
 def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing | None]:
     """The base's state dict, and what :func:`merge` put into it; ``None`` for a state dict of the base alone."""
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    counts = (_STEPS, _PERTURBED_STEPS)
-    state = {key: {k: v for k, v in entry.items() if k != _STATE} for key, entry in saved_state.items()}
+    # A base may keep what belongs to no parameter there too, under a name and as anything.
+    state = {key: _without_ours(entry) for key, entry in saved_state.items()}
     base = {
         **state_dict,
-        "state": {key: entry for key, entry in state.items() if entry},
-        "param_groups": [{k: v for k, v in group.items() if k not in counts} for group in saved_groups],
+        "state": {key: entry for key, entry in state.items() if entry is not None},
+        "param_groups": [{k: v for k, v in group.items() if k not in _NUMBERS.values()} for group in saved_groups],
     }
-    if not saved_groups or _STEPS not in saved_groups[0]:
+    if not saved_groups or _NUMBERS["steps"] not in saved_groups[0]:
         if any(isinstance(i, str) for group in saved_groups for i in group["params"]):
             # Nothing may be lost without a word, and this is how set_optimizer_state_dict loses it.
             raise ValueError(
@@ -67,7 +85,14 @@ def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing
         return base, None
     # Ids come from the saved groups, never from counting: distributed checkpoints use names for them.
     scales = {p: saved_state[i][_STATE] for p, i in _pairs(groups, saved_groups) if _STATE in saved_state.get(i, {})}
-    return base, Freezing(scales, *(int(saved_groups[0][count]) for count in counts))
+    return base, Freezing(scales, *(int(saved_groups[0][key]) for key in _NUMBERS.values()))
+
+
+def _without_ours(entry: Any) -> Any:
+    """An entry of the state without the freezing state; ``None`` for one that is empty then."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {key: value for key, value in entry.items() if key != _STATE} or None
 
 
 def _pairs(groups: Groups, saved: Groups) -> Iterator[tuple[Parameter, Any]]:

@@ -20,8 +20,8 @@ def buffers_to_keep(model: nn.Module, scales: Iterable[str]) -> list[Tensor]:
         model: the network.
         scales: qualified names of the scales, whose modules are the quantizers.
     """
-    quantizers = {model.get_submodule(name.rpartition(".")[0]) for name in scales}
-    owners = [m for m in model.modules() if m._buffers and m not in quantizers]
+    quantizers = {name.rpartition(".")[0] for name in scales}
+    owners = [m for name, m in model.named_modules() if m._buffers and name not in quantizers]
     return [buffer for module in owners for buffer in module.buffers(recurse=False)]
 
 

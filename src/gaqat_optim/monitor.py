@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +17,25 @@ from .report import ScaleRecord
 from .sharded import sharded_like, whole
 from .windows import SignWindow, WindowStatistics
 
+_DEVICE = attrgetter("device")
+
 
 def find_scales(
     model: nn.Module, scales: Iterable[Parameter] | Callable[[str, Parameter], bool] | None
 ) -> dict[str, Parameter]:
-    """The trainable scales of ``model`` by qualified name.
+    """The scales of ``model`` by qualified name, whether or not they need a gradient now.
 
     Args:
         model: the network.
         scales: the parameters themselves, a predicate on name and parameter, or ``None`` for this package's own.
-
-    Raises:
-        ValueError: ``scales`` names a parameter that is not the model's, or none at all.
     """
-    named = dict(model.named_parameters())
+    named = model.named_parameters()
     if scales is None:
-        chosen = {name: p for name, p in named.items() if is_scale_name(name)}
-    elif callable(scales):
-        chosen = {name: p for name, p in named.items() if scales(name, p)}
-    else:
-        wanted = set(scales)
-        chosen = {name: p for name, p in named.items() if p in wanted}
-        if len(chosen) < len(wanted):
-            raise ValueError(f"scales: {len(wanted) - len(chosen)} of the given tensors are no parameters of the model")
-    if scales is not None and not chosen:
-        raise ValueError(f"scales matches none of the model's parameters: {', '.join(list(named)[:10])} ...")
-    return {name: p for name, p in chosen.items() if p.requires_grad}
+        return {name: p for name, p in named if is_scale_name(name)}
+    if callable(scales):
+        return {name: p for name, p in named if scales(name, p)}
+    wanted = set(scales)
+    return {name: p for name, p in named if p in wanted}
 
 
 class ScaleMonitor:
@@ -56,44 +50,83 @@ class ScaleMonitor:
     def __init__(self, scales: Mapping[str, Parameter], policy: FreezePolicy, has_task_part: bool) -> None:
         self.scales = dict(scales)
         self.policy = policy
-        self.target: FreezeTarget = policy.freeze or ("task" if has_task_part else "both")
+        self.has_task_part = has_task_part
         self.sizes = [p.numel() for p in self.scales.values()]
-        self.device = next((p.device for p in self.scales.values()), torch.device("cpu"))
-        self._alike = all(p.dim() == 1 and p.device == self.device for p in self.scales.values())
+        self._flat = all(p.dim() == 1 for p in self.scales.values())
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: nothing counted, and frozen what the policy freezes from the start."""
-        count = sum(self.sizes)
-        self.window = SignWindow.zeros(count, self.device)
-        self.judged = WindowStatistics(*torch.full((4, count), torch.nan, device=self.device))
-        self.frozen = torch.full((count,), self.policy.from_the_start, device=self.device)
-        self.steps = 0
+        self.steps = self.windows = 0
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        count, device = sum(self.sizes), self.device
+        self.window = SignWindow.zeros(count, device)
+        self.judged = WindowStatistics(*torch.full((4, count), torch.nan, dtype=torch.float32, device=device))
+        self.frozen = torch.full((count,), self.policy.from_the_start, dtype=torch.bool, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scales are now."""
+        return next((p.device for p in self.scales.values()), torch.device("cpu"))
+
+    @property
+    def target(self) -> FreezeTarget:
+        """What is frozen."""
+        return self.policy.freeze or ("task" if self.has_task_part else "both")
 
     @property
     def has_judged(self) -> bool:
         """Whether a window is complete, so that something may be frozen."""
-        return self.steps >= self.policy.window
+        return self.windows > 0
 
     @property
     def may_freeze(self) -> bool:
         """Whether something may be frozen, as far as can be said without asking the device."""
         return bool(self.scales) and (self.policy.from_the_start or self.has_judged)
 
+    def judge_by(self, policy: FreezePolicy) -> None:
+        """Freeze by ``policy`` from now on.
+
+        What was counted stays. The mask is what the new policy makes of the last judged window or, before the first,
+        what it freezes from the start. The window that has begun ends where the number of perturbed steps is a
+        multiple of the new length.
+        """
+        self.policy = policy
+        self.frozen = torch.full_like(self.frozen, policy.from_the_start)
+        if self.has_judged:
+            self.frozen = policy.judge(self.judged, self.frozen, self.windows - 1)
+
     # -- gradients ---------------------------------------------------------------------------------------------
 
-    def gather(self, grads: Mapping[Parameter, Tensor]) -> Tensor:
-        """The gradients of all scale elements as one float32 vector; zero where a scale has none."""
-        found = list(map(grads.get, self.scales.values()))
+    def gather(self, grads: Mapping[Parameter, Tensor], missing: float = torch.nan) -> Tensor:
+        """The gradients of all scale elements as one float32 vector, with ``missing`` where a scale has none."""
+        return self._joined(list(map(grads.get, self.scales.values())), missing)
+
+    def observed(
+        self, g_task: Mapping[Parameter, Tensor], g_smooth: Mapping[Parameter, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Both gradients as :meth:`commit` counts them: NaN where a scale was not used in that pass.
+
+        A g_task of zeros beside no g_smooth is what ``zero_grad(set_to_none=False)`` left of an earlier step.
+        """
+        task, smooth = (list(map(grads.get, self.scales.values())) for grads in (g_task, g_smooth))
+        if type(None) in set(map(type, smooth)):
+            task = [_unless_zero(t) if s is None and t is not None else t for t, s in zip(task, smooth, strict=True)]
+        return self._joined(task), self._joined(smooth)
+
+    def _joined(self, grads: Sequence[Tensor | None], missing: float = torch.nan) -> Tensor:
         # There may be thousands: what is done for each one in Python is most of what all of this takes.
-        if self._alike and set(map(type, found)) == {Tensor}:
-            return torch.cat(found).to(self.device, torch.float32)  # type: ignore[arg-type]
-        parts = []
-        for p in self.scales.values():
-            g = grads.get(p)
-            flat = torch.zeros(p.numel(), device=self.device) if g is None else whole(g).reshape(-1)
-            parts.append(flat.to(self.device, torch.float32))
-        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        if self._flat and set(map(type, grads)) == {Tensor} and len(set(map(_DEVICE, grads))) == 1:
+            return torch.cat(grads).to(self.device, torch.float32)  # type: ignore[arg-type]
+        device, parts = self.device, []
+        for size, g in zip(self.sizes, grads, strict=True):
+            if g is None:
+                parts.append(torch.full((size,), missing, dtype=torch.float32, device=device))
+            else:
+                parts.append(whole(g).reshape(-1).to(device, torch.float32))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=device)
 
     def split(self, values: Tensor) -> dict[Parameter, Tensor]:
         """``values``, one for each scale element, as one tensor for each scale, in its shape."""
@@ -142,14 +175,28 @@ class ScaleMonitor:
         Returns:
             Whether a window ended.
         """
-        self.window.observe(g_task, g_smooth)
+        self._follow_scales()
+        self.window.observe(g_task.to(self.device), g_smooth.to(self.device))
         self.steps += 1
         if self.steps % self.policy.window == 0:
             self.judged = self.window.statistics()
-            self.frozen = self.policy.judge(self.judged, self.frozen, self.steps // self.policy.window - 1)
+            self.frozen = self.policy.judge(self.judged, self.frozen, self.windows)
+            self.windows += 1
             self.window.restart()
             return True
         return False
+
+    def _follow_scales(self) -> None:
+        """Bring what is counted to where the scales are, which may have been moved since."""
+        device = self.device
+        if self.frozen.device == device:
+            return
+        if self.frozen.is_meta:  # Nothing was counted there.
+            self._start_counting()
+            return
+        self.window = SignWindow.of_rows(row.to(device) for row in _values(self.window))
+        self.judged = WindowStatistics(*(value.to(device) for value in _values(self.judged)))
+        self.frozen = self.frozen.to(device)
 
     def seen(self) -> Tensor:
         """What the last judged window showed and what is frozen, as one finite tensor of shape (rows, elements)."""
@@ -158,7 +205,8 @@ class ScaleMonitor:
     # -- reading and saving ------------------------------------------------------------------------------------
 
     def report(self, model: nn.Module) -> list[ScaleRecord]:
-        """One record a scale: of the last judged window or, before the first, of the steps so far."""
+        """One record a scale of ``model``: of the last judged window or, before the first, of the steps so far."""
+        names = {name for name, _ in model.named_parameters()}
         if not self.scales:
             return []
         statistics = self.judged if self.has_judged else self.window.statistics()
@@ -166,6 +214,8 @@ class ScaleMonitor:
         means = torch.stack([part.nanmean(dim=1) for part in torch.split(table, self.sizes, dim=1)]).tolist()
         records = []
         for (name, p), row in zip(self.scales.items(), means, strict=True):
+            if name not in names:  # A part of the network that was taken out.
+                continue
             owner = model.get_submodule(name.rpartition(".")[0])
             value = getattr(owner, "scale", p)  # The quantizer may learn a function of the scale, such as its log.
             value = value if isinstance(value, Tensor) and value.numel() == p.numel() else p
@@ -174,27 +224,32 @@ class ScaleMonitor:
 
     def packed(self) -> dict[Parameter, Tensor]:
         """The state of each scale's elements as one float32 tensor of shape (rows, elements)."""
-        rows = [*_values(self.window), *_values(self.judged), self.frozen.float()]
-        parts = torch.split(torch.stack(rows), self.sizes, dim=1)
+        rows = [*_values(self.window), *_values(self.judged), self.frozen]
+        parts = torch.split(torch.stack([row.float() for row in rows]), self.sizes, dim=1)
         return {p: part.clone() for p, part in zip(self.scales.values(), parts, strict=True)}
 
     def extended(self, scales: Mapping[str, Parameter]) -> ScaleMonitor:
         """A monitor of ``scales`` that knows of each what this one knows; of the others, nothing yet."""
-        other = ScaleMonitor(scales, self.policy, self.target == "task")
+        other = ScaleMonitor(scales, self.policy, self.has_task_part)
         fresh = other.packed()
-        other.unpack({**fresh, **{p: state for p, state in self.packed().items() if p in fresh}}, self.steps)
+        known = {p: state for p, state in self.packed().items() if p in fresh}
+        other.unpack({**fresh, **known}, self.steps, self.windows)
         return other
 
     def rearranged(self, values: Tensor, other: ScaleMonitor) -> Tensor:
-        """``values``, one for each scale element of this monitor, as those of ``other``; zeros where they are new."""
+        """``values``, one for each scale element of this monitor, as those of ``other``; NaN where they are new."""
         return other.gather(self.split(values))
 
-    def unpack(self, packed: Mapping[Parameter, Tensor], steps: int) -> None:
-        """Take up the state that :meth:`packed` gave, after ``steps`` perturbed steps.
+    def unpack(self, packed: Mapping[Parameter, Tensor], steps: int, windows: int) -> None:
+        """Take up the state that :meth:`packed` gave, after ``steps`` perturbed steps and ``windows`` judged windows.
+
+        A scale that needs no gradient may have none: torch's distributed checkpoints leave such out. It begins anew.
 
         Raises:
             ValueError: the state of a scale is missing or has another shape.
         """
+        fresh = {p: state for p, state in self.packed().items() if not p.requires_grad}
+        packed = {**fresh, **packed}
         rows = len(fields(SignWindow)) + len(fields(WindowStatistics)) + 1
         for name, p in self.scales.items():
             shape = tuple(packed[p].shape) if p in packed else None
@@ -206,10 +261,16 @@ class ScaleMonitor:
             parts = [packed[p].to(self.device, torch.float32) for p in self.scales.values()]
             table = torch.cat(parts, dim=1).unbind()
             count = len(fields(SignWindow))
-            self.window = SignWindow(*(row.clone() for row in table[:count]))
+            self.window = SignWindow.of_rows(table[:count])
             self.judged = WindowStatistics(*table[count:-1])
             self.frozen = table[-1] > 0
-        self.steps = steps
+        self.steps, self.windows = steps, windows
+
+
+def _unless_zero(g: Tensor) -> Tensor:
+    """``g``, or NaN if all of it is zero."""
+    g = whole(g)
+    return torch.where((g != 0).any(), g, torch.nan)
 
 
 def _values(record: SignWindow | WindowStatistics) -> list[Tensor]:

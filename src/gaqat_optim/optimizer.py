@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +11,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from typing_extensions import override
 
-from .checkpoint import Freezing, merge, separate
-from .checks import check_arguments, check_gradients, check_pass, check_trained
+from .checkpoint import Freezing, merge, policy_number, separate
+from .checks import (
+    check_arguments,
+    check_gradients,
+    check_interval,
+    check_method,
+    check_pass,
+    check_radius,
+    check_scales,
+    check_trained,
+    refuse_accumulation,
+    untrained_scales,
+    warn_of_untrained,
+)
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
 from .kept import buffers_to_keep, gradient_versions, running_statistics_kept, undone_on_failure
 from .monitor import ScaleMonitor, find_scales
@@ -22,14 +33,10 @@ from .perturbations import SAGM, Perturbation
 from .ranks import averaged_with_the_second_pass, check_agreement, process_group
 from .report import ScaleRecord
 from .run import Run
+from .wrapper import OptimizerAroundBase
 
 
-def _of_base(name: str, doc: str) -> property:
-    """A property onto the base's attribute: an alias would go stale when the base loads a state dict."""
-    return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
-
-
-class GAQATOptimizer(torch.optim.Optimizer):
+class GAQATOptimizer(OptimizerAroundBase):
     r"""Any ``torch.optim`` optimizer under a sharpness-aware objective, with quantizer scales frozen by conflict.
 
     A step computes two gradients: ``g_task`` at the parameters and ``g_smooth`` at parameters displaced by the
@@ -42,7 +49,8 @@ class GAQATOptimizer(torch.optim.Optimizer):
     is not finite is no error: nothing is displaced then, and the values stay in ``.grad`` for a GradScaler to see.
 
     ``param_groups``, ``state`` and ``defaults`` are the base's own. A group's ``"rho"`` overrides the perturbation's;
-    0 leaves the group where it is in the second pass.
+    0 leaves the group where it is in the second pass. Where the base has a ``"rho"`` of its own, as Adadelta has, the
+    key means that, and all groups have the perturbation's radius.
 
     Args:
         base: an instance, built on the parameters of ``model`` after :func:`quantize_model`. LBFGS, which evaluates
@@ -51,14 +59,16 @@ class GAQATOptimizer(torch.optim.Optimizer):
         perturbation: :class:`SAGM`, :class:`SAM`, :class:`ASAM` or :class:`GSAM`.
         freezing: a policy such as :class:`DisorderFreeze`; :class:`NeverFreeze` or ``None`` freeze nothing.
         scales: which parameters are scales, if they are not those of this package: the parameters themselves, or a
-            predicate on qualified name and parameter.
+            predicate on qualified name and parameter. ``()`` for none: nothing is counted or frozen, and the scales may
+            be trained elsewhere.
         interval: make the second pass only in every ``interval``-th step. Only those steps count in the window; the
             others are steps of the base with ``g_task``, left out where it is frozen.
 
     Raises:
         TypeError: an argument of the wrong type, or a base that cannot be wrapped.
-        ValueError: a scale that the base does not train, ``scales`` that match nothing, freezing the task part of a
-            perturbation that has none, or an ``interval`` below 1.
+        ValueError: a scale that the base does not train although it trains the weight of its layer, ``scales`` that
+            match nothing, freezing the task part of a perturbation that has none, a ``"rho"`` that is no radius, or an
+            ``interval`` below 1.
 
     Example:
         The closure form. ``step`` calls the closure twice and returns its first loss:
@@ -98,32 +108,71 @@ class GAQATOptimizer(torch.optim.Optimizer):
         self._without_hooks()
         freezing = NeverFreeze() if freezing is None else freezing
         check_arguments(base, model, perturbation, freezing, interval)
-        self.base = base
-        self.model = model
-        self.perturbation = perturbation
-        self.freezing = freezing
-        self.interval = interval
+        self._base = base
+        self._model = model
         self._names = {p: name for name, p in model.named_parameters()}
-        self._chosen = scales if scales is None or callable(scales) else list(scales)
+        self._chosen = scales if scales is None or callable(scales) else tuple(scales)
         found = find_scales(model, self._chosen)
-        check_trained(base, model, found)
-        self._run = Run(ScaleMonitor(found, freezing, perturbation.task_weight != 0))
+        if self._chosen is not None:
+            check_scales(model, self._chosen, found)
+        check_trained(base, model, found, elsewhere=self._chosen == ())
+        monitor = ScaleMonitor(self._in_groups(found), freezing, perturbation.task_weight != 0)
+        self._run = Run(monitor, perturbation, interval)
 
-    def _without_hooks(self) -> None:
-        """What ``Optimizer.__init__`` sets beside groups and state."""
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        self._patch_step_function()
+    # -- settings ----------------------------------------------------------------------------------------------
 
-    # -- the base's own ----------------------------------------------------------------------------------------
+    @property
+    def perturbation(self) -> Perturbation:
+        """Where the second pass looks. Another may be assigned between steps."""
+        return self._run.perturbation
 
-    param_groups: Any = _of_base("param_groups", "The base optimizer's parameter groups, the very list.")
-    state: Any = _of_base("state", "The base optimizer's state.")
-    defaults: Any = _of_base("defaults", "The base optimizer's defaults.")
+    @perturbation.setter
+    def perturbation(self, perturbation: Perturbation) -> None:
+        self._check_between_passes("perturbation")
+        check_method(perturbation, self.freezing)
+        self._run.perturbation = perturbation
+        self._run.monitor.has_task_part = perturbation.task_weight != 0
+
+    @property
+    def freezing(self) -> FreezePolicy:
+        """What freezes scales. Another policy may be assigned between steps.
+
+        What was counted goes on. What is frozen is then the new policy's judgement of the last window or, before the
+        first, what it freezes from the start. The window that has begun ends where the number of perturbed steps is a
+        multiple of the new length.
+        """
+        return self._run.monitor.policy
+
+    @freezing.setter
+    def freezing(self, freezing: FreezePolicy | None) -> None:
+        self._check_between_passes("freezing")
+        freezing = NeverFreeze() if freezing is None else freezing
+        check_method(self.perturbation, freezing)
+        self._run.monitor.judge_by(freezing)
+
+    @property
+    def interval(self) -> int:
+        """Of how many steps one has a second pass: those whose number is a multiple of it."""
+        return self._run.interval
+
+    @interval.setter
+    def interval(self, interval: int) -> None:
+        check_interval(interval)
+        self._run.interval = interval
+
+    def _check_between_passes(self, name: str) -> None:
+        if self._run.in_second_pass:
+            raise RuntimeError(f"{name} cannot be replaced inside perturbed(): leave the with block first")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps made."""
+        return self._run.steps
+
+    @property
+    def perturbed_steps(self) -> int:
+        """Number of steps made with a second pass, which are those that count in the windows."""
+        return self._run.monitor.steps
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -133,24 +182,43 @@ class GAQATOptimizer(torch.optim.Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer. Scales in it are counted, judged and frozen from now on."""
+        """Add a group to the base optimizer. Scales in it are counted, judged and frozen from now on.
+
+        Raises:
+            ValueError: its ``"rho"`` is no radius, or the base refuses it.
+        """
         candidates = find_scales(self.model, self._chosen)
+        check_radius(self.base, param_group, len(self.base.param_groups))
         self.base.add_param_group(param_group)
-        self._names = {p: name for name, p in self.model.named_parameters()}
-        trained = {p for group in self.base.param_groups for p in group["params"]}
+        self._names.update({p: name for name, p in self.model.named_parameters()})
         run = self._run
-        monitor = run.monitor.extended({name: p for name, p in candidates.items() if p in trained})
+        monitor = run.monitor.extended(self._in_groups(candidates))
         if run.pending is not None:
             task, smooth = run.pending
             run.pending = run.monitor.rearranged(task, monitor), run.monitor.rearranged(smooth, monitor)
         run.monitor = monitor
+
+    def _in_groups(self, scales: Mapping[str, Parameter]) -> dict[str, Parameter]:
+        """Those of ``scales`` that the base has, whether or not they need a gradient now."""
+        params = {p for group in self.base.param_groups for p in group["params"]}
+        return {name: p for name, p in scales.items() if p in params}
+
+    def _warn_of_new_scales(self) -> None:
+        """Once for each scale that came, without a group for it, to a layer whose weight the base trains."""
+        run, monitored = self._run, self._run.monitor.scales
+        names = untrained_scales(self.base, self.model, find_scales(self.model, self._chosen))
+        # fully_shard may have lent another object for one that is known.
+        new = [n for n in names if n not in run.told and not hasattr(monitored.get(n), "full_tensor")]
+        if new:
+            run.told.update(new)
+            warn_of_untrained(new)
 
     # -- a step ------------------------------------------------------------------------------------------------
 
     @property
     def perturbs(self) -> bool:
         """Whether the coming step has a second pass."""
-        return self._run.steps % self.interval == 0
+        return self.steps % self.interval == 0
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -182,6 +250,8 @@ class GAQATOptimizer(torch.optim.Optimizer):
         judged = run.count(self.base, due=self.perturbs, given=closure is not None)
         if judged and (group := process_group(self.model)) is not None:
             check_agreement(run.monitor, group)
+        if judged or run.steps == 1:
+            self._warn_of_new_scales()
         return loss
 
     def _closure_passes(self, closure: Callable[[], Any]) -> Any:
@@ -191,7 +261,8 @@ class GAQATOptimizer(torch.optim.Optimizer):
         try:
             with undone_on_failure(params, buffers_to_keep(self.model, run.monitor.scales)), torch.enable_grad():
                 before = gradient_versions(params)
-                loss = closure()
+                with refuse_accumulation(params) if self.perturbs else nullcontext():
+                    loss = closure()
                 if pending is not None and gradient_versions(params) == before:
                     # After perturbed() a closure may have nothing left to compute: Lightning passes such a one.
                     return loss
@@ -238,16 +309,17 @@ class GAQATOptimizer(torch.optim.Optimizer):
         theta = [p.detach().clone() for p in displaced]
         run.in_second_pass = True
         try:
-            displace(self.perturbation, displaced, g_task, grad_scale)
+            displace(self.perturbation, displaced, g_task, grad_scale, self._names)
             for p in owned:
                 p.grad = None
             if per_rank:
                 weight = self.perturbation.task_weight or 0.0
-                g_task = averaged_with_the_second_pass(g_task, run.monitor, weight, process_group(self.model))
+                g_task = averaged_with_the_second_pass(reach, g_task, run.monitor, weight, process_group(self.model))
             with running_statistics_kept(self.model, buffers_to_keep(self.model, run.monitor.scales)):
                 yield
             g_smooth = {p: p.grad for p in owned if p.grad is not None}
-            seen = run.monitor.gather(g_task) / grad_scale, run.monitor.gather(g_smooth) / grad_scale
+            task, smooth = run.monitor.observed(g_task, g_smooth)
+            seen = task / grad_scale, smooth / grad_scale
             combine(self.perturbation, run.monitor, g_task, g_smooth)
             run.pending = seen
         except BaseException:
@@ -277,7 +349,8 @@ class GAQATOptimizer(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        freezing = Freezing(self._run.monitor.packed(), self._run.steps, self._run.monitor.steps)
+        run, monitor = self._run, self._run.monitor
+        freezing = Freezing(monitor.packed(), run.steps, monitor.steps, monitor.windows, policy_number(monitor.policy))
         state_dict = merge(self.base.state_dict(), self.base.param_groups, freezing)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -288,6 +361,9 @@ class GAQATOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave. A state dict of the base alone starts with nothing counted or frozen.
 
+        A state dict that was saved under another policy is taken up as if this one had been assigned to ``freezing``
+        then.
+
         Raises:
             ValueError: the groups or the freezing state do not fit this optimizer, which is then as before.
         """
@@ -297,24 +373,15 @@ class GAQATOptimizer(torch.optim.Optimizer):
         base, freezing = separate(state_dict, self.base.param_groups)
         monitor = ScaleMonitor(self._run.monitor.scales, self.freezing, self.perturbation.task_weight != 0)
         if freezing is not None:
-            monitor.unpack(freezing.scales, freezing.perturbed_steps)
+            monitor.unpack(freezing.scales, freezing.perturbed_steps, freezing.windows)
+            if freezing.policy != policy_number(self.freezing):
+                monitor.judge_by(self.freezing)
         self.base.load_state_dict(base)
         self._run.monitor, self._run.steps, self._run.pending = monitor, freezing.steps if freezing else 0, None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     @override
-    def __getstate__(self) -> dict[str, Any]:
-        # Not Optimizer's, which would keep groups and state alone. Hooks stay behind, as with torch's optimizers, and
-        # so does the step that a scheduler puts on the instance.
-        return {key: v for key, v in self.__dict__.items() if key != "step" and not key.startswith("_optimizer_")}
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._without_hooks()
-
-    @override
     def __repr__(self) -> str:
         settings = f"{self.perturbation}, {self.freezing}, scales={len(self._run.monitor.scales)}"
-        return f"GAQATOptimizer({settings}, base={self.base})"
+        return f"{type(self).__name__}({settings}, base={self.base})"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from .checks import check_radii, is_of_base
 from .monitor import ScaleMonitor
 from .perturbations import Perturbation
 
@@ -26,26 +27,41 @@ class Reach:
 def reaches(
     base: torch.optim.Optimizer, perturbation: Perturbation, monitor: ScaleMonitor
 ) -> dict[Parameter, Reach | None]:
-    """The reach of every parameter of ``base``; ``None`` if it stays, as in a group that sets its ``"rho"`` to 0."""
+    """The reach of every parameter of ``base``; ``None`` if it stays, as in a group that sets its ``"rho"`` to 0.
+
+    A ``"rho"`` that is the base's own, such as Adadelta's decay, is no radius. Whether the base maximizes, its own
+    setting in the groups says or, of some bases, an attribute.
+
+    Raises:
+        ValueError: the ``"rho"`` of a group is no radius.
+    """
+    check_radii(base)
     found: dict[Parameter, Reach | None] = {}
     stay = set() if perturbation.displaces_scales else set(monitor.scales.values())
+    has_radii, has_maximize = not is_of_base(base, "rho"), is_of_base(base, "maximize")
     for group in base.param_groups:
-        rho = group.get("rho", perturbation.rho)
-        reach = None if rho == 0 and "rho" in group else Reach(rho, bool(group.get("maximize", False)))
+        rho = group.get("rho", perturbation.rho) if has_radii else perturbation.rho
+        maximizes = group.get("maximize", False) if has_maximize else getattr(base, "maximize", False)
+        reach = None if rho == 0 and has_radii and "rho" in group else Reach(rho, bool(maximizes))
         found.update({p: None if p in stay else reach for p in group["params"]})
     return found
 
 
 @torch.no_grad()
 def displace(
-    perturbation: Perturbation, reach: Mapping[Parameter, Reach], grads: Gradients, grad_scale: float | Tensor
+    perturbation: Perturbation,
+    reach: Mapping[Parameter, Reach],
+    grads: Gradients,
+    grad_scale: float | Tensor,
+    names: Mapping[Parameter, str],
 ) -> None:
     """Move the parameters of ``reach`` to where the second pass looks."""
     if not reach:
         return
     params = list(reach)
     rhos = [r.rho for r in reach.values()]
-    displacements = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale)
+    named = [names.get(p, "") for p in params]
+    displacements = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale, named)
     for (p, r), displacement in zip(reach.items(), displacements, strict=True):
         p.add_(displacement, alpha=-1 if r.maximizes else 1)
 

@@ -38,7 +38,12 @@ class Perturbation(Protocol):
         """Whether scales take part in the displacement."""
 
     def direction(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rhos: Sequence[float],
+        grad_scale: float | Tensor,
+        names: Sequence[str],
     ) -> list[Tensor]:
         """Displacement of each parameter, in its shape and dtype.
 
@@ -47,6 +52,7 @@ class Perturbation(Protocol):
             grads: their gradients at the start, multiplied by ``grad_scale``.
             rhos: the radius for each.
             grad_scale: the loss scale; every formula is meant for gradients divided by it.
+            names: the qualified name of each in the model; empty for one that is no parameter of it.
         """
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
@@ -69,7 +75,7 @@ class SAM:
         ValueError: ``rho`` is negative or not finite.
 
     Example:
-        >>> SAM(rho=0.5).direction([torch.zeros(2)], [torch.tensor([3.0, 4.0])], [0.5], 1.0)
+        >>> SAM(rho=0.5).direction([torch.zeros(2)], [torch.tensor([3.0, 4.0])], [0.5], 1.0, ["weight"])
         [tensor([0.3000, 0.4000])]
 
     Reference: Foret et al., *Sharpness-Aware Minimization*, arXiv 2010.01412.
@@ -83,7 +89,12 @@ class SAM:
         _check_non_negative("SAM", "rho", self.rho)
 
     def direction(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rhos: Sequence[float],
+        grad_scale: float | Tensor,
+        names: Sequence[str],
     ) -> list[Tensor]:
         return _ascent(grads, rhos, 0.0, grad_scale)
 
@@ -113,7 +124,7 @@ class SAGM:
 
     Example:
         >>> sagm = SAGM(rho=0.5, alpha=0.02)
-        >>> sagm.direction([torch.zeros(2)], [torch.tensor([3.0, 4.0])], [0.5], 1.0)
+        >>> sagm.direction([torch.zeros(2)], [torch.tensor([3.0, 4.0])], [0.5], 1.0, ["weight"])
         [tensor([0.2400, 0.3200])]
         >>> sagm.combine([torch.tensor([1.0])], [torch.tensor([3.0])])
         [tensor([2.])]
@@ -131,7 +142,12 @@ class SAGM:
         _check_non_negative("SAGM", "alpha", self.alpha)
 
     def direction(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rhos: Sequence[float],
+        grad_scale: float | Tensor,
+        names: Sequence[str],
     ) -> list[Tensor]:
         return _ascent(grads, rhos, self.alpha, grad_scale)
 
@@ -144,21 +160,24 @@ class ASAM:
     r"""Adaptive sharpness-aware minimisation: the radius is measured relative to each weight.
 
     .. math::
-        T = |\theta| + \eta, \qquad \epsilon = \rho \frac{T^2 g_{task}}{\lVert T g_{task} \rVert}, \qquad
-        g = g_{smooth}
+        \epsilon = \rho \frac{T^2 g_{task}}{\lVert T g_{task} \rVert}, \qquad g = g_{smooth}, \qquad
+        T = \begin{cases} |\theta| + \eta & \text{weights} \\ 1 & \text{all else} \end{cases}
 
-    element by element, so that rescaling a layer does not change how sharp the minimum looks. Scales of quantizers are
-    not displaced: they are no weights, and a log-scale has no size that would mean anything.
+    element by element, so that rescaling a layer does not change how sharp the minimum looks. As in the authors' code,
+    a weight is a parameter with "weight" in its name; here in the last component of it: ``fc.weight``,
+    ``attention.in_proj_weight``. Scales of quantizers are not displaced: they are no weights, and a log-scale has no
+    size that would mean anything.
 
     Args:
         rho: relative radius of the ascent; about ten times that of :class:`SAM`.
-        eta: added to every weight's size, so that small ones are displaced too.
+        eta: added to the size of every weight, so that small ones are displaced too.
 
     Raises:
         ValueError: ``rho`` or ``eta`` is negative or not finite.
 
     Example:
-        >>> ASAM(rho=1.0, eta=0.0).direction([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])], [1.0], 1.0)
+        >>> w, g = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
+        >>> ASAM(rho=1.0, eta=0.0).direction([w], [g], [1.0], 1.0, ["fc.weight"])
         [tensor([0.6000, 1.6000])]
 
     Reference: Kwon et al., *ASAM*, arXiv 2102.11600.
@@ -174,13 +193,24 @@ class ASAM:
         _check_non_negative("ASAM", "eta", self.eta)
 
     def direction(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rhos: Sequence[float],
+        grad_scale: float | Tensor,
+        names: Sequence[str],
     ) -> list[Tensor]:
         # Squares of small weights need more than half precision.
-        sizes = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).abs() + self.eta for p in params]
-        scaled = [g * size for g, size in zip(grads, sizes, strict=True)]
+        sizes = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32)).abs() + self.eta if _is_weight(name) else None
+            for p, name in zip(params, names, strict=True)
+        ]
+        scaled = [g if size is None else g * size for g, size in zip(grads, sizes, strict=True)]
         displacements = _ascent(scaled, rhos, 0.0, grad_scale)
-        return [(d * size).to(p.dtype) for d, size, p in zip(displacements, sizes, params, strict=True)]
+        return [
+            (d if size is None else d * size).to(p.dtype)
+            for d, size, p in zip(displacements, sizes, params, strict=True)
+        ]
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
         return list(g_smooth)
@@ -222,7 +252,12 @@ class GSAM:
         _check_non_negative("GSAM", "alpha", self.alpha)
 
     def direction(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rhos: Sequence[float],
+        grad_scale: float | Tensor,
+        names: Sequence[str],
     ) -> list[Tensor]:
         return _ascent(grads, rhos, 0.0, grad_scale)
 
@@ -234,6 +269,10 @@ class GSAM:
         along = torch.where(squared > 0, inner_product(g_task, g_smooth) / squared, 0.0)
         weight = 1 + self.alpha * along
         return [(s * weight.to(s)).sub_(t, alpha=self.alpha) for t, s in zip(g_task, g_smooth, strict=True)]
+
+
+def _is_weight(name: str) -> bool:
+    return "weight" in name.rpartition(".")[2]
 
 
 def _check_non_negative(owner: str, name: str, value: float) -> None:

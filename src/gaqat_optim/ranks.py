@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -27,33 +27,45 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 @torch.no_grad()
 def averaged_with_the_second_pass(
-    g_task: Mapping[Parameter, Tensor], monitor: ScaleMonitor, weight: float, group: dist.ProcessGroup | None
+    params: Iterable[Parameter],
+    g_task: Mapping[Parameter, Tensor],
+    monitor: ScaleMonitor,
+    weight: float,
+    group: dist.ProcessGroup | None,
 ) -> dict[Parameter, Tensor]:
     """Leave ``g_task`` in ``.grad``: the second backward adds to it, and then averages both over the ranks at once.
 
     Args:
-        g_task: the gradients of this rank alone.
+        params: the parameters that may have a gradient, in one order on all ranks.
+        g_task: the gradients of this rank alone. Another one may have used other parameters.
         monitor: the scales; their gradients are few and needed apart, and are averaged here.
         weight: what g_task weighs relative to the gradient of the second pass.
         group: the ranks.
 
     Returns:
-        What is left of g_task to be combined after the second pass: zeros, but for the scales.
+        What is left of g_task to be combined after the second pass, on every rank for the same parameters: zeros, but
+        for the scales.
 
     Raises:
         ValueError: the gradients are shards, which are averaged already.
     """
     if any(hasattr(g, "full_tensor") for g in g_task.values()):
         raise ValueError("per_rank is for DistributedDataParallel: no rank of fully_shard has a gradient of its own")
-    scales = monitor.split(mean_over_ranks(monitor.gather(g_task), group))
+    params = list(params)
+    values = monitor.gather(g_task, missing=0.0)
+    used = torch.tensor([p in g_task for p in params], dtype=torch.float32, device=values.device)
+    means = mean_over_ranks(torch.cat([values, used]), group)
+    scales, used = monitor.split(means[: len(values)]), means[len(values) :]
+    # Only who lacks a gradient has to ask the device whether another rank has it.
+    anywhere = [True] * len(params) if len(g_task) == len(params) else (used > 0).tolist()
     left = {}
-    for p, g in g_task.items():
+    for p in (p for p, is_used in zip(params, anywhere, strict=True) if is_used):
         if p in scales:
-            left[p] = scales[p].to(g)
+            left[p] = scales[p].to(p)
         else:
-            left[p] = torch.zeros_like(g)
-            if weight:
-                p.grad = g * weight
+            left[p] = torch.zeros_like(p)
+            if weight and p in g_task:
+                p.grad = g_task[p] * weight
     return left
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .monitor import ScaleMonitor
+from .perturbations import Perturbation
 
 # So many steps without a second pass are no accident: the training loop never makes one.
 STEPS_WITHOUT = 20
@@ -20,17 +21,23 @@ class Run:
 
     Attributes:
         monitor: the scales, counted and frozen.
+        perturbation: where the second pass looks.
+        interval: of how many steps one has a second pass.
         steps: number of steps made.
         in_second_pass: whether the parameters are displaced.
         pending: the two gradients of the scales in a second pass that no step has followed yet.
         without: number of steps in a row that were due a second pass and had none.
+        told: names of scales that a warning has said are not trained.
     """
 
     monitor: ScaleMonitor
+    perturbation: Perturbation
+    interval: int
     steps: int = 0
     in_second_pass: bool = False
     pending: tuple[Tensor, Tensor] | None = None
     without: int = 0
+    told: set[str] = field(default_factory=set)
 
     def count(self, base: torch.optim.Optimizer, due: bool, given: bool) -> bool:
         """Count a step that ``base`` has made.

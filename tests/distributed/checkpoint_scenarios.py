@@ -38,7 +38,12 @@ def build(model: nn.Module) -> GAQATOptimizer:
 
 def result(model: nn.Module, optimizer: GAQATOptimizer) -> Any:
     monitor = optimizer._run.monitor
-    return whole(model), masks(optimizer), monitor.window.flips_task.clone(), [optimizer._run.steps, monitor.steps]
+    return (
+        whole(model),
+        masks(optimizer),
+        monitor.window.flips_task.clone(),
+        [optimizer.steps, optimizer.perturbed_steps],
+    )
 
 
 def uninterrupted() -> Any:

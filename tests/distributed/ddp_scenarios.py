@@ -129,6 +129,48 @@ def train_branch(
         optimizer.step()
 
 
+class OneRankOnly(nn.Module):
+    """A network with quantized branches, those that a rank is told to use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = quantized()
+        torch.manual_seed(7)
+        branches = nn.ModuleList(nn.Linear(3, 3) for _ in range(2)).double()
+        self.branches = quantize_model(branches, QuantConfig(3, None, first_last_bits="same")).double()
+        self.used: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        for i in self.used:
+            y = y + self.branches[i](y)
+        return y
+
+
+def one_rank_only(rank: int, ranks: int, folder: Path) -> Any:
+    """A branch that the first rank alone uses, in some steps and passes, and one that none does."""
+    results = {}
+    for per_rank in (False, True):
+        network = OneRankOnly()
+        model = DistributedDataParallel(network, find_unused_parameters=True)
+        optimizer = optimizer_for(model)
+        uses = [(1, 1), (1, 1), (0, 0), (0, 1), (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)]
+        for step, passes in enumerate(uses):
+            x, y = part_of(rank, ranks, seed=step)
+            optimizer.zero_grad()
+            network.used = [0] if rank == 0 and passes[0] else []
+            with model.no_sync() if per_rank else nullcontext():
+                loss_of(model, x, y).backward()
+            network.used = [0] if rank == 0 and passes[1] else []
+            with optimizer.perturbed(per_rank=per_rank):
+                loss_of(model, x, y).backward()
+            optimizer.step()
+        compared = optimizer._run.monitor.window.compared_task.clone()
+        names = [record.name.removeprefix("module.") for record in optimizer.scale_report()]
+        results[f"per rank: {per_rank}"] = whole(model), masks(optimizer), report(optimizer), compared, names
+    return results
+
+
 def batch_norm(rank: int, ranks: int, folder: Path) -> Any:
     """Running statistics after some steps, with and without the broadcast of buffers."""
     results = {}
@@ -224,7 +266,7 @@ def reductions(rank: int, ranks: int, folder: Path) -> Any:
 def forgotten(rank: int, ranks: int, folder: Path) -> Any:
     """The first pass under no_sync() without per_rank: the message of the error at the end of the window."""
     results = {}
-    for policy, freezing in {"disorder": DisorderFreeze(2, 0.6), "nothing freezes": _ShortNever()}.items():
+    for policy, freezing in {"disorder": DisorderFreeze(2, 0.6), "nothing freezes": NeverFreeze(4)}.items():
         model = wrapped()
         optimizer = GAQATOptimizer(sgd(model), model, perturbation=SAGM(0.2), freezing=freezing)
         messages = []
@@ -242,10 +284,6 @@ def forgotten(rank: int, ranks: int, folder: Path) -> Any:
                 break
         results[policy] = messages
     return results
-
-
-class _ShortNever(NeverFreeze):
-    window = 4
 
 
 def accumulated(rank: int, ranks: int, folder: Path) -> Any:
@@ -325,7 +363,7 @@ def zero(rank: int, ranks: int, folder: Path) -> Any:
     resumed, resumed_optimizer = build(spread=True)
     resumed.module.load_state_dict(saved["model"])
     resumed_optimizer.load_state_dict(saved["optimizer"])
-    counts = [resumed_optimizer._run.steps, resumed_optimizer._run.monitor.steps]
+    counts = [resumed_optimizer.steps, resumed_optimizer.perturbed_steps]
     train(model, optimizer, *batch, 4)
     train(resumed, resumed_optimizer, *batch, 4)
     return {
@@ -344,6 +382,7 @@ SCENARIOS = {
     "uncalibrated": uncalibrated,
     "float32 scales": float32_scales,
     "one pass only": one_pass_only,
+    "one rank only": one_rank_only,
     "batch norm": batch_norm,
     "without scales": without_scales,
     "per rank": per_rank,

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
 from distributed.checkpoint_scenarios import AFTER, build, result, resume, state_of, uninterrupted
 from distributed.processes import PERTURBATIONS, assert_close, assert_same_bits, data, quantized, train
 from gaqat_optim import DisorderFreeze, GAQATOptimizer
+from gaqat_optim.names import is_scale_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which one process is told
 
@@ -81,6 +82,27 @@ def test_a_base_without_state(tmp_path):
 
 
 @pytest.mark.parametrize("make", [build, plain_sgd], ids=["adam", "sgd"])
+def test_scales_that_are_not_trained_yet(make, tmp_path):
+    def warm_up():
+        model = quantized()
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith("0.") or not is_scale_name(name))
+        return model, make(model)
+
+    model, optimizer = warm_up()
+    train(model, optimizer, *data(), 5)
+    optimizer.zero_grad()
+    dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    resumed, other = warm_up()
+    resume(resumed, other, tmp_path, no_dist=True)
+    assert_same_bits([result(model, optimizer), result(resumed, other)])
+    for m, o in ((model, optimizer), (resumed, other)):
+        m.requires_grad_(True)
+        train(m, o, *data(), AFTER)
+    assert_same_bits([result(model, optimizer), result(resumed, other)])
+
+
+@pytest.mark.parametrize("make", [build, plain_sgd], ids=["adam", "sgd"])
 def test_a_flattened_state_dict_is_refused_rather_than_loaded_in_part(make):
     model = quantized()
     optimizer = make(model)
@@ -112,9 +134,9 @@ def test_a_step_at_rate_zero_counts_unless_it_could_be_a_checkpoint_s():
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     train(model, optimizer, *data(), 2)
-    assert optimizer._run.steps == 2
+    assert optimizer.steps == 2
     optimizer.step()
-    assert optimizer._run.steps == 2
+    assert optimizer.steps == 2
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     optimizer.step()
-    assert optimizer._run.steps == 3
+    assert optimizer.steps == 3

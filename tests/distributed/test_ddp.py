@@ -1,9 +1,11 @@
 """DistributedDataParallel: ranks equal one process on the joint batch, stay alike to the bit, and freeze alike."""
 
+import math
+
 import pytest
 import torch
 
-from distributed.ddp_scenarios import PER_RANK, SOME_PER_RANK, OnePassOnly, train_branch
+from distributed.ddp_scenarios import PER_RANK, SOME_PER_RANK, OnePassOnly, OneRankOnly, train_branch
 from distributed.processes import (
     COMBINATIONS,
     PERTURBATIONS,
@@ -83,6 +85,23 @@ def test_a_parameter_used_in_one_pass_only_does_not_part_the_ranks(two, passes):
     assert not torch.equal(results[0]["branch.weight"], OnePassOnly().branch.weight)
 
 
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_a_scale_that_one_rank_uses_counts_on_all_and_parts_none(two, per_rank):
+    results = [result[f"per rank: {per_rank}"] for result in two["one rank only"]]
+    *same, names = zip(*results, strict=True)
+    for of_ranks in same:
+        assert_same_bits(list(of_ranks))
+    # Of windows of three steps, the first and the third compare two steps and one; the second none for g_task.
+    parameters, _, report, _, _ = results[0]
+    used, unused = (row for name, row in zip(names[0], report, strict=True) if name.startswith("branches"))
+    assert 0 <= used[1] <= 1
+    assert math.isnan(unused[1])
+    assert unused[-1] == 0
+    start = OneRankOnly()
+    assert not torch.equal(parameters["branches.0.weight"], start.branches[0].weight)
+    assert torch.equal(parameters["branches.1.weight"], start.branches[1].weight)
+
+
 def test_running_statistics_are_those_of_first_passes(two):
     # Buffers are broadcast before every forward pass, so those of the first rank count.
     results = [result["broadcast: True"] for result in two["batch norm"]]
@@ -116,28 +135,32 @@ def test_accumulation_under_no_sync(two):
 # -- each rank its own ascent ------------------------------------------------------------------------------------
 
 
-def displacement(kind, perturbation, p, g, norm, is_scale):
+def size(kind, perturbation, name, p):
+    """What ASAM multiplies the gradient of a parameter with; 0 for a scale."""
+    if kind != "ASAM":
+        return torch.ones_like(p)
+    if name.endswith("lsq_log_scale"):
+        return torch.zeros_like(p)
+    return p.abs() + perturbation.eta if name.endswith("weight") else torch.ones_like(p)
+
+
+def displacement(kind, perturbation, t, g, norm):
     """The formulas of the papers, for one parameter."""
     if kind == "ASAM":
-        return torch.zeros_like(p) if is_scale else perturbation.rho * (p.abs() + perturbation.eta) ** 2 * g / norm
+        return perturbation.rho * t**2 * g / norm
     return (perturbation.rho / norm - (perturbation.alpha if kind == "SAGM" else 0.0)) * g
 
 
 def passes_of_one_rank(kind, model, named, x, y):
     """g_task and g_smooth of one rank's batch."""
     perturbation, params = PERTURBATIONS[kind], list(named.values())
-    scales = [name.endswith("lsq_log_scale") for name in named]
     task = torch.autograd.grad(loss_of(model, x, y), params)
     theta = [p.detach().clone() for p in params]
     with torch.no_grad():
-        sizes = [
-            ((p.abs() + perturbation.eta) * g) if kind == "ASAM" else g
-            for p, g, is_scale in zip(params, task, scales, strict=True)
-            if not (kind == "ASAM" and is_scale)
-        ]
-        norm = torch.cat([size.reshape(-1) for size in sizes]).norm()
-        for p, g, is_scale in zip(params, task, scales, strict=True):
-            p.add_(displacement(kind, perturbation, p, g, norm, is_scale))
+        sizes = [size(kind, perturbation, name, p) for name, p in named.items()]
+        norm = torch.cat([(t * g).reshape(-1) for t, g in zip(sizes, task, strict=True)]).norm()
+        for p, g, t in zip(params, task, sizes, strict=True):
+            p.add_(displacement(kind, perturbation, t, g, norm))
     smooth = torch.autograd.grad(loss_of(model, x, y), params)
     with torch.no_grad():
         for p, value in zip(params, theta, strict=True):
@@ -198,12 +221,13 @@ def test_its_own_ascent_takes_one_reduction_of_the_model_and_a_small_one_of_the_
     model = quantized()
     elements = sum(p.numel() for p in model.parameters())
     scales = sum(p.numel() for name, p in model.named_parameters() if name.endswith("lsq_log_scale"))
+    parameters = len(list(model.parameters()))
     for result in two["reductions"]:
         assert result["synchronised"]["buckets"] == [2 * elements] * 4
         assert result["per rank"]["buckets"] == [elements] * 4
         window_ends = result["synchronised"]["apart"]  # the ranks compare what they saw, once a window
         assert [bool(n) for n in window_ends] == [False, False, True, False]
-        assert result["per rank"]["apart"] == [scales + n for n in window_ends]
+        assert result["per rank"]["apart"] == [scales + parameters + n for n in window_ends]
 
 
 @pytest.mark.parametrize(("policy", "step"), [("disorder", 1), ("nothing freezes", 3)])

@@ -110,4 +110,5 @@ def test_a_closure_under_accumulate_is_not_called_for_most_batches(accelerate):
     for batch in training.loader:
         with training.accelerator.accumulate(training.model):
             training.optimizer.step(lambda batch=batch: training.backward(batch))
+            training.optimizer.zero_grad()
     assert len(training.forwards) == 2 * 4

@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, quantize_model
+from gaqat_optim import SAGM, SAM, DisorderFreeze, GAQATOptimizer, quantize_model
 from networks import cnn
-from training import BASES, X, closure_of, linear, quantized_cnn, train
+from training import BASES, X, Y, assert_same, closure_of, linear, quantized_cnn, tensors, train
 
 
 def test_an_optimizer_built_before_the_swap_is_an_error():
@@ -91,6 +92,94 @@ def test_misuse_is_explained_and_harmless():
     optimizer.step()
 
 
+CLEARING = {
+    "to none": lambda optimizer, model: optimizer.zero_grad(),
+    "in place": lambda optimizer, model: optimizer.zero_grad(set_to_none=False),
+    "by the model": lambda optimizer, model: model.zero_grad(set_to_none=False),
+    "by hand": lambda optimizer, model: [p.grad.zero_() for p in model.parameters() if p.grad is not None],
+}
+
+
+def accumulating(model, clear=lambda: None, batches=1, after=lambda: None):
+    """A closure over several batches; ``clear`` comes before them, ``after`` behind them."""
+
+    def closure():
+        clear()
+        for _ in range(batches):
+            loss = F.cross_entropy(model(X), Y) / batches
+            loss.backward()
+        after()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("how", CLEARING)
+@pytest.mark.parametrize("batches", [1, 3])
+def test_every_way_of_clearing_gradients_is_understood(how, where, batches):
+    model, reference = quantized_cnn(), quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, perturbation=SAGM(0.3))
+    expected = GAQATOptimizer(BASES["sgd"](reference.parameters()), reference, perturbation=SAGM(0.3))
+
+    def clear():
+        CLEARING[how](optimizer, model)
+
+    for _ in range(3):
+        if where == "outside":
+            clear()
+        optimizer.step(accumulating(model, clear if where == "inside" else lambda: None, batches))
+        expected.step(accumulating(reference, expected.zero_grad, batches))
+    assert_same(tensors(model), tensors(reference))
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_closure_that_adds_to_gradients_of_before_is_refused(batches, clips, set_to_none):
+    # As frameworks make one that accumulates over batches: the second pass would see the last of them alone.
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model)
+
+    def after():
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    closure = accumulating(model, batches=batches, after=after)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    closure()  # of the batches before
+    before = tensors(model)
+    with pytest.raises(RuntimeError, match=r"does not clear them(.|\n)*run all of them in both passes"):
+        optimizer.step(closure)
+    assert {n for n, v in tensors(model).items() if not torch.equal(v, before[n])} == set()
+    assert optimizer.steps == 0
+    # By hand it is right, and after that a closure that clears.
+    with optimizer.perturbed():
+        closure()
+        closure()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="does not clear them"):
+        optimizer.step(closure)  # forgotten
+
+
+def test_a_step_without_a_second_pass_may_accumulate():
+    model, reference = quantized_cnn(), quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, interval=2)
+    expected = GAQATOptimizer(BASES["sgd"](reference.parameters()), reference, interval=2)
+    train(model, optimizer, 1)
+    train(reference, expected, 1)
+    optimizer.zero_grad()
+    accumulating(model)()
+    optimizer.step(accumulating(model))
+    expected.zero_grad()
+    accumulating(reference)()
+    accumulating(reference)()
+    expected.step()
+    assert_same(tensors(model), tensors(reference))
+
+
 def test_sparse_gradients_are_refused_by_name():
     model = nn.Sequential(nn.Embedding(5, 2, sparse=True))
     optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -126,7 +215,7 @@ def test_steps_of_an_interval_are_due_no_second_pass():
         for _ in range(30):
             closure_of(model, optimizer)()
             optimizer.step()
-    assert (optimizer._run.steps, optimizer._run.without) == (31, 0)
+    assert (optimizer.steps, optimizer._run.without) == (31, 0)
 
 
 def test_steps_at_rate_zero_that_distributed_checkpoints_make_do_not_count():
@@ -134,4 +223,4 @@ def test_steps_at_rate_zero_that_distributed_checkpoints_make_do_not_count():
     optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model)
     for _ in range(30):
         optimizer.step()
-    assert (optimizer._run.steps, optimizer._run.without) == (0, 0)
+    assert (optimizer.steps, optimizer._run.without) == (0, 0)

@@ -7,7 +7,7 @@ import torch
 
 from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
 from networks import cnn
-from training import BASES, X, assert_same, every_base, quantized_cnn, tensors, through_a_file, train
+from training import BASES, X, assert_same, closure_of, every_base, quantized_cnn, tensors, through_a_file, train
 
 
 @every_base
@@ -63,6 +63,53 @@ def test_a_checkpoint_of_the_base_alone_starts_with_nothing_frozen():
     optimizer.load_state_dict(optimizer.base.state_dict())
     assert not any(r.frozen for r in optimizer.scale_report())
     assert optimizer.perturbs
+
+
+class WithGlobalState(torch.optim.SGD):
+    """A base that counts in its state, under keys that are no parameters, as MADGRAD does; values may be zero."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state["k"] = self.state.get("k", torch.tensor([-1])) + 1
+        self.state["shift"] = 0
+        self.state["last"] = {"seen": int(self.state["k"]), "rows": [1, 2]}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_base_with_state_that_belongs_to_no_parameter(steps):
+    def pair():
+        model = quantized_cnn()
+        base = WithGlobalState(model.parameters(), lr=0.05, momentum=0.9)
+        return model, GAQATOptimizer(base, model, perturbation=SAGM(0.3), freezing=DisorderFreeze(2, 0.9))
+
+    model, optimizer = pair()
+    train(model, optimizer, steps)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed, again = pair()
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    assert {k: v for k, v in again.state.items() if isinstance(k, str)} == (
+        {} if not steps else {"k": torch.tensor([steps - 1]), "shift": 0, "last": {"seen": steps - 1, "rows": [1, 2]}}
+    )
+    train(model, optimizer, 3)
+    train(resumed, again, 3)
+    assert_same(tensors(model), tensors(resumed))
+    assert again.state["k"].item() == steps + 2
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@every_base
+def test_a_checkpoint_goes_back_to_the_bare_base_through_the_wrapper(base, steps):
+    # As the page on the optimizer says.
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES[base](model.parameters()), model)
+    train(model, optimizer, steps)
+    saved = through_a_file(optimizer.state_dict())
+    bare = BASES[base](model.parameters())
+    GAQATOptimizer(bare, model).load_state_dict(saved)
+    assert repr(bare.state_dict()) == repr(optimizer.base.state_dict())
+    closure_of(model, bare)()
+    bare.step()
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing():

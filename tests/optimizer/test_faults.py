@@ -398,7 +398,7 @@ def test_a_closure_that_fails_after_perturbed_leaves_that_second_pass_to_be_coun
     with optimizer.perturbed():
         loss_of(model).backward()
     combined = {name: p.grad.clone() for name, p in model.named_parameters()}
-    steps = optimizer._run.monitor.steps
+    steps = optimizer.perturbed_steps
 
     def closure():
         optimizer.zero_grad()
@@ -409,7 +409,7 @@ def test_a_closure_that_fails_after_perturbed_leaves_that_second_pass_to_be_coun
         optimizer.step(closure)
     assert all(torch.equal(p.grad, combined[name]) for name, p in model.named_parameters())
     optimizer.step()
-    assert optimizer._run.monitor.steps == steps + 1
+    assert optimizer.perturbed_steps == steps + 1
 
 
 # -- buffers ---------------------------------------------------------------------------------------------------

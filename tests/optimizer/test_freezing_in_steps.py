@@ -74,11 +74,11 @@ def test_steps_that_a_grad_scaler_skipped_do_not_count():
         closure()
         with optimizer.perturbed():
             closure()
-    assert optimizer._run.monitor.steps == 0
+    assert optimizer.perturbed_steps == 0
     optimizer.step()
-    assert optimizer._run.monitor.steps == 1
+    assert optimizer.perturbed_steps == 1
     optimizer.step()  # no second pass before it: the base's step
-    assert optimizer._run.monitor.steps == 1
+    assert optimizer.perturbed_steps == 1
 
 
 def test_scales_that_come_later_are_counted_judged_and_frozen():
@@ -171,7 +171,7 @@ def test_counters_of_old_scales_go_on_when_new_ones_are_added(moment):
         old, expected = optimizer.scale_report()[0], reference.scale_report()[0]
         for field in ("disorder_task", "disorder_smooth", "conflict", "frozen"):
             assert getattr(old, field) == pytest.approx(getattr(expected, field), nan_ok=True)
-    assert optimizer._run.monitor.steps == len(sequences)
+    assert optimizer.perturbed_steps == len(sequences)
     added = optimizer.scale_report()[1]
     # Judged after six steps: it was there for the fifth and the sixth, or for the sixth alone.
     flips = (sequences[4, 2:] != sequences[5, 2:]).float().mean().item()

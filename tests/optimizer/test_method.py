@@ -211,7 +211,7 @@ def test_interval_makes_the_second_pass_every_nth_step_only():
     for _ in range(7):
         optimizer.step(closure)
     assert calls == [True, True, False, False, True, True, False, False, True, True]
-    assert optimizer._run.monitor.steps == 3  # perturbed steps alone count in the window
+    assert optimizer.perturbed_steps == 3  # perturbed steps alone count in the window
 
 
 def test_every_network_trains_with_the_two_lines():

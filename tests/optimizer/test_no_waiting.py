@@ -31,7 +31,7 @@ from gaqat_optim import (
 POLICIES = {
     "disorder": DisorderFreeze(window=2, threshold=0.3),
     "quantile": DisorderFreeze(window=2, threshold=0.3, quantile=0.5),
-    "never": NeverFreeze(),
+    "never": NeverFreeze(2),
     "conflict": ConflictFreeze(2, 0.3),
     "opposition": OppositionFreeze(2, 0.3),
     "alternate": AlternateFreeze(2),
@@ -67,12 +67,32 @@ def steps(model, perturbation, policy, count=5):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_policy_reads_from_the_device(model, policy):
     optimizer = steps(model, SAGM(), POLICIES[policy])
-    assert optimizer._run.monitor.steps == 5  # with two windows judged
+    assert optimizer.perturbed_steps == 5  # with two windows judged
 
 
 @pytest.mark.parametrize("perturbation", [SAM(), SAGM(), ASAM(), GSAM()], ids=lambda p: type(p).__name__)
 def test_no_perturbation_reads_from_the_device(model, perturbation):
-    assert steps(model, perturbation, DisorderFreeze(window=2))._run.monitor.steps == 5
+    assert steps(model, perturbation, DisorderFreeze(window=2)).perturbed_steps == 5
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_scale_that_is_not_used_reads_nothing_from_the_device(model, set_to_none):
+    model = copy.deepcopy(model).to("meta")
+    x, y = torch.rand(4, 3, 8, 8, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = GAQATOptimizer(base, model, freezing=DisorderFreeze(window=2))
+    for used in (True, False, True, False):
+
+        def closure(used=used):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            y_hat = model[:4](x)
+            loss = F.cross_entropy(model[4](y_hat), y) if used else y_hat.sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    optimizer.freezing = DisorderFreeze(window=3, quantile=0.5)
+    assert optimizer.perturbed_steps == 4
 
 
 def test_reading_from_it_is_an_error(model):

@@ -13,7 +13,7 @@ class TwoPassTrainerMixin:
 
     The second pass goes over all micro-batches of the step, after the last of them and before the Trainer clips. The
     loss that the Trainer logs is that of the first pass. A Trainer without this mixin trains with the base optimizer
-    alone, and says nothing.
+    alone; after 20 steps a warning says so.
 
     Example:
         Before the Trainer in the list of bases, and with the optimizer given:
