@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,12 @@ def check_arguments(
         )
     if not isinstance(interval, int) or interval < 1:
         raise ValueError(f"interval must be an integer >= 1, got {interval!r}")
+
+
+def needs_closure(base: torch.optim.Optimizer) -> bool:
+    """Whether ``base.step`` cannot be called without a closure."""
+    closure = inspect.signature(base.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def check_trained(base: torch.optim.Optimizer, model: nn.Module, scales: Mapping[str, Parameter]) -> None:
@@ -75,4 +82,25 @@ def check_gradients(grads: Mapping[Parameter, Tensor], names: Mapping[Parameter,
             raise RuntimeError(
                 f"the gradient of {names.get(p, 'a parameter')!r} is sparse, which two passes cannot combine: "
                 "build its module with sparse=False"
+            )
+
+
+def check_second_pass(before: Sequence[object], after: Sequence[object]) -> None:
+    """Raise if the second pass changed no gradient, of which ``before`` and ``after`` are the versions."""
+    if before == after:
+        raise RuntimeError(
+            "no parameter of the base optimizer received a gradient in the second pass: perturbed() is the block "
+            "around the second forward and backward(), and a closure must call backward() each time it is called"
+        )
+
+
+def check_apart(
+    g_task: Mapping[Parameter, Tensor], g_smooth: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]
+) -> None:
+    """Raise if the second pass wrote its gradient over that of the first."""
+    for p, g in g_task.items():
+        if g is g_smooth.get(p):
+            raise RuntimeError(
+                f"the second pass left its gradient of {names.get(p, 'a parameter')!r} in the tensor of the first, "
+                "which is lost: set .grad to a copy of what a captured graph has written"
             )

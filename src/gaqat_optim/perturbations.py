@@ -136,7 +136,7 @@ class SAGM:
         return _ascent(grads, rhos, self.alpha, grad_scale)
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.add(task, smooth).mul_(0.5) for task, smooth in zip(g_task, g_smooth, strict=True)]
+        return [_mean(task, smooth) for task, smooth in zip(g_task, g_smooth, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,19 @@ class GSAM:
         # A zero g_smooth has no direction: all of g_task is orthogonal to it.
         along = torch.where(squared > 0, inner_product(g_task, g_smooth) / squared, 0.0)
         weight = 1 + self.alpha * along
-        return [(s * weight.to(s)).sub_(t, alpha=self.alpha) for t, s in zip(g_task, g_smooth, strict=True)]
+        return [
+            (_at_least_float32(s) * weight.to(s.device)).sub_(t, alpha=self.alpha).to(s.dtype)
+            for t, s in zip(g_task, g_smooth, strict=True)
+        ]
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    """Half precision overflows in sums of large gradients and loses small factors."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _mean(a: Tensor, b: Tensor) -> Tensor:
+    return torch.add(_at_least_float32(a), _at_least_float32(b)).mul_(0.5).to(a.dtype)
 
 
 def _check_non_negative(owner: str, name: str, value: float) -> None:
@@ -252,8 +264,7 @@ def _ascent(grads: Sequence[Tensor], rhos: Sequence[float], alpha: float, grad_s
     for g, rho in zip(grads, rhos, strict=True):
         if (rho, g.device) not in factors:
             factors[rho, g.device] = ((rho / (norm + 1e-12) - alpha) / grad_scale).to(g.device)
-        dtype = torch.promote_types(g.dtype, torch.float32)  # A factor rounded to half precision may be zero.
-        displacement = g.to(dtype) * factors[rho, g.device]
+        displacement = _at_least_float32(g) * factors[rho, g.device]
         if not known_finite:
             displacement = torch.where(finite.to(g.device), displacement, 0.0)
         displacements.append(displacement.to(g.dtype))
