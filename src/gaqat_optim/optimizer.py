@@ -56,7 +56,9 @@ class GAQATOptimizer(torch.optim.Optimizer):
     Args:
         base: an instance, built on the parameters of ``model`` after :func:`quantize_model`. LBFGS, which evaluates
             its closure as it likes, cannot be wrapped.
-        model: the network; an ``nn.Module``, or a wrapper such as DistributedDataParallel.
+        model: the network; an ``nn.Module``, or a wrapper such as DistributedDataParallel. Buffers and BatchNorms are
+            kept from the second pass in its modules alone: of two networks in one loss, hand over both, in an
+            ``nn.ModuleList``.
         perturbation: :class:`SAGM`, :class:`SAM`, :class:`ASAM` or :class:`GSAM`.
         freezing: a policy such as :class:`DisorderFreeze`; :class:`NeverFreeze` or ``None`` freeze nothing.
         scales: which parameters are scales, if they are not those of this package: the parameters themselves, or a

@@ -8,7 +8,7 @@ the second pass; ``combine`` merges the gradient at the start (``g_task``) with 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -176,11 +176,13 @@ class ASAM:
     def direction(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], rhos: Sequence[float], grad_scale: float | Tensor
     ) -> list[Tensor]:
-        # Squares of small weights need more than half precision.
-        sizes = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).abs() + self.eta for p in params]
-        scaled = [g * size for g, size in zip(grads, sizes, strict=True)]
-        displacements = _ascent(scaled, rhos, 0.0, grad_scale)
-        return [(d * size).to(p.dtype) for d, size, p in zip(displacements, sizes, params, strict=True)]
+        # One parameter after the other, so that none of this is ever there for all of them.
+        norm = total_norm([total_norm([g * self._size(p)]) for p, g in zip(params, grads, strict=True)])
+        adapted = (g * self._size(p).square() for p, g in zip(params, grads, strict=True))
+        return [d.to(p.dtype) for p, d in zip(params, _along(adapted, norm, rhos, 0.0, grad_scale), strict=True)]
+
+    def _size(self, p: Tensor) -> Tensor:
+        return _at_least_float32(p.detach()).abs() + self.eta
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
         return list(g_smooth)
@@ -255,17 +257,24 @@ def _check_non_negative(owner: str, name: str, value: float) -> None:
 
 def _ascent(grads: Sequence[Tensor], rhos: Sequence[float], alpha: float, grad_scale: float | Tensor) -> list[Tensor]:
     """(rho/(norm + 1e-12) - alpha) * g for true gradients g; zero where their norm is not finite."""
-    norm = total_norm(grads) / grad_scale
+    return list(_along(grads, total_norm(grads), rhos, alpha, grad_scale))
+
+
+def _along(
+    directions: Iterable[Tensor], norm: Tensor, rhos: Sequence[float], alpha: float, grad_scale: float | Tensor
+) -> Iterator[Tensor]:
+    """(rho/(norm + 1e-12) - alpha) * direction, for a true norm and true directions; zero if the norm is not finite."""
+    norm = norm / grad_scale
     finite = torch.isfinite(norm)
     # On a CPU the answer is there; to ask another device for it would be to wait for it.
     known_finite = norm.device.type == "cpu" and bool(finite)
     factors: dict[tuple[float, torch.device], Tensor] = {}
-    displacements = []
-    for g, rho in zip(grads, rhos, strict=True):
-        if (rho, g.device) not in factors:
-            factors[rho, g.device] = ((rho / (norm + 1e-12) - alpha) / grad_scale).to(g.device)
-        displacement = _at_least_float32(g) * factors[rho, g.device]
+    for direction, rho in zip(directions, rhos, strict=True):
+        device = direction.device
+        if (rho, device) not in factors:
+            factors[rho, device] = ((rho / (norm + 1e-12) - alpha) / grad_scale).to(device)
+        # A factor rounded to half precision may be zero.
+        displacement = _at_least_float32(direction) * factors[rho, device]
         if not known_finite:
-            displacement = torch.where(finite.to(g.device), displacement, 0.0)
-        displacements.append(displacement.to(g.dtype))
-    return displacements
+            displacement = torch.where(finite.to(device), displacement, 0.0)
+        yield displacement.to(direction.dtype)
