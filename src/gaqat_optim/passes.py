@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ def reaches(
     return found
 
 
+# How many tensors and others hold a memory. torch has no public name for it, and CPU builds of older versions have none.
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+
+
 def first_gradients(grads: Mapping[Parameter, Tensor | None]) -> dict[Parameter, Tensor]:
     """The gradients of the first pass, in memory that the second backward does not write.
 
@@ -49,9 +54,10 @@ def first_gradients(grads: Mapping[Parameter, Tensor | None]) -> dict[Parameter,
 def _shares_memory(g: Tensor) -> bool:
     if type(g) is not Tensor or g.layout != torch.strided:
         return g._base is not None
+    if _use_count is None:
+        return True
     storage = g.untyped_storage()
-    # torch has no public name for this. Two of the uses are g and the variable here.
-    return bool(torch._C._storage_Use_Count(storage._cdata) > 2)
+    return bool(_use_count(storage._cdata) > 2)  # g and this variable are two
 
 
 @torch.no_grad()

@@ -89,6 +89,7 @@ def peak(run):
 PEAKS = {"SAM": (SAM(), 3.4), "SAGM": (SAGM(), 4.1), "GSAM": (GSAM(), 4.1), "ASAM": (ASAM(), 4.4)}
 
 
+@pytest.mark.skipif(not hasattr(torch._C, "_storage_Use_Count"), reason="this torch makes one copy more")
 @pytest.mark.parametrize("form", ["closure", "explicit"])
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_of_a_step_in_copies_of_the_model(name, form):

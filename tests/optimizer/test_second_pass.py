@@ -158,6 +158,7 @@ def test_a_backward_that_writes_both_gradients_to_the_same_memory_trains_as_any_
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)  # x W^T and its gradient, summed apart
 
 
+@pytest.mark.skipif(not hasattr(torch._C, "_storage_Use_Count"), reason="this torch cannot tell: all are copied")
 def test_an_ordinary_gradient_is_not_copied():
     model, base = linear()
     optimizer = GAQATOptimizer(base, model, perturbation=SAGM(0.5))
