@@ -38,7 +38,7 @@ def reaches(
     return found
 
 
-# How many tensors and others hold a memory. torch has no public name for it, and CPU builds of older versions have none.
+# How many holders a memory has. torch has no public name for it, and CPU builds of older versions have none at all.
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 
 

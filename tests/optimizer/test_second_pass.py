@@ -177,6 +177,7 @@ def test_an_ordinary_gradient_is_not_copied():
     assert seen == pointers
 
 
+@pytest.mark.skipif(not hasattr(torch._C, "_storage_Use_Count"), reason="this torch cannot tell: all are copied")
 def test_a_gradient_set_to_the_tensor_of_the_first_pass_is_an_error():
     model, base = linear()
     optimizer = GAQATOptimizer(base, model)
