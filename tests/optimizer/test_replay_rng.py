@@ -113,8 +113,10 @@ def test_a_replay_that_misses_is_told():
     optimizer.zero_grad()
     torch.rand(3)  # as a loader that shuffles, between zero_grad() and the first forward pass
     model(X).sum().backward()
+    state = torch.get_rng_state()
     with pytest.warns(UserWarning, match="the second pass has drawn other random"), optimizer.perturbed():
         model(X).sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("failing", [1, 2])

@@ -16,51 +16,56 @@ ROWS, TARGETS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), t
 # -- autocast ----------------------------------------------------------------------------------------------------
 
 
-def autocast_losses(context, steps=3):
-    """The losses of the first and the second pass in each step, with autocast around the passes as ``context`` says."""
+def around_each(step, closure):
+    def autocast_closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return closure()
+
+    for _ in range(4):
+        step(autocast_closure)
+
+
+def around_a_step(step, closure):
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            step(closure)
+
+
+def around_all_steps(step, closure):
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            step(closure)
+
+
+def inside_a_disabled_one(step, closure):
+    with torch.autocast("cpu", enabled=False):
+        around_each(step, closure)
+
+
+def autocast_losses(context, interval):
+    """The losses of all passes in four steps."""
     model = quantized_cnn()
-    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=SAGM(1.0))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = GAQATOptimizer(base, model, perturbation=SAGM(1.0), interval=interval)
     losses = []
 
     def closure():
         optimizer.zero_grad()
-        if context == "around each pass":
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(model(X), Y)
-            loss.backward()
-        elif context == "inside an outer one that is disabled":
-            with torch.autocast("cpu", torch.bfloat16, enabled=True):
-                loss = F.cross_entropy(model(X), Y)
-            loss.backward()
-        else:
-            loss = F.cross_entropy(model(X), Y)
-            loss.backward()
+        loss = F.cross_entropy(model(X), Y)
+        loss.backward()
         losses.append(loss.item())
         return loss
 
-    for _ in range(steps if context != "around all steps" else 0):
-        if context == "around a step":
-            with torch.autocast("cpu", torch.bfloat16):
-                optimizer.step(closure)
-        elif context == "inside an outer one that is disabled":
-            with torch.autocast("cpu", enabled=False):
-                optimizer.step(closure)
-        else:
-            optimizer.step(closure)
-    if context == "around all steps":
-        with torch.autocast("cpu", torch.bfloat16):
-            for _ in range(steps):
-                optimizer.step(closure)
+    context(optimizer.step, closure)
     return losses
 
 
-@pytest.mark.parametrize(
-    "context", ["around a step", "around all steps", "inside an outer one that is disabled"], ids=str
-)
-def test_autocast_around_both_passes_is_autocast_around_each(context):
-    losses = autocast_losses(context)
-    assert losses == autocast_losses("around each pass")
-    assert all(first != second for first, second in zip(losses[::2], losses[1::2], strict=True))
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("context", [around_a_step, around_all_steps, inside_a_disabled_one])
+def test_autocast_around_both_passes_is_autocast_around_each(context, interval):
+    losses = autocast_losses(context, interval)
+    assert losses == autocast_losses(around_each, interval)
+    assert len(set(losses)) == len(losses) > 4  # no pass saw the weights of another
 
 
 def test_autocast_around_the_explicit_form_sees_displaced_weights():
