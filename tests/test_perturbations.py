@@ -160,6 +160,7 @@ def test_asam_leaves_scales_where_they_are_and_out_of_the_norm():
     with optimizer.perturbed():
         assert model["weight"].tolist() == pytest.approx([1.6, -0.4])  # T g = (3, 4), norm 5; T T g / 5 = (0.6, 1.6)
         assert model["scale"].item() == 1
+        model["weight"].grad = torch.ones(2)
     assert model["weight"].tolist() == [1, -2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import warnings
@@ -51,6 +52,12 @@ def check_interval(interval: int) -> None:
     """Raise ValueError for a number of steps that cannot be one."""
     if not isinstance(interval, int) or interval < 1:
         raise ValueError(f"interval must be an integer >= 1, got {interval!r}")
+
+
+def needs_closure(base: torch.optim.Optimizer) -> bool:
+    """Whether ``base.step`` cannot be called without a closure."""
+    closure = inspect.signature(base.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def is_of_base(base: torch.optim.Optimizer, key: str) -> bool:
@@ -229,3 +236,24 @@ def refuse_accumulation(params: Sequence[Parameter]) -> Iterator[None]:
             "accumulate over several batches, run all of them in both passes, the second inside optimizer.perturbed() "
             "(where a framework makes the closure: in its manual optimization)"
         )
+
+
+def check_second_pass(before: Sequence[object], after: Sequence[object]) -> None:
+    """Raise if the second pass changed no gradient, of which ``before`` and ``after`` are the versions."""
+    if before == after:
+        raise RuntimeError(
+            "no parameter of the base optimizer received a gradient in the second pass: perturbed() is the block "
+            "around the second forward and backward(), and a closure must call backward() each time it is called"
+        )
+
+
+def check_apart(
+    g_task: Mapping[Parameter, Tensor], g_smooth: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]
+) -> None:
+    """Raise if the second pass wrote its gradient over that of the first."""
+    for p, g in g_task.items():
+        if g is g_smooth.get(p):
+            raise RuntimeError(
+                f"the second pass left its gradient of {names.get(p, 'a parameter')!r} in the tensor of the first, "
+                "which is lost: set .grad to a copy of what a captured graph has written"
+            )

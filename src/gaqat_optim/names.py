@@ -2,6 +2,9 @@
 
 # The parameter's own name tells the domain in which the scale is learned.
 LOG_SCALE, LINEAR_SCALE = "lsq_log_scale", "lsq_scale"
+# The buffers of a quantizer that are set together with its first scale.
+SCALE_IS_SIGNED, SCALE_RANGE = "scale_is_signed", "scale_range"
+QUANTIZER_BUFFERS = (SCALE_IS_SIGNED, SCALE_RANGE)
 
 
 def is_scale_name(name: str) -> bool:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from .checkpoint import Freezing, merge, policy_number, separate
 from .checks import (
+    check_apart,
     check_arguments,
     check_gradients,
     check_interval,
@@ -20,18 +21,21 @@ from .checks import (
     check_pass,
     check_radius,
     check_scales,
+    check_second_pass,
     check_trained,
+    needs_closure,
     refuse_accumulation,
     untrained_scales,
     warn_of_untrained,
 )
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
-from .kept import buffers_to_keep, gradient_versions, running_statistics_kept, undone_on_failure
+from .kept import BufferGuard, gradient_versions, running_statistics_kept, undone_on_failure
 from .monitor import ScaleMonitor, find_scales
-from .passes import combine, displace, reaches
+from .passes import combine, displace, dropped_on_arrival, first_gradients, reaches, restore
 from .perturbations import SAGM, Perturbation
 from .ranks import averaged_with_the_second_pass, check_agreement, process_group
 from .report import ScaleRecord
+from .rng_state import replayed_rng, rng_states
 from .run import Run
 from .wrapper import OptimizerAroundBase
 
@@ -55,7 +59,9 @@ class GAQATOptimizer(OptimizerAroundBase):
     Args:
         base: an instance, built on the parameters of ``model`` after :func:`quantize_model`. LBFGS, which evaluates
             its closure as it likes, cannot be wrapped.
-        model: the network; an ``nn.Module``, or a wrapper such as DistributedDataParallel.
+        model: the network; an ``nn.Module``, or a wrapper such as DistributedDataParallel. Buffers and BatchNorms are
+            kept from the second pass in its modules alone: of two networks in one loss, hand over both, in an
+            ``nn.ModuleList``.
         perturbation: :class:`SAGM`, :class:`SAM`, :class:`ASAM` or :class:`GSAM`.
         freezing: a policy such as :class:`DisorderFreeze`; :class:`NeverFreeze` or ``None`` freeze nothing.
         scales: which parameters are scales, if they are not those of this package: the parameters themselves, or a
@@ -63,6 +69,10 @@ class GAQATOptimizer(OptimizerAroundBase):
             be trained elsewhere.
         interval: make the second pass only in every ``interval``-th step. Only those steps count in the window; the
             others are steps of the base with ``g_task``, left out where it is frozen.
+        replay_rng: draw the same random numbers in both passes: the same dropout masks, the same stochastic depth.
+            Both gradients are then of the same subnetwork. It holds for the default generators of torch and for
+            ``torch.Generator`` attributes of modules; after the step they are where the first pass left them. With
+            :meth:`perturbed`, the first pass begins at :meth:`zero_grad`.
 
     Raises:
         TypeError: an argument of the wrong type, or a base that cannot be wrapped.
@@ -103,6 +113,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         freezing: FreezePolicy | None = DisorderFreeze(),  # noqa: B008 (immutable)
         scales: Iterable[Parameter] | Callable[[str, Parameter], bool] | None = None,
         interval: int = 1,
+        replay_rng: bool = False,
     ) -> None:
         # Not super().__init__: the groups and the state are the base's, by property.
         self._without_hooks()
@@ -110,6 +121,9 @@ class GAQATOptimizer(OptimizerAroundBase):
         check_arguments(base, model, perturbation, freezing, interval)
         self._base = base
         self._model = model
+        self.replay_rng = replay_rng
+        self._buffers = BufferGuard()
+        self._needs_closure = needs_closure(base)
         self._names = {p: name for name, p in model.named_parameters()}
         self._chosen = scales if scales is None or callable(scales) else tuple(scales)
         found = find_scales(model, self._chosen)
@@ -177,7 +191,8 @@ class GAQATOptimizer(OptimizerAroundBase):
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base optimizer does. A second pass that no step has followed is forgotten."""
-        self._run.pending = None
+        self._run.forget()
+        self._run.rng_at_zero_grad = rng_states(self.model) if self.replay_rng else None
         self.base.zero_grad(set_to_none=set_to_none)
 
     @override
@@ -240,13 +255,20 @@ class GAQATOptimizer(OptimizerAroundBase):
         run = self._run
         if run.in_second_pass:
             raise RuntimeError("step() inside perturbed(): leave the with block first, it restores the parameters")
-        loss = None
+        loss: Any = None
         if closure is not None:
             loss = self._closure_passes(closure)
+        if all(p.grad is None for group in self.base.param_groups for p in group["params"]):
+            run.forget()
         if self.interval > 1 and run.pending is None:
             run.monitor.leave_out_frozen_task()
         with torch.no_grad(), run.monitor.held_where_frozen():
-            self.base.step()
+            if self._needs_closure:
+                self.base.step(lambda: loss)
+            else:
+                self.base.step()
+        torch.clear_autocast_cache()  # It holds the weights as they were before the step.
+        run.rng_at_zero_grad = None
         judged = run.count(self.base, due=self.perturbs, given=closure is not None)
         if judged and (group := process_group(self.model)) is not None:
             check_agreement(run.monitor, group)
@@ -258,8 +280,9 @@ class GAQATOptimizer(OptimizerAroundBase):
         run = self._run
         pending = run.pending
         params = [p for group in self.base.param_groups for p in group["params"]]
+        rng = rng_states(self.model) if self.replay_rng and self.perturbs else None
         try:
-            with undone_on_failure(params, buffers_to_keep(self.model, run.monitor.scales)), torch.enable_grad():
+            with undone_on_failure(params, self._buffers.save(self.model)), torch.enable_grad():
                 before = gradient_versions(params)
                 with refuse_accumulation(params) if self.perturbs else nullcontext():
                     loss = closure()
@@ -268,7 +291,8 @@ class GAQATOptimizer(OptimizerAroundBase):
                     return loss
                 run.pending = None
                 if self.perturbs:
-                    with self.perturbed():
+                    # Of a pass that fails nothing is left: no need to hold g_task for it.
+                    with self._second_pass(1.0, per_rank=False, holds_g_task=False, rng=rng):
                         closure()
         except BaseException:
             run.pending = pending
@@ -291,37 +315,65 @@ class GAQATOptimizer(OptimizerAroundBase):
                 in the second backward.
 
         Raises:
-            RuntimeError: no parameter has a gradient, a gradient is sparse, or the block is nested in another.
+            RuntimeError: no parameter has a gradient, or none got one in the block; a gradient is sparse, or was
+                overwritten by the block; the block is nested in another; or, with ``replay_rng``, no
+                :meth:`zero_grad` has said where the first pass began.
             ValueError: ``grad_scale`` is not positive and finite, or ``per_rank`` with a perturbation that needs both
                 averaged gradients (:class:`GSAM`) or under ``fully_shard``.
         """
-        if self._run.in_second_pass:
+        rng = self._run.rng_at_zero_grad
+        if self.replay_rng and rng is None:
+            raise RuntimeError(
+                "replay_rng: perturbed() repeats the random numbers that were drawn since zero_grad(), which was not "
+                "called: call it on the optimizer directly before the first forward pass"
+            )
+        with self._second_pass(grad_scale, per_rank, holds_g_task=True, rng=rng):
+            yield
+
+    @contextmanager
+    def _second_pass(
+        self, grad_scale: float | Tensor, per_rank: bool, holds_g_task: bool, rng: list[Tensor] | None
+    ) -> Iterator[None]:
+        """:meth:`perturbed`; without ``holds_g_task``, a block that raises leaves ``.grad`` to the caller."""
+        run = self._run
+        if run.in_second_pass:
             raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")
         check_pass(self.perturbation, grad_scale, per_rank)
-        run = self._run
-        run.pending = None
+        run.forget()
         reach = reaches(self.base, self.perturbation, run.monitor)
-        owned = {p: p.grad for p in reach}  # what .grad is given back if the block raises
-        # A view, as DistributedDataParallel makes of its buckets, is overwritten by the second backward.
-        first = g_task = {p: g if g._base is None else g.clone() for p, g in owned.items() if g is not None}
+        owned = {p: p.grad for p in reach}
+        g_task = first = first_gradients(owned)
         check_gradients(g_task, self._names)
-        displaced = {p: r for p in g_task if (r := reach[p]) is not None}
-        theta = [p.detach().clone() for p in displaced]
+        saved: list[tuple[Parameter, Tensor]] = []
         run.in_second_pass = True
         try:
-            displace(self.perturbation, displaced, g_task, grad_scale, self._names)
-            for p in owned:
+            displaced = {p: r for p in g_task if (r := reach[p]) is not None}
+            displace(self.perturbation, displaced, g_task, grad_scale, self._names, saved)
+            for p in reach:
                 p.grad = None
             if per_rank:
                 weight = self.perturbation.task_weight or 0.0
                 g_task = averaged_with_the_second_pass(reach, g_task, run.monitor, weight, process_group(self.model))
-            with running_statistics_kept(self.model, buffers_to_keep(self.model, run.monitor.scales)):
+            unneeded: set[Parameter] = set()
+            if not holds_g_task:
+                owned = {}
+                if self.perturbation.task_weight == 0:
+                    unneeded = set(g_task) - set(run.monitor.scales.values())
+            before = gradient_versions(list(reach))
+            with (
+                running_statistics_kept(self.model, self._buffers),
+                replayed_rng(self.model, rng) if rng is not None else nullcontext(),
+                dropped_on_arrival(g_task, unneeded),
+            ):
                 yield
-            g_smooth = {p: p.grad for p in owned if p.grad is not None}
+            check_second_pass(before, gradient_versions(list(reach)))
+            restore(saved)
+            g_smooth = {p: p.grad for p in reach if p.grad is not None}
+            check_apart(g_task, g_smooth, self._names)
             task, smooth = run.monitor.observed(g_task, g_smooth)
             seen = task / grad_scale, smooth / grad_scale
             combine(self.perturbation, run.monitor, g_task, g_smooth)
-            run.pending = seen
+            run.leave_pending(seen, next(iter(g_smooth)))
         except BaseException:
             for p, g in owned.items():
                 if g is not None and g is not first[p]:
@@ -329,9 +381,7 @@ class GAQATOptimizer(OptimizerAroundBase):
                 p.grad = g
             raise
         finally:
-            with torch.no_grad():
-                for p, value in zip(displaced, theta, strict=True):
-                    p.copy_(value)
+            restore(saved)
             run.in_second_pass = False
 
     # -- reading, saving ---------------------------------------------------------------------------------------

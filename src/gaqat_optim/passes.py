@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,28 @@ def reaches(
     return found
 
 
+# How many holders a memory has. torch has no public name for it, and CPU builds of older versions have none at all.
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def first_gradients(grads: Mapping[Parameter, Tensor | None]) -> dict[Parameter, Tensor]:
+    """The gradients of the first pass, in memory that the second backward does not write.
+
+    A captured graph or a bucket of DistributedDataParallel gives its gradients in the same memory every time: of such
+    a gradient, whose memory something else holds too, this is a copy.
+    """
+    return {p: g.clone() if _shares_memory(g) else g for p, g in grads.items() if g is not None}
+
+
+def _shares_memory(g: Tensor) -> bool:
+    if type(g) is not Tensor or g.layout != torch.strided:
+        return g._base is not None
+    if _use_count is None:
+        return True
+    storage = g.untyped_storage()
+    return bool(_use_count(storage._cdata) > 2)  # g and this variable are two
+
+
 @torch.no_grad()
 def displace(
     perturbation: Perturbation,
@@ -54,16 +78,51 @@ def displace(
     grads: Gradients,
     grad_scale: float | Tensor,
     names: Mapping[Parameter, str],
+    saved: list[tuple[Parameter, Tensor]],
 ) -> None:
-    """Move the parameters of ``reach`` to where the second pass looks."""
+    """Move the parameters of ``reach`` to where the second pass looks; ``saved`` takes up what they were."""
     if not reach:
         return
     params = list(reach)
     rhos = [r.rho for r in reach.values()]
     named = [names.get(p, "") for p in params]
     displacements = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale, named)
-    for (p, r), displacement in zip(reach.items(), displacements, strict=True):
+    displacements.reverse()
+    for p, r in reach.items():
+        # Each displacement goes as the copy comes: together they are never more than one copy of the model.
+        displacement = displacements.pop()
+        saved.append((p, p.detach().clone()))
         p.add_(displacement, alpha=-1 if r.maximizes else 1)
+    torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def restore(saved: list[tuple[Parameter, Tensor]]) -> None:
+    """Give parameters back what they were, to the bit."""
+    if not saved:
+        return
+    for p, value in saved:
+        p.copy_(value)
+    saved.clear()
+    torch.clear_autocast_cache()
+
+
+@contextmanager
+def dropped_on_arrival(g_task: dict[Parameter, Tensor], params: Iterable[Parameter]) -> Iterator[None]:
+    """Within the block (the second backward), g_task of each of ``params`` goes when its other gradient is there.
+
+    A step that does not use g_task so never holds two gradients of all parameters at once.
+    """
+
+    def drop(p: Tensor) -> None:
+        g_task.pop(p, None)  # type: ignore[call-overload]
+
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in params]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

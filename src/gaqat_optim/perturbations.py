@@ -8,7 +8,7 @@ the second pass; ``combine`` merges the gradient at the start (``g_task``) with 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -152,7 +152,7 @@ class SAGM:
         return _ascent(grads, rhos, self.alpha, grad_scale)
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.add(task, smooth).mul_(0.5) for task, smooth in zip(g_task, g_smooth, strict=True)]
+        return [_mean(task, smooth) for task, smooth in zip(g_task, g_smooth, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,15 @@ class ASAM:
         grad_scale: float | Tensor,
         names: Sequence[str],
     ) -> list[Tensor]:
-        # Squares of small weights need more than half precision.
-        sizes = [
-            p.detach().to(torch.promote_types(p.dtype, torch.float32)).abs() + self.eta if _is_weight(name) else None
-            for p, name in zip(params, names, strict=True)
-        ]
-        scaled = [g if size is None else g * size for g, size in zip(grads, sizes, strict=True)]
-        displacements = _ascent(scaled, rhos, 0.0, grad_scale)
-        return [
-            (d if size is None else d * size).to(p.dtype)
-            for d, size, p in zip(displacements, sizes, params, strict=True)
-        ]
+        # One parameter after the other, so that none of this is ever there for all of them.
+        each = list(zip(params, grads, names, strict=True))
+        norm = total_norm([total_norm([self._adapted(g, p, name, 1)]) for p, g, name in each])
+        adapted = (self._adapted(g, p, name, 2) for p, g, name in each)
+        return [d.to(p.dtype) for p, d in zip(params, _along(adapted, norm, rhos, 0.0, grad_scale), strict=True)]
+
+    def _adapted(self, g: Tensor, p: Tensor, name: str, power: int) -> Tensor:
+        """T to the ``power``, times ``g``."""
+        return g * (_at_least_float32(p.detach()).abs() + self.eta) ** power if _is_weight(name) else g
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
         return list(g_smooth)
@@ -268,7 +266,19 @@ class GSAM:
         # A zero g_smooth has no direction: all of g_task is orthogonal to it.
         along = torch.where(squared > 0, inner_product(g_task, g_smooth) / squared, 0.0)
         weight = 1 + self.alpha * along
-        return [(s * weight.to(s)).sub_(t, alpha=self.alpha) for t, s in zip(g_task, g_smooth, strict=True)]
+        return [
+            (_at_least_float32(s) * weight.to(s.device)).sub_(t, alpha=self.alpha).to(s.dtype)
+            for t, s in zip(g_task, g_smooth, strict=True)
+        ]
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    """Half precision overflows in sums of large gradients and loses small factors."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _mean(a: Tensor, b: Tensor) -> Tensor:
+    return torch.add(_at_least_float32(a), _at_least_float32(b)).mul_(0.5).to(a.dtype)
 
 
 def _is_weight(name: str) -> bool:
@@ -282,18 +292,24 @@ def _check_non_negative(owner: str, name: str, value: float) -> None:
 
 def _ascent(grads: Sequence[Tensor], rhos: Sequence[float], alpha: float, grad_scale: float | Tensor) -> list[Tensor]:
     """(rho/(norm + 1e-12) - alpha) * g for true gradients g; zero where their norm is not finite."""
-    norm = total_norm(grads) / grad_scale
+    return list(_along(grads, total_norm(grads), rhos, alpha, grad_scale))
+
+
+def _along(
+    directions: Iterable[Tensor], norm: Tensor, rhos: Sequence[float], alpha: float, grad_scale: float | Tensor
+) -> Iterator[Tensor]:
+    """(rho/(norm + 1e-12) - alpha) * direction, for a true norm and true directions; zero if the norm is not finite."""
+    norm = norm / grad_scale
     finite = torch.isfinite(norm)
     # On a CPU the answer is there; to ask another device for it would be to wait for it.
     known_finite = norm.device.type == "cpu" and bool(finite)
     factors: dict[tuple[float, torch.device], Tensor] = {}
-    displacements = []
-    for g, rho in zip(grads, rhos, strict=True):
-        if (rho, g.device) not in factors:
-            factors[rho, g.device] = ((rho / (norm + 1e-12) - alpha) / grad_scale).to(g.device)
-        dtype = torch.promote_types(g.dtype, torch.float32)  # A factor rounded to half precision may be zero.
-        displacement = g.to(dtype) * factors[rho, g.device]
+    for direction, rho in zip(directions, rhos, strict=True):
+        device = direction.device
+        if (rho, device) not in factors:
+            factors[rho, device] = ((rho / (norm + 1e-12) - alpha) / grad_scale).to(device)
+        # A factor rounded to half precision may be zero.
+        displacement = _at_least_float32(direction) * factors[rho, device]
         if not known_finite:
-            displacement = torch.where(finite.to(g.device), displacement, 0.0)
-        displacements.append(displacement.to(g.dtype))
-    return displacements
+            displacement = torch.where(finite.to(device), displacement, 0.0)
+        yield displacement.to(direction.dtype)

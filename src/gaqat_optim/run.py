@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from .monitor import ScaleMonitor
 from .perturbations import Perturbation
@@ -28,6 +32,8 @@ class Run:
         pending: the two gradients of the scales in a second pass that no step has followed yet.
         without: number of steps in a row that were due a second pass and had none.
         told: names of scales that a warning has said are not trained.
+        watch: the hook that notices gradients of another backward in the place of those that are pending.
+        rng_at_zero_grad: with ``replay_rng``, the random states when the gradients were last reset.
     """
 
     monitor: ScaleMonitor
@@ -38,6 +44,32 @@ class Run:
     pending: tuple[Tensor, Tensor] | None = None
     without: int = 0
     told: set[str] = field(default_factory=set)
+    watch: RemovableHandle | None = None
+    rng_at_zero_grad: list[Tensor] | None = None
+
+    def leave_pending(self, seen: tuple[Tensor, Tensor], p: Parameter) -> None:
+        """Keep what a second pass has ``seen`` until the step, unless ``p`` gets a gradient from nothing before it.
+
+        ``p.grad`` is then not the combined gradient any more: the pass was dropped, by ``model.zero_grad()`` say.
+        """
+        combined = weakref.ref(p.grad)
+
+        def forget_if_dropped(p: Tensor) -> None:
+            if p.grad is not combined():
+                self.forget()
+
+        self.pending = seen
+        self.watch = p.register_post_accumulate_grad_hook(forget_if_dropped)  # type: ignore[no-untyped-call]
+
+    def forget(self) -> None:
+        """Forget a second pass that no step has followed."""
+        self.pending = None
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watch": None}  # A copy has parameters of its own.
 
     def count(self, base: torch.optim.Optimizer, due: bool, given: bool) -> bool:
         """Count a step that ``base`` has made.
@@ -53,7 +85,8 @@ class Run:
         judged = False
         if self.pending is not None:
             judged = self.monitor.commit(*self.pending)
-            self.pending, self.without = None, 0
+            self.forget()
+            self.without = 0
         elif not given and all_rates_zero(base):
             # torch's distributed checkpoints make a step at rate 0 to have a state to fill; that one is no training.
             return False

@@ -27,11 +27,15 @@ def sharded_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm over all of ``tensors`` together, sharded or not, as a plain scalar tensor."""
-    meshes: dict[Any, list[Tensor]] = {}
+    """The 2-norm over all of ``tensors`` together, sharded or not, as a plain scalar tensor; at least float32."""
+    groups: dict[Any, list[Tensor]] = {}
     for t in tensors:
-        meshes.setdefault(getattr(t, "device_mesh", None), []).append(t)
-    norms = [whole(torch.nn.utils.get_total_norm(group)) for group in meshes.values()]
+        groups.setdefault((getattr(t, "device_mesh", None), t.dtype.itemsize < 4), []).append(t)
+    norms = []
+    for (_, is_half), group in groups.items():
+        # In half precision the norm of finite values may be infinite.
+        parts = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in group] if is_half else group
+        norms.append(whole(torch.nn.utils.get_total_norm(parts)))
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
-from ..names import LINEAR_SCALE, LOG_SCALE
+from ..names import LINEAR_SCALE, LOG_SCALE, SCALE_IS_SIGNED, SCALE_RANGE
 from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, quantized
 from .initial import initial_scale
 
@@ -112,8 +112,8 @@ class LSQQuantizer(nn.Module):
         # Python values decide in forward (no synchronisation, no graph break); the buffers carry them in state dicts.
         self._signed = signed
         self._range: tuple[float, float] | None = None
-        self.register_buffer("scale_is_signed", torch.tensor(bool(signed), device=device))
-        self.register_buffer("scale_range", torch.zeros(2, dtype=torch.float32, device=device))  # zeros: not set yet
+        self.register_buffer(SCALE_IS_SIGNED, torch.tensor(bool(signed), device=device))
+        self.register_buffer(SCALE_RANGE, torch.zeros(2, dtype=torch.float32, device=device))  # zeros: not set yet
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
