@@ -55,6 +55,7 @@ def policy_number(policy: FreezePolicy) -> int:
 
 def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
     """``base``, a state dict of the optimizer with these ``groups``, with ``freezing`` in it."""
+    _check_form(base)
     ids = dict(_pairs(groups, base["param_groups"]))
     # With an entry for every parameter or for none: torch's distributed checkpoints refuse anything between, which
     # those of the scales alone would be beside a base without state.
@@ -67,6 +68,7 @@ def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
 
 def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing | None]:
     """The base's state dict, and what :func:`merge` put into it; ``None`` for a state dict of the base alone."""
+    _check_form(state_dict)
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     # A base may keep what belongs to no parameter there too, under a name and as anything.
     state = {key: _without_ours(entry) for key, entry in saved_state.items()}
@@ -86,6 +88,14 @@ def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing
     # Ids come from the saved groups, never from counting: distributed checkpoints use names for them.
     scales = {p: saved_state[i][_STATE] for p, i in _pairs(groups, saved_groups) if _STATE in saved_state.get(i, {})}
     return base, Freezing(scales, *(int(saved_groups[0][key]) for key in _NUMBERS.values()))
+
+
+def _check_form(state_dict: StateDict) -> None:
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"a state dict of the base has no {' and no '.join(map(repr, sorted(missing)))}, as those of torch.optim "
+            "have, so that the freezing state has no place in it: save and load optimizer.base.state_dict(), without it"
+        )
 
 
 def _without_ours(entry: Any) -> Any:

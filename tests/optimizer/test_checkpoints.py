@@ -97,6 +97,26 @@ def test_a_base_with_state_that_belongs_to_no_parameter(steps):
     assert again.state["k"].item() == steps + 2
 
 
+class OfItsOwnForm(torch.optim.SGD):
+    """A base whose state dict is not torch's, as optimizers around others have."""
+
+    def state_dict(self):
+        return {"inner": super().state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict["inner"])
+
+
+def test_a_state_dict_of_another_form_is_refused_and_the_base_s_own_serves():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(OfItsOwnForm(model.parameters(), lr=0.05, momentum=0.9), model)
+    train(model, optimizer, 2)
+    for call in (optimizer.state_dict, lambda: optimizer.load_state_dict(optimizer.base.state_dict())):
+        with pytest.raises(ValueError, match=r"no 'param_groups' and no 'state'.*optimizer\.base\.state_dict"):
+            call()
+    optimizer.base.load_state_dict(through_a_file(optimizer.base.state_dict()))
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 @every_base
 def test_a_checkpoint_goes_back_to_the_bare_base_through_the_wrapper(base, steps):
