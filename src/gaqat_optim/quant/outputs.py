@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .modules import QuantizedModule
 from .quantizer import LSQQuantizer
-from .trace import Trace, trace
+from .trace import Trace, admit_child, trace
 
 # Operations that a runtime fuses into the integer layer in front of them: they clip. Those without negative results
 # leave nothing for negative codes.
@@ -69,7 +69,8 @@ def place_outputs(model: nn.Module) -> list[Callable[[], None]]:
     operations that only clip or move values. So each is taken away where it is not needed, and put behind the last of
     these operations otherwise: on the module that computes that value, or on the innermost that returns it, as a
     forward hook and a child named ``output_quantizer``. A value without such a module (functional code in the middle
-    of a forward) has its quantizer at the last place before.
+    of a forward, a ReLU that is used twice, a container, which would run its new child once more) has its quantizer at
+    the last place before.
 
     A sum of values that have such quantizers gets one itself, by the same rules: a residual stream.
 
@@ -92,7 +93,7 @@ class _Placement:
     """One pass over a traced network, with what it changed."""
 
     def __init__(self, model: nn.Module, traced: Trace) -> None:
-        self.traced = traced
+        self.model, self.traced = model, traced
         self.names = {module: name for name, module in model.named_modules()}
         self.changes: list[Callable[[], None]] = []
         self.quantized: dict[torch.fx.Node, LSQQuantizer] = {}  # values that have an output quantizer, and one like it
@@ -154,12 +155,25 @@ class _Placement:
         return found
 
     def _site(self, node: torch.fx.Node) -> nn.Module | None:
-        """The innermost module that returns the value of ``node``, and is called nowhere else."""
+        """The innermost module that returns the value of ``node``, is called nowhere else, and takes a child."""
         for module in self.traced.returned_by.get(node, []):
-            is_free = isinstance(module, QuantizedModule) or not hasattr(module, "output_quantizer")
-            if self.traced.uses[module] == 1 and is_free:
+            if isinstance(module, QuantizedModule):
+                has_room = self.traced.uses[module] == 1
+            else:
+                has_room = self._is_free(module) and (not module._modules or module in self._parents)
+            if has_room:
                 return module
         return None
+
+    def _is_free(self, module: nn.Module) -> bool:
+        return self.traced.uses[module] == 1 and not hasattr(module, "output_quantizer")
+
+    @cached_property
+    def _parents(self) -> set[nn.Module]:
+        """Modules with children that do not notice one more: no container that runs over them."""
+        returning = {m for modules in self.traced.returned_by.values() for m in modules}
+        parents = {m for m in returning if m._modules and not isinstance(m, QuantizedModule) and self._is_free(m)}
+        return admit_child(self.model, parents, "output_quantizer")
 
     def _mark(self, values: list[torch.fx.Node], like: LSQQuantizer) -> None:
         """Note that ``values`` are quantized, and so what is made of them by moving alone."""
