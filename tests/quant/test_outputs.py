@@ -33,6 +33,11 @@ def conv(inputs=3, outputs=3):
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).abs()
+
+
 class ResidualBlock(nn.Module):
     def __init__(self):
         super().__init__()
@@ -107,6 +112,19 @@ PLACES = {
     "before a norm that is not folded": (
         nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(3), nn.Sigmoid()),
         {"1": None},
+    ),
+    "behind a synchronised norm": (
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), nn.AvgPool2d(2))),
+        {"2": None},
+    ),
+    "before a norm with a forward of its own": (nn.Sequential(conv(), OwnForward(3), nn.Sigmoid()), {"0": None}),
+    "before a norm of the batch alone": (
+        nn.Sequential(conv(), nn.BatchNorm2d(3, track_running_stats=False), nn.Sigmoid()),
+        {"0": None},
+    ),
+    "before a norm that is used twice": (
+        Network(lambda m, x: m.bn(m.b(m.bn(m.a(x)))), a=conv(), b=conv(), bn=nn.BatchNorm2d(3)),
+        {"a": None, "b": None},
     ),
     "before an activation that no kernel contains": (nn.Sequential(conv(), nn.GELU(), conv()), {"0": None, "2": None}),
     "a group norm is no batch norm": (nn.Sequential(conv(), nn.GroupNorm(1, 3), conv()), {"0": None, "2": None}),

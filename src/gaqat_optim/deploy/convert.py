@@ -52,7 +52,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     The BatchNorm is found by tracing the network symbolically, and replaced by an identity. It is folded where it is
     the only user of the layer's output, is used once, and has running statistics; elsewhere, and in a network that
-    cannot be traced (which is a warning), it stays as it is.
+    cannot be traced (which is a warning), it stays as it is. So does a subclass with a forward of its own;
+    ``nn.SyncBatchNorm`` is folded.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set. It stays as it is.

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import QuantizedModule
+from .modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantizedModule,
+    QuantLinear,
+)
 from .quantizer import LSQQuantizer
 from .trace import Trace, admit_child, trace
 
@@ -31,6 +40,16 @@ _MOVING = {
     *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous"),
 }
 _PASSING = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
+# The BatchNorm for the number of axes that a layer's output has; torch's others take any number.
+_NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
+    QuantLinear: nn.BatchNorm1d,
+    QuantConv1d: nn.BatchNorm1d,
+    QuantConv2d: nn.BatchNorm2d,
+    QuantConv3d: nn.BatchNorm3d,
+    QuantConvTranspose1d: nn.BatchNorm1d,
+    QuantConvTranspose2d: nn.BatchNorm2d,
+    QuantConvTranspose3d: nn.BatchNorm3d,
+}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -58,6 +77,35 @@ def detach(module: nn.Module) -> None:
         if hook is quantize_output:
             del module._forward_hooks[key]
     del module.output_quantizer
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` computes what torch's BatchNorm does in evaluation mode.
+
+    A class that has another name or checks other shapes does, and ``nn.SyncBatchNorm``, which differs in training
+    alone; one with a forward of its own may not.
+    """
+    forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in forwards and "forward" not in vars(module)
+
+
+def folded_norm(traced: Trace, node: torch.fx.Node) -> _BatchNorm | None:
+    """The BatchNorm that the layer at ``node`` contains when it is deployed.
+
+    It is the only user of the layer's output, has running statistics, and both are called once and have no hooks.
+    """
+    layer, users = traced.modules.get(node), list(node.users)
+    norm = traced.modules.get(users[0]) if len(users) == 1 else None
+    if not isinstance(layer, QuantizedModule) or type(layer) not in _NORM_OF or layer.output_quantizer is not None:
+        return None
+    if not isinstance(norm, _BatchNorm) or not is_batch_norm(norm) or not traced.uses[layer] == traced.uses[norm] == 1:
+        return None
+    of_other_axes = isinstance(norm, tuple(_NORM_OF.values())) and not isinstance(norm, _NORM_OF[type(layer)])
+    hooks = [*layer._forward_hooks.values(), *norm._forward_hooks.values(), *norm._forward_pre_hooks.values()]
+    if of_other_axes or any(hook is not quantize_output for hook in hooks):
+        return None
+    fits = norm.running_mean is not None and norm.num_features == layer.by_channel(layer.weight).shape[0]
+    return norm if fits else None
 
 
 def place_outputs(model: nn.Module) -> list[Callable[[], None]]:
@@ -134,9 +182,9 @@ class _Placement:
         chain = [node]
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
-            follows_layer = len(chain) == 1 and node in self.traced.modules  # and so can be folded into it
-            is_norm = follows_layer and isinstance(self.traced.modules.get(user), _BatchNorm)
-            if user.all_input_nodes != [chain[-1]] or not (is_norm or self._kind(user) in _PASSING):
+            module = self.traced.modules.get(user)
+            is_folded = len(chain) == 1 and module is not None and module is folded_norm(self.traced, node)
+            if user.all_input_nodes != [chain[-1]] or not (is_folded or self._kind(user) in _PASSING):
                 break
             chain.append(user)
         return chain
