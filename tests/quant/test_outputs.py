@@ -72,6 +72,14 @@ class Mean(nn.Module):
         return F.relu(self.conv(x / len(list(self.children()))))
 
 
+class Strict(Mean):
+    """Refuses to work with another child."""
+
+    def forward(self, x):
+        (child,) = self.children()
+        return F.relu(child(x))
+
+
 class Last(nn.Sequential):
     """Calls its last child again, which would be another one with one child more."""
 
@@ -171,6 +179,11 @@ PLACES = {
         {"1": None, "2.bn2": None, "2": None, "3.0": None},
     ),
     "the number of children counts": (nn.Sequential(Mean(), nn.AvgPool2d(2)), {"0.conv": False}),
+    "another child is refused": (nn.Sequential(Strict(), nn.AvgPool2d(2)), {"0.conv": False}),
+    "one of many counts its children": (
+        nn.Sequential(conv(), nn.ReLU(), ResidualBlock(), nn.AvgPool2d(2), Mean(), Strict(), nn.AvgPool2d(2)),
+        {"1": None, "2.bn2": None, "2": None, "5.conv": False},
+    ),
     "the last child counts": (nn.Sequential(Last(conv(), conv()), nn.AvgPool2d(2)), {"0.1": False}),
     "a layer used twice": (Network(lambda m, x: m.b(m.a(m.a(x))), a=conv(), b=conv()), {"a": None, "b": None}),
 }  # fmt: skip
