@@ -7,6 +7,7 @@ Every study holds one domain out, trains on the others with each method, and mea
     folders         DomainBed's image folders (PACS, DomainNet)
     study           methods, mini-batches, training, evaluation, model selection
     digit_study     one cell of the digit study: a held-out domain with one seed
+    vision          torchvision, beside any torch
     resnet          ResNet-50 from ImageNet weights
     imagenet_study  the study with it on image folders
     conflict        the two gradients of every scale, recorded and drawn

@@ -15,15 +15,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .study import Batch, endless_indices, split_indices
-
-if TYPE_CHECKING:  # torchvision is imported where it is used: the digit study needs none of it
-    from torchvision.datasets import ImageFolder
+from .vision import import_torchvision
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -96,6 +94,7 @@ def find_domains(root: Path, collection: Collection) -> dict[str, Path]:
 
 def training_transform(crop: int) -> Any:
     """DomainBed's augmentation for training."""
+    import_torchvision()
     from torchvision import transforms
 
     return transforms.Compose(
@@ -112,6 +111,7 @@ def training_transform(crop: int) -> Any:
 
 def evaluation_transform(crop: int) -> Any:
     """DomainBed's plain resize for evaluation."""
+    import_torchvision()
     from torchvision import transforms
 
     return transforms.Compose(
@@ -123,21 +123,60 @@ def evaluation_transform(crop: int) -> Any:
     )
 
 
+class DomainImages(Dataset[tuple[torch.Tensor, int]]):
+    """The images of one domain, as torchvision reads a folder.
+
+    They are read where they are needed. A worker process that starts anew is given this object before anything else,
+    and has torchvision to import first.
+
+    Args:
+        folder: of the domain, with a folder for each class.
+        crop: side of the images in pixels.
+        augmented: as for training, else plain.
+    """
+
+    def __init__(self, folder: Path, crop: int, *, augmented: bool) -> None:
+        self._arguments = (folder, crop, augmented)
+        self._images: Any = None
+
+    @property
+    def images(self) -> Any:
+        """torchvision's ``ImageFolder``."""
+        if self._images is None:
+            folder, crop, augmented = self._arguments
+            transform = training_transform(crop) if augmented else evaluation_transform(crop)
+            from torchvision.datasets import ImageFolder
+
+            self._images = ImageFolder(str(folder), transform)
+        return self._images
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in sorted order."""
+        return list(self.images.classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index]  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_images": None}
+
+
 @dataclass(frozen=True)
 class Split:
     """One domain: augmented images to train on, plain ones to select models by, and the whole domain, plain."""
 
     training: Dataset[Any]
     holdout: Dataset[Any]
-    whole: ImageFolder
+    whole: DomainImages
 
 
 def load_split(folder: Path, *, holdout: float, seed: int, crop: int) -> Split:
     """Read one domain and split it; the split is a function of the number of images and the seed."""
-    from torchvision.datasets import ImageFolder
-
-    augmented = ImageFolder(str(folder), training_transform(crop))
-    plain = ImageFolder(str(folder), evaluation_transform(crop))
+    augmented, plain = DomainImages(folder, crop, augmented=True), DomainImages(folder, crop, augmented=False)
     if len(plain) < 2:
         raise FolderError(f"{folder}: {len(plain)} image cannot be split into a training part and a hold-out.")
     training, held = split_indices(len(plain), holdout, seed)

@@ -25,6 +25,7 @@ from .options import add_study_options, real, whole
 from .report import FP32, costs, save_results, table, verdict, versions
 from .resnet import WeightsError, frozen_batchnorm_train, resnet50
 from .study import METHODS, Batch, Settings, Trainer, cell_steps
+from .vision import INSTALL, import_torchvision
 
 MEASURES = {"held_out_accuracy": "chosen by source validation", "last_step_accuracy": "last step"}
 
@@ -56,7 +57,8 @@ def build_parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=f"Leave-one-domain-out study of low-bit ResNet-50 on {collection.name}: LSQ, LSQ+SAGM and GAQAT "
         "from one fp32 checkpoint, models chosen by source validation.",
-        epilog=f"Layout of the data (DomainBed's): ROOT/{collection.folders[0]}/<domain>/<class>/<image>",
+        epilog=f"Layout of the data (DomainBed's): ROOT/{collection.folders[0]}/<domain>/<class>/<image>. "
+        f"torchvision is needed, of the version that belongs to your torch, whatever build that is: {INSTALL}",
     )
     parser.add_argument(
         "--root", type=Path, required=True, help=f"the folder that holds {collection.folders[0]}/ with all its domains"
@@ -114,6 +116,7 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     )
     try:
         folders = find_domains(options.root, benchmark.collection)
+        import_torchvision()
         options.out.mkdir(parents=True, exist_ok=True)
         records: list[dict[str, Any]] = []
         cells = len(options.seeds) * len(options.targets)
@@ -122,7 +125,7 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
                 for target in options.targets:
                     records += _run_cell(folders, target, seed, options, settings, device, bar)
                     save_results(records, options.out / "results.json")
-    except (FolderError, WeightsError) as error:
+    except (FolderError, WeightsError, ImportError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     print(table(records, MEASURES))

@@ -8,6 +8,8 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
+from .vision import import_torchvision
+
 
 class WeightsError(Exception):
     """The start weights cannot be had; the message is for people."""
@@ -23,6 +25,7 @@ def resnet50(classes: int, *, weights: Path | None, pretrained: bool, dropout: f
         dropout: probability of dropout before the classifier.
         seed: of the weights that are not loaded.
     """
+    import_torchvision()
     from torchvision.models import ResNet50_Weights
     from torchvision.models import resnet50 as build
 

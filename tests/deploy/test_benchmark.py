@@ -1,6 +1,7 @@
 """``benchmark_onnx``: what it runs, in which order, and what it refuses. No test judges a time."""
 
 import sys
+import warnings
 
 import onnx
 import pytest
@@ -12,13 +13,18 @@ from gaqat_optim import export_onnx, quantize_model
 from gaqat_optim.deploy import Benchmark, Latency, benchmark, benchmark_onnx, latencies
 
 
-def identity(path, shape=("batch", 3), kind=TensorProto.FLOAT, name="input"):
+def identity(path, shape=("batch", 3), kind=TensorProto.FLOAT, name="input", opset=21):
     """A file that gives back its input."""
-    node = helper.make_node("Identity", [name], ["output"])
-    inputs = [helper.make_tensor_value_info(name, kind, shape)]
-    outputs = [helper.make_tensor_value_info("output", kind, shape)]
-    graph = helper.make_graph([node], "identity", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return identities(path, [(name, shape, kind)], opset)
+
+
+def identities(path, given, opset=21):
+    """A file that gives back its inputs, each with a name, a shape and a type."""
+    nodes = [helper.make_node("Identity", [name], [f"{name} again"]) for name, *_ in given]
+    inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape, kind in given]
+    outputs = [helper.make_tensor_value_info(f"{name} again", kind, shape) for name, shape, kind in given]
+    graph = helper.make_graph(nodes, "identities", inputs, outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
     return path
 
 
@@ -41,6 +47,97 @@ def test_two_exports_side_by_side(tmp_path):
     lines = str(result).splitlines()
     assert len(lines) == 4
     assert f"auto.onnx is {result.ratio:.2f} times as fast (7 runs each, interleaved, batch 3, 1 thread)" == lines[-1]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.table = nn.Linear(8, 4), nn.Linear(5, 4), nn.Embedding(6, 4)
+
+    def forward(self, x, tokens, y):
+        return self.a(x) + self.b(y) + self.table(tokens)
+
+
+def float_file(net, sample, path, names, opset):
+    """As a user exports the float network."""
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            net.eval(),
+            sample,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=names,
+            dynamic_shapes=tuple({0: batch} for _ in sample),
+        )
+    program.save(path)
+    return path
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_a_float_file_of_the_same_network_whatever_its_inputs_are_called(opset, tmp_path):
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.rand(4, 8)
+    full = float_file(net, (x,), tmp_path / "float.onnx", ["pixels"], opset)
+    export_onnx(quantize_model(net, calibration=x), x, tmp_path / "int.onnx", check=False)
+    result = benchmark_onnx(full, tmp_path / "int.onnx", batch_size=3, runs=2)
+    assert [len(result.a.times), len(result.b.times)] == [2, 2]
+    assert benchmark_onnx(tmp_path / "int.onnx", full, runs=2).ratio > 0
+
+
+def test_a_network_of_several_inputs(tmp_path):
+    net, sample = TwoInputs(), (torch.rand(4, 8), torch.randint(6, (4,)), torch.rand(4, 5))
+    full = float_file(net, sample, tmp_path / "a.onnx", ["pixels", "words", "more"], 18)
+    other = float_file(net, sample, tmp_path / "b.onnx", ["x", "tokens", "y"], 21)
+    assert len(benchmark_onnx(full, other, runs=2, batch_size=3).b.times) == 2
+
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+SAME_INPUTS = {
+    "other names": ([("a", ("n", 3), FLOAT), ("b", ("n",), INT64)], [("x", ("n", 3), FLOAT), ("y", ("n",), INT64)]),
+    "another order": (
+        [("a", ("n", 3), FLOAT), ("b", ("n", 4), FLOAT)],
+        [("b", ("n", 4), FLOAT), ("a", ("n", 3), FLOAT)],
+    ),
+    "another order and other names": (
+        [("a", ("n", 3), FLOAT), ("b", ("n",), INT64)],
+        [("x", ("n",), INT64), ("y", ("n", 3), FLOAT)],
+    ),
+    "names exchanged": (
+        [("a", ("n", 3), FLOAT), ("b", ("n", 4), FLOAT)],
+        [("b", ("n", 3), FLOAT), ("a", ("n", 4), FLOAT)],
+    ),
+    "one has a fixed batch": ([("a", ("n", 3), FLOAT)], [("x", (1, 3), FLOAT)]),
+    "sizes that one leaves free": ([("a", ("n", "height", 5), FLOAT)], [("x", ("n", 4, "width"), FLOAT)]),
+    "names that tell which size is free": (
+        [("a", ("n", "length"), FLOAT), ("b", ("n", 8), FLOAT)],
+        [("b", ("n", 8), FLOAT), ("a", ("n", 4), FLOAT)],
+    ),
+    "a number": ([("a", (), FLOAT), ("b", ("n", 3), FLOAT)], [("x", (), FLOAT), ("y", ("n", 3), FLOAT)]),
+    "none": ([], []),
+}
+
+
+@pytest.mark.parametrize("case", SAME_INPUTS)
+def test_inputs_that_are_the_same_but_for_their_names(case, tmp_path, monkeypatch):
+    feeds = []
+    timed = benchmark._timed
+    monkeypatch.setattr(benchmark, "_timed", lambda session, feed: (feeds.append(feed), timed(session, feed))[1])
+    a, b = SAME_INPUTS[case]
+    extra = [("z", ("n", 9), FLOAT)]
+    paths = [identities(tmp_path / f"{name}.onnx", inputs + extra) for name, inputs in (("a", a), ("b", b))]
+    latencies([*paths, identities(tmp_path / "c.onnx", a + extra, opset=13)], runs=1, warmup=0)
+    first, second, third = feeds
+    assert (set(first), set(second), set(third)) == ({n for n, *_ in a + extra}, {n for n, *_ in b + extra}, set(first))
+
+    def values(feed):
+        return sorted((v.shape, v.dtype.str, v.tobytes()) for v in feed.values())
+
+    assert values(first) == values(second) == values(third)
+    if case == "sizes that one leaves free":
+        assert first["a"].shape == (1, 4, 5)
 
 
 def test_median_spread_and_ratio():
@@ -115,12 +212,25 @@ def test_a_file_of_another_kind(files, tmp_path):
     [
         ({"shape": ("batch", 4)}, r"'a\.onnx' takes input: tensor\(float\) \(1, 3\), and 'c\.onnx' .* \(1, 4\)"),
         ({"kind": TensorProto.DOUBLE}, r"takes input: tensor\(double\)"),
-        ({"name": "x"}, r"'c\.onnx' takes x: "),
+        ({"shape": ("batch", 3, 1)}, r"'c\.onnx' takes input: tensor\(float\) \(1, 3, 1\)"),
     ],
 )
 def test_inputs_that_differ(other, message, files, tmp_path):
     with pytest.raises(ValueError, match=f"the inputs differ: .*{message}"):
         benchmark_onnx(files[0], identity(tmp_path / "c.onnx", **other))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[], [("a", ("n", 3), FLOAT)], [("a", ("n", 3), FLOAT)] * 3, [("a", ("n", 3), FLOAT), ("b", ("n", 3), INT64)]],
+    ids=["none", "fewer", "more", "another type"],
+)
+def test_another_number_or_type_of_inputs(others, tmp_path):
+    two = identities(tmp_path / "two.onnx", [("a", ("n", 3), FLOAT), ("b", ("n", 3), FLOAT)])
+    others = [(f"{name}{number}", *rest) for number, (name, *rest) in enumerate(others)]
+    other = identities(tmp_path / "other.onnx", [*others, ("z", ("n", 1), INT64)])
+    with pytest.raises(ValueError, match=r"the inputs differ: 'two\.onnx' takes a: .*, b: .*, and 'other\.onnx' takes"):
+        benchmark_onnx(two, other)
 
 
 def test_inputs_that_cannot_be_made(tmp_path):

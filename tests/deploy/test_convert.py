@@ -15,7 +15,7 @@ from torch import nn
 
 from deploy import deploy_oracle as oracle
 from deploy.deploy_networks import CONFIGS, NETWORKS, ResNet, cnn, images, mlp, randomize_norms, trained
-from gaqat_optim import LSQQuantizer, QuantConfig, quantization_disabled, quantize_model
+from gaqat_optim import GAQATOptimizer, LSQQuantizer, QuantConfig, quantization_disabled, quantize_model
 from gaqat_optim.deploy.check import recorded_codes
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.layers import ActivationCodes, DeployLayer
@@ -355,14 +355,93 @@ class OwnNorm(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
+class OwnSyncNorm(nn.SyncBatchNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class NamedNorm(nn.BatchNorm2d):
+    """Another name alone."""
+
+
+class AnyNorm(nn.modules.batchnorm._BatchNorm):
+    """For inputs of any number of axes."""
+
+    def _check_input_dim(self, x):
+        pass
+
+
+def patched(norm):
+    """As wrappers do that put a forward of their own on the object."""
+    norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x) + 1
+    return norm
+
+
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, AnyNorm])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(5, 4), (5,)),
+        (nn.Conv1d(3, 4, 3), (3, 6)),
+        (nn.Conv2d(3, 4, 3), (3, 6, 6)),
+        (nn.Conv3d(3, 4, 3), (3, 4, 4, 4)),
+        (nn.ConvTranspose2d(3, 4, 3), (3, 6, 6)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_batchnorm_is_folded_for_what_it_computes(kind, layer, shape):
+    torch.manual_seed(0)
+    x = torch.rand(16, *shape)
+    model = randomize_norms(quantized(nn.Sequential(layer, kind(4), nn.ReLU()), x))
+    deployed = convert(model)
+    assert norms_in(deployed) == []
+    assert deployed[0].folded
+    assert close(run(model, x), run(deployed, x))
+
+
+def test_a_subclass_that_inherits_its_forward_is_folded():
+    x = torch.rand(16, 3, 6, 6)
+    model = randomize_norms(quantized(nn.Sequential(nn.Conv2d(3, 4, 3), NamedNorm(4)), x))
+    deployed = convert(model)
+    assert norms_in(deployed) == []
+    assert close(run(model, x), run(deployed, x))
+
+
+def test_what_was_trained_with_synchronised_norms_is_deployed_without_norms():
+    """They train on a CPU too, where there are no other ranks."""
+    torch.manual_seed(0)
+    x, y = images(32), torch.randint(10, (32,))
+    model = quantized(nn.SyncBatchNorm.convert_sync_batchnorm(ResNet()), x, QuantConfig(4, 4, output_bits=8)).train()
+    optimizer = GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=1e-2), model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms
+    assert all(norm.num_batches_tracked == 3 for norm in norms)
+    deployed = convert(model.eval())
+    assert norms_in(deployed) == []
+    plain = quantized(ResNet(), x, QuantConfig(4, 4, output_bits=8))
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(run(deployed, x), run(convert(plain), x))
+
+
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
         (nn.Sequential(nn.Conv2d(3, 6, 3), OwnNorm(6)), (3, 6, 6)),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), OwnSyncNorm(6)), (3, 6, 6)),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), patched(nn.BatchNorm2d(6))), (3, 6, 6)),
         (nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, track_running_stats=True)), (3, 6, 6)),
         (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (6, 1)), nn.BatchNorm1d(6)), (4,)),
     ],
-    ids=["subclass", "other norm", "reshaped"],
+    ids=["subclass", "subclass of another", "patched", "other norm", "reshaped"],
 )
 def test_only_the_batchnorm_itself_is_folded(model, shape):
     x = torch.rand(16, *shape)

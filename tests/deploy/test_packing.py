@@ -528,6 +528,72 @@ def test_what_was_read_does_not_depend_on_the_file_any_more(tmp_path):
             v.zero_()
 
 
+class Tied(nn.Module):
+    """Modules that hold one weight, as ``tie`` has it."""
+
+    def __init__(self, tie):
+        super().__init__()
+        self.words, self.codes, self.bag = nn.Embedding(6, 6), nn.Embedding(6, 6), nn.EmbeddingBag(6, 6)
+        self.again = self.words
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.attention, self.other = (nn.MultiheadAttention(6, 2, batch_first=True) for _ in "ab")
+        for name in tie[1:]:
+            module, parameter = name.rsplit(".", 1)
+            setattr(self.get_submodule(module), parameter, self.get_parameter(tie[0]))
+
+    def forward(self, tokens):
+        x = self.words(tokens) + self.codes(tokens) + self.bag(tokens)[:, None] + self.again(tokens.flip(1))
+        x = self.first(x).relu()
+        return self.head(self.other(*[self.attention(x, x, x)[0]] * 3)[0])
+
+
+TIES = {
+    "two embeddings": ("words.weight", "codes.weight"),
+    "three embeddings": ("words.weight", "codes.weight", "bag.weight"),
+    "embedding and head": ("words.weight", "head.weight"),
+    "two embeddings and head": ("words.weight", "codes.weight", "head.weight"),
+    "two layers": ("first.weight", "head.weight"),
+    "two biases": ("first.bias", "head.bias"),
+    "attentions": ("attention.in_proj_weight", "other.in_proj_weight"),
+    "their out-projections": ("attention.out_proj.weight", "other.out_proj.weight", "words.weight"),
+}
+LEFT_OUT = {
+    "all": (),
+    "no head": ("head",),
+    "no head and no words": ("head", "words"),
+    "no linear layer": ("head", "first"),
+}
+
+
+@pytest.mark.parametrize("left_out", LEFT_OUT)
+@pytest.mark.parametrize("tie", TIES)
+def test_modules_that_share_a_weight(tie, left_out, tmp_path):
+    torch.manual_seed(0)
+    tokens = torch.randint(6, (16, 3))
+    config = QuantConfig(
+        3, 4, first_last_bits="same", exclude=LEFT_OUT[left_out], overrides={"codes": {"weight_bits": 2}}
+    )
+    model = quantize_model(Tied(TIES[tie]), config, calibration=tokens).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(2):  # Each has a scale of its own, so that the values of one weight differ.
+        optimizer.zero_grad()
+        model(tokens).square().sum().backward()
+        optimizer.step()
+    expected = convert(model)
+    save_packed(model, tmp_path / "net")
+    with torch.device("meta"):
+        empty = Tied(TIES[tie])
+    for target in (Tied(TIES[tie]), model, quantize_model(Tied(TIES[tie])), Tied(("words.weight",)), empty):
+        loaded = load_packed(target, tmp_path / "net")
+        assert identical(expected, loaded)
+        assert loaded.again is loaded.words
+        assert torch.equal(run(loaded, tokens), run(expected, tokens))
+        if target is not empty:
+            assert torch.equal(run(load_packed(target, tmp_path / "net"), tokens), run(expected, tokens))
+    one, other = ([tensors(m)[name] for name in TIES[tie] if name in tensors(m)] for m in (expected, loaded))
+    assert [[v is w for w in one] for v in one] == [[v is w for w in other] for v in other]
+
+
 # -- other architectures, and models that cannot be saved -----------------------------------------------------------
 
 

@@ -235,6 +235,44 @@ def test_what_the_warning_says_brings_the_layers_to_the_integers(tmp_path):
     assert report.integer_kernels == {"QLinearConv": 3, "QGemm": 3, "QLinearAdd": 1, "QLinearAveragePool": 1}
 
 
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class OneNorm(nn.Module):
+    """One norm for two layers, which so is no part of either."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.norm(self.last(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Conv2d(3, 4, 3), OwnForward(4), nn.Conv2d(4, 4, 3)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3)),
+        OneNorm(),
+    ],
+    ids=["own forward", "batch statistics", "group norm", "synchronised", "shared norm"],
+)
+def test_what_the_warning_says_helps_before_a_norm(net, tmp_path):
+    x = images(32)
+    report, (warned,) = exported(quantized(copy.deepcopy(net), x), x, tmp_path / "without.onnx")
+    layers = [operator.name for operator in report.float_operators if operator.setting == "output_bits"]
+    assert f"Set output_bits for {', '.join(layers)}: " in warned
+    overrides = {name: {"output_bits": 8} for name in layers}
+    model = quantized(net, x, QuantConfig(4, 4, first_last_bits="same", overrides=overrides))
+    report, warned = exported(model, x, tmp_path / "with.onnx")
+    assert (report.float_operators, warned) == ((), [])
+
+
 def test_a_relu_before_a_signed_quantizer_is_no_obstacle(tmp_path):
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     x = torch.randn(32, 8)

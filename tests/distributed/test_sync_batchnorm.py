@@ -42,6 +42,27 @@ def test_ranks_equal_one_process_on_the_joint_batch(tmp_path):
     assert_close(results[0], (whole(model), model[1].running_mean, model[1].running_var), tolerance=1e-6)
 
 
+def calibrated(rank, ranks, folder):
+    """On a CPU, and with more batches on the second rank than on the first: nothing may wait for the other ranks."""
+    found = []
+    for synchronised in (True, False):
+        model = batch_norm_network()
+        if synchronised:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        batches = data()[0].chunk(ranks)[rank].chunk(rank + 1)
+        model = quantize_model(model, QuantConfig(3, 3), calibration=list(batches))
+        assert model[1].running_mean.eq(0).all()
+        assert model[1].track_running_stats
+        assert model.training
+        found.append(model.state_dict())
+    return found
+
+
+def test_calibration_is_that_of_batchnorm_on_every_rank(tmp_path):
+    for synchronised, plain in spawn({"calibrated": calibrated}, 2, tmp_path)["calibrated"]:
+        assert_close(dict(synchronised), dict(plain), tolerance=0)
+
+
 def test_the_second_pass_leaves_running_statistics_alone():
     # Without other ranks SyncBatchNorm is BatchNorm, on any device.
     results = []

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +18,84 @@ from torch import nn
 import domainnet
 import pacs
 from domain_generalization import imagenet_study, resnet
-from domain_generalization.folders import DOMAINNET, PACS
+from domain_generalization.folders import DOMAINNET, PACS, find_domains, load_split
 
+EXAMPLES = Path(pacs.__file__).parent
 Tree = Callable[..., Path]
 
 TINY = ["--no-pretrained", "--crop", "64", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
 TINY += ["--steps", "2", "--fp32-steps", "1", "--flat-steps", "1", "--eval-every", "1"]
+
+
+def test_as_a_command_in_the_environment_that_make_sets_up(image_tree: Tree, tmp_path: Path) -> None:
+    """As a user runs it, with a worker: nothing that pytest imported before helps."""
+    root, out = image_tree("PACS", PACS.domains, count=2), tmp_path / "results"
+    arguments = ["--root", str(root), "--targets", "photo", "--methods", "gaqat", "--out", str(out), *TINY]
+    done = subprocess.run(
+        [sys.executable, pacs.__file__, *arguments, "--workers", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Written to" in done.stdout
+    (record,) = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert record["target"] == "photo"
+
+
+def test_a_worker_that_starts_anew_reads_images(image_tree: Tree, tmp_path: Path) -> None:
+    """As DataLoader's do on Windows and macOS: the first that they hear of torchvision is the data set."""
+    root = image_tree("PACS", PACS.domains, count=3)
+    split = load_split(find_domains(root, PACS)["photo"], holdout=0.3, seed=0, crop=32)
+    assert split.training[0][0].shape == (3, 32, 32)  # In this process it has its images already.
+    (tmp_path / "pickled").write_bytes(pickle.dumps((split.training, split.holdout, split.whole)))
+    program = "import pickle, sys; print([len(d) * d[0][0].numel() for d in pickle.load(open(sys.argv[1], 'rb'))])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "pickled")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([len(d) * 3 * 32 * 32 for d in (split.training, split.holdout, split.whole)])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (None, r"torchvision is not installed\. In a copy of the repository: pip install"),
+        (
+            "raise RuntimeError('built forine')",
+            "cannot be imported beside torch .* built for",
+        ),
+        ("raise OSError('libcudart.so: no such file')", "cannot be imported beside torch .* libcudart.so"),
+    ],
+    ids=["missing", "broken", "without its libraries"],
+)
+def test_a_torchvision_that_cannot_be_imported_ends_the_script_with_what_to_do(
+    fault: str | None, message: str, image_tree: Tree, tmp_path: Path
+) -> None:
+    root = image_tree("PACS", PACS.domains, count=2)
+    begin = "import sys; sys.modules['torchvision'] = None\n" if fault is None else ""
+    if fault is not None:
+        (tmp_path / "first" / "torchvision").mkdir(parents=True)
+        (tmp_path / "first" / "torchvision" / "__init__.py").write_text(fault)
+        begin = f"import sys; sys.path.insert(0, {str(tmp_path / 'first')!r})\n"
+    program = f"{begin}sys.path.insert(0, {str(EXAMPLES)!r})\nimport pacs\nsys.exit(pacs.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--root", str(root), *TINY],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+    if fault is not None:
+        assert "Install the version that belongs to it: pip install" in done.stderr
 
 
 @pytest.mark.usefixtures("torchvision")

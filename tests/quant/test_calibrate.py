@@ -172,9 +172,18 @@ def test_uncalibrated_scales_start_at_the_first_training_forward():
     assert torch.equal(lazy.input_quantizer.scale, scale)
 
 
-def test_an_untrained_batchnorm_normalizes_by_the_batch():
+class OwnForward(nn.BatchNorm1d):
+    """Reads its running statistics in evaluation mode, whatever else it is told."""
+
+    def forward(self, x):
+        mean, variance = (x.mean(0), x.var(0)) if self.training else (self.running_mean, self.running_var)
+        return (x - mean) / (variance + self.eps).sqrt()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm, OwnForward])
+def test_an_untrained_batchnorm_normalizes_by_the_batch(norm):
     # By its running statistics (0 and 1) the next layer's scale would be 100 times too large, and nothing learned.
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Linear(8, 8), norm(8), nn.Linear(8, 4))
     nn.init.normal_(model[0].weight, std=100.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     quantized = quantize_model(model, QuantConfig(init="lsq"), calibration=X)

@@ -1,5 +1,10 @@
 """QuantConfig: validation, and which layer gets what."""
 
+import copy
+import json
+import pickle
+from dataclasses import asdict, replace
+
 import pytest
 from torch import nn
 
@@ -95,3 +100,77 @@ def test_bad_settings_are_refused_at_construction(arguments, error, words):
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(arguments, words):
     with pytest.raises(ValueError, match=words):
         QuantConfig(**arguments).resolve(five_layers())
+
+
+def settings(**changes):
+    overrides = {"body.*": {"weight_bits": 2, "init": "lsq"}, nn.Conv2d: {"activation_signed": True}, "head": {}}
+    return {"weight_bits": 3, "overrides": overrides, "exclude": ["stem"], **changes}
+
+
+def test_equal_configurations_have_one_hash():
+    assert hash(QuantConfig()) == hash(QuantConfig())
+    turned = {"body.*": {"init": "lsq", "weight_bits": 2}, nn.Conv2d: {"activation_signed": True}, "head": {}}
+    a, b = QuantConfig(**settings()), QuantConfig(**settings(overrides=turned, exclude=("stem",)))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert {a: 1, QuantConfig(): 2}[b] == 1
+    for change in ({"weight_bits": 4}, {"exclude": ()}, {"overrides": {}}, {"overrides": {nn.Linear: {}}}):
+        assert QuantConfig(**settings(**change)) != a
+    assert len({QuantConfig(**settings(**change)) for change in ({}, {"weight_bits": 4}, {"exclude": ()})}) == 3
+
+
+def test_the_order_of_overrides_makes_a_difference_as_it_does_for_the_layers():
+    first, second = {"body.*": {"weight_bits": 2}}, {"body.1": {"weight_bits": 6}}
+    a, b = QuantConfig(overrides=first | second), QuantConfig(overrides=second | first)
+    assert bits(a.resolve(five_layers())) != bits(b.resolve(five_layers()))
+    assert a != b
+    assert a.overrides == second | first  # A plain dict has no order that counts.
+    assert a.overrides != 3
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), lambda c: QuantConfig(**vars(c)), replace],
+    ids=["copy", "deepcopy", "pickle", "constructor", "replace"],
+)
+def test_copies_are_equal_and_have_the_same_hash(again):
+    config = QuantConfig(**settings())
+    other = again(config)
+    assert other == config
+    assert hash(other) == hash(config)
+    assert repr(other) == repr(config)
+    assert bits(other.resolve({**five_layers(), "conv": nn.Conv2d(1, 1, 1)}))["body.1"] == (2, 4)
+    assert replace(other, weight_bits=4).overrides == config.overrides
+
+
+def test_a_configuration_is_the_settings_that_were_checked():
+    """Not the caller's mapping, which may change later, and no mapping that can be changed."""
+    given = settings()
+    config = QuantConfig(**given)
+    before = hash(config)
+    given["overrides"]["body.*"]["weight_bits"] = 99
+    given["overrides"]["tail"] = {}
+    given["exclude"].append("head")
+    assert config.overrides["body.*"] == {"weight_bits": 2, "init": "lsq"}
+    assert (list(config.overrides), config.exclude) == (["body.*", nn.Conv2d, "head"], ("stem",))
+    inner = config.overrides["body.*"]
+    for change in (
+        lambda: inner.update(weight_bits=5),
+        lambda: inner.__setitem__("weight_bits", 5),
+        lambda: inner.setdefault("output_bits", 8),
+        lambda: inner.__ior__({"weight_bits": 5}),
+        lambda: config.overrides.pop("head"),
+        lambda: config.overrides.popitem(),
+        lambda: config.overrides.clear(),
+        lambda: config.overrides.__delitem__("head"),
+    ):
+        with pytest.raises(TypeError, match=r"immutable: make another with dataclasses.replace"):
+            change()
+    assert hash(config) == before
+    assert QuantConfig(exclude=(name for name in ["stem", "head"])).exclude == ("stem", "head")
+
+
+def test_a_configuration_without_types_is_json():
+    given = settings(overrides={"body.*": {"weight_bits": 2}})
+    assert json.loads(json.dumps(asdict(QuantConfig(**given))))["overrides"] == given["overrides"]
+    assert QuantConfig(**json.loads(json.dumps(asdict(QuantConfig(**given))))) == QuantConfig(**given)

@@ -1,6 +1,7 @@
 """Where output quantizers stand, and that a module with one behind it stays a module like any other."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -32,6 +33,11 @@ def conv(inputs=3, outputs=3):
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).abs()
+
+
 class ResidualBlock(nn.Module):
     def __init__(self):
         super().__init__()
@@ -39,6 +45,55 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+
+class Chain(nn.ModuleList):
+    """A user's own container, whose forward runs over its children."""
+
+    def forward(self, x):
+        for child in self:
+            x = child(x)
+        return x
+
+
+class Skip(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class Mean(nn.Module):
+    """Computes with the number of its children, which it calls by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x):
+        return F.relu(self.conv(x / len(list(self.children()))))
+
+
+class Strict(Mean):
+    """Refuses to work with another child."""
+
+    def forward(self, x):
+        (child,) = self.children()
+        return F.relu(child(x))
+
+
+class Last(nn.Sequential):
+    """Calls its last child again, which would be another one with one child more."""
+
+    def forward(self, x):
+        return F.relu(self[-1](self[0](x)))
+
+
+def shared_relu(container):
+    """Blocks that end with one and the same module, which so has no place of its own."""
+    act = nn.ReLU()
+    return nn.Sequential(
+        *(container([conv(), nn.BatchNorm2d(3), act]), nn.AvgPool2d(2)),
+        *(container([conv(), nn.BatchNorm2d(3), act]), nn.AvgPool2d(2)),
+    )
 
 
 def _two_branches(m, x):
@@ -65,6 +120,19 @@ PLACES = {
     "before a norm that is not folded": (
         nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(3), nn.Sigmoid()),
         {"1": None},
+    ),
+    "behind a synchronised norm": (
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), nn.AvgPool2d(2))),
+        {"2": None},
+    ),
+    "before a norm with a forward of its own": (nn.Sequential(conv(), OwnForward(3), nn.Sigmoid()), {"0": None}),
+    "before a norm of the batch alone": (
+        nn.Sequential(conv(), nn.BatchNorm2d(3, track_running_stats=False), nn.Sigmoid()),
+        {"0": None},
+    ),
+    "before a norm that is used twice": (
+        Network(lambda m, x: m.bn(m.b(m.bn(m.a(x)))), a=conv(), b=conv(), bn=nn.BatchNorm2d(3)),
+        {"a": None, "b": None},
     ),
     "before an activation that no kernel contains": (nn.Sequential(conv(), nn.GELU(), conv()), {"0": None, "2": None}),
     "a group norm is no batch norm": (nn.Sequential(conv(), nn.GroupNorm(1, 3), conv()), {"0": None, "2": None}),
@@ -97,6 +165,26 @@ PLACES = {
         Network(lambda m, x: m.act(m.b(m.act(m.a(x)))).mean(), a=conv(), b=conv(), act=nn.ReLU()),
         {"b": False},
     ),
+    "a ReLU shared by two blocks": (
+        shared_relu(lambda children: nn.Sequential(*children)),
+        {"0.1": False, "2.1": False},
+    ),
+    "a ReLU shared by two blocks of a user's container": (shared_relu(Chain), {"0.1": False, "2.1": False}),
+    "a sum that a container returns": (
+        nn.Sequential(conv(), Skip(conv()), nn.Sigmoid()),
+        {"0": None, "1.0": None},
+    ),
+    "a container beside a block": (
+        nn.Sequential(conv(), nn.ReLU(), ResidualBlock(), Skip(conv()), nn.Sigmoid()),
+        {"1": None, "2.bn2": None, "2": None, "3.0": None},
+    ),
+    "the number of children counts": (nn.Sequential(Mean(), nn.AvgPool2d(2)), {"0.conv": False}),
+    "another child is refused": (nn.Sequential(Strict(), nn.AvgPool2d(2)), {"0.conv": False}),
+    "one of many counts its children": (
+        nn.Sequential(conv(), nn.ReLU(), ResidualBlock(), nn.AvgPool2d(2), Mean(), Strict(), nn.AvgPool2d(2)),
+        {"1": None, "2.bn2": None, "2": None, "5.conv": False},
+    ),
+    "the last child counts": (nn.Sequential(Last(conv(), conv()), nn.AvgPool2d(2)), {"0.1": False}),
     "a layer used twice": (Network(lambda m, x: m.b(m.a(m.a(x))), a=conv(), b=conv()), {"a": None, "b": None}),
 }  # fmt: skip
 
@@ -134,6 +222,28 @@ def test_values_at_the_places_are_codes_times_a_scale_and_nothing_else_changes(c
         assert codes.max() <= q.qmax + 0.1
     with quantization_disabled(model):
         assert torch.equal(model(x), net(x))
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_each_runs_once_and_the_gradient_of_its_scale_is_that_of_one_quantization(case):
+    torch.manual_seed(0)
+    net, _ = copy.deepcopy(PLACES[case])
+    x = torch.rand(4, 3, 8, 8) - 0.3
+    model, x = quantize_model(net, CONFIG, calibration=x).double(), x.double()
+    calls, inputs, gradients = [], {}, {}
+    for name, q in output_quantizers(model).items():
+        q.register_forward_hook(lambda q, args, y, name=name: (calls.append(name), inputs.update({name: args[0]}))[0])
+        q.register_full_backward_hook(lambda q, _, grads, name=name: gradients.update({name: grads[0]}))
+    model(x).square().sum().backward()
+    uses = 2 if case == "a layer used twice" else 1
+    assert sorted(calls) == sorted(name for name in output_quantizers(model) for _ in range(uses if name == "a" else 1))
+    for name, q in output_quantizers(model).items():
+        if calls.count(name) == 1:
+            u = inputs[name].detach() / q.scale.detach()
+            d = torch.where(u <= q.qmin, q.qmin, torch.where(u >= q.qmax, q.qmax, u.round() - u))
+            factor = q.scale.item() / math.sqrt(u[0].numel() * q.qmax)
+            rounding = 1e-12 * factor * (gradients[name] * u).abs().sum()
+            assert abs(q.raw_scale.grad.item() - factor * (gradients[name] * d).sum()) <= rounding
 
 
 def test_the_widest_of_a_sum_s_operands_is_the_sum_s():

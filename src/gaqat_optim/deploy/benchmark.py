@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Benchmark:
     Attributes:
         a: run times of the first file.
         b: run times of the second file.
-        batch_size: what the free axes of the inputs were set to.
+        batch_size: what the axes that all files leave free were set to.
         threads: the threads that each run was given.
     """
 
@@ -103,12 +103,13 @@ def benchmark_onnx(
     """Measure two ONNX files in onnxruntime on the CPU, in turns: a, b, a, b, ...
 
     What else happens on the machine then meets both alike, so that their ratio is steadier than either time. The files
-    get the same random inputs, made from the shapes that they declare.
+    get the same random inputs, made from the shapes that they declare. Inputs are matched by type and shape, so that a
+    file of the float network may have other names for them, and another opset.
 
     Args:
         path_a: the file to compare with, such as the float network.
         path_b: the file that is compared, such as one of :func:`~gaqat_optim.export_onnx`.
-        batch_size: size of axis 0 of the inputs, and of every other axis that the files leave free.
+        batch_size: size of axis 0 of the inputs, and of every other axis that all files leave free.
         threads: threads that onnxruntime computes one run with.
         runs: measured runs of each file.
         warmup: runs of each file before those, in which onnxruntime allocates its memory.
@@ -178,10 +179,10 @@ def latencies(
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {str(path)!r}")
     sessions = [_session(path, threads) for path in files]
-    feed = _inputs(files, sessions, batch_size)
+    feeds = _feeds(files, sessions, batch_size)
     times: list[list[float]] = [[] for _ in files]
     for run in range(warmup + runs):
-        for session, measured in zip(sessions, times, strict=True):
+        for session, feed, measured in zip(sessions, feeds, times, strict=True):
             elapsed = _timed(session, feed)
             if run >= warmup:
                 measured.append(elapsed)
@@ -212,32 +213,74 @@ def _session(path: Path, threads: int) -> Any:
         raise ValueError(f"onnxruntime cannot load {str(path)!r}: {type(error).__name__}: {reason}") from error
 
 
-def _inputs(paths: list[Path], sessions: list[Any], batch_size: int) -> Feed:
-    """Random values for the inputs that all files declare alike."""
-    declared = [{value.name: (value.type, _shape(value, batch_size)) for value in s.get_inputs()} for s in sessions]
+@dataclass(frozen=True)
+class _Input:
+    """An input that a file declares; the size of an axis that it leaves free is ``None``."""
+
+    name: str
+    kind: str
+    shape: tuple[int | None, ...]
+
+    def fits(self, other: _Input) -> bool:
+        """Whether one tensor can be both."""
+        alike = self.kind == other.kind and len(self.shape) == len(other.shape)
+        return alike and all(a is None or b is None or a == b for a, b in zip(self.shape, other.shape, strict=True))
+
+    def sizes(self, batch_size: int) -> tuple[int, ...]:
+        return tuple(batch_size if size is None else size for size in self.shape)
+
+
+def _feeds(paths: list[Path], sessions: list[Any], batch_size: int) -> list[Feed]:
+    """The same random values for each file, by the names of its inputs."""
+    declared = [[_input(value) for value in session.get_inputs()] for session in sessions]
+    joint, matched = declared[0], []
     for path, inputs in zip(paths, declared, strict=True):
-        if inputs != declared[0]:
+        found = _matched(joint, inputs)
+        if found is None:
             raise ValueError(
-                f"the inputs differ: {paths[0].name!r} takes {_shown(declared[0])}, and {path.name!r} takes "
-                f"{_shown(inputs)}. Export both from one network with one sample"
+                f"the inputs differ: {paths[0].name!r} takes {_shown(declared[0], batch_size)}, and {path.name!r} "
+                f"takes {_shown(inputs, batch_size)}. Export both from one network with one sample"
             )
+        matched.append(found)
+        joint = [_joint(one, other) for one, other in zip(joint, found, strict=True)]
     generator = np.random.default_rng(0)
-    feed = {}
-    for name, (kind, shape) in declared[0].items():
-        if kind not in _DTYPES:
-            raise ValueError(f"the input {name!r} is a {kind}, which benchmark_onnx cannot fill")
-        if shape and shape[0] != batch_size:
-            raise ValueError(f"the input {name!r} is for batches of {shape[0]} only, not of {batch_size}")
-        dtype = _DTYPES[kind]
-        floating = np.issubdtype(dtype, np.floating)
-        # Indices of 0 are in range of every table.
-        feed[name] = generator.standard_normal(shape).astype(dtype) if floating else np.zeros(shape, dtype)
-    return feed
+    values = [_values(one, batch_size, generator) for one in joint]
+    return [{one.name: value for one, value in zip(found, values, strict=True)} for found in matched]
 
 
-def _shown(inputs: dict[str, tuple[str, tuple[int, ...]]]) -> str:
-    return ", ".join(f"{name}: {kind} {shape}" for name, (kind, shape) in inputs.items()) or "none"
+def _input(value: Any) -> _Input:
+    return _Input(value.name, value.type, tuple(size if isinstance(size, int) else None for size in value.shape))
 
 
-def _shape(value: Any, batch_size: int) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else batch_size for size in value.shape)
+def _matched(wanted: list[_Input], inputs: list[_Input]) -> list[_Input] | None:
+    """``inputs`` in the order of ``wanted``: of each, that of its name, or the first that fits."""
+    left, found = list(inputs), []
+    if len(wanted) != len(inputs):
+        return None
+    for one in wanted:
+        fitting = [other for other in left if one.fits(other)]
+        if not fitting:
+            return None
+        found.append(next((other for other in fitting if other.name == one.name), fitting[0]))
+        left.remove(found[-1])
+    return found
+
+
+def _joint(a: _Input, b: _Input) -> _Input:
+    """``a`` with the sizes that ``b`` fixes."""
+    return replace(a, shape=tuple(n if m is None else m for m, n in zip(a.shape, b.shape, strict=True)))
+
+
+def _values(one: _Input, batch_size: int, generator: np.random.Generator) -> NDArray[Any]:
+    if one.kind not in _DTYPES:
+        raise ValueError(f"the input {one.name!r} is a {one.kind}, which benchmark_onnx cannot fill")
+    shape, dtype = one.sizes(batch_size), _DTYPES[one.kind]
+    if shape and shape[0] != batch_size:
+        raise ValueError(f"the input {one.name!r} is for batches of {shape[0]} only, not of {batch_size}")
+    if not np.issubdtype(dtype, np.floating):
+        return np.zeros(shape, dtype)  # Indices of 0 are in range of every table.
+    return np.asarray(generator.standard_normal(shape), dtype)
+
+
+def _shown(inputs: list[_Input], batch_size: int) -> str:
+    return ", ".join(f"{one.name}: {one.kind} {one.sizes(batch_size)}" for one in inputs) or "none"

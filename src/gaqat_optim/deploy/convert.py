@@ -19,7 +19,7 @@ from .operands import activation_codes, operands
 from .rounded import remove_rounding
 
 # Deployed as floating-point tables of the quantized values: a lookup computes nothing that integers would speed up.
-_TABLES: dict[type, type[nn.Module]] = {QuantEmbedding: nn.Embedding, QuantEmbeddingBag: nn.EmbeddingBag}
+TABLES: dict[type, type[nn.Module]] = {QuantEmbedding: nn.Embedding, QuantEmbeddingBag: nn.EmbeddingBag}
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -52,7 +52,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     The BatchNorm is found by tracing the network symbolically, and replaced by an identity. It is folded where it is
     the only user of the layer's output, is used once, and has running statistics; elsewhere, and in a network that
-    cannot be traced (which is a warning), it stays as it is.
+    cannot be traced (which is a warning), it stays as it is. So does a subclass with a forward of its own;
+    ``nn.SyncBatchNorm`` is folded.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set. It stays as it is.
@@ -90,7 +91,7 @@ def convert(model: nn.Module) -> nn.Module:
             swapped[quantizer] = QuantizedValues(activation_codes(quantizer, quantizer.name))
     with torch.no_grad():
         for name, module in model.named_modules():
-            if type(module) in _TABLES:
+            if type(module) in TABLES:
                 swapped[module] = _table(module)
             elif isinstance(module, QuantMultiheadAttention):
                 swapped[module] = _attention(name, module)
@@ -115,7 +116,7 @@ def _check(model: nn.Module) -> None:
     for name, layer in layers.items():
         shown = name or "the model"
         has_form = type(layer) in DEPLOYED or type(layer) is QuantMultiheadAttention
-        if not has_form and not (type(layer) in _TABLES and layer.output_quantizer is None):
+        if not has_form and not (type(layer) in TABLES and layer.output_quantizer is None):
             raise ValueError(
                 f"{shown!r}: there is no deployed form of {type(layer).__name__} yet. Leave it in floating point: "
                 f"quantize_model with exclude=({shown!r},)"
@@ -144,7 +145,7 @@ def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:
 
 def _table(layer: Any) -> nn.Module:
     """The floating-point embedding with the values that the codes of ``layer`` stand for."""
-    kind = _TABLES[type(layer)]
+    kind = TABLES[type(layer)]
     table = kind.__new__(kind)
     table.__dict__ = {k: v for k, v in vars(layer).items() if not k.endswith("_quantizer")}
     table._modules = {}

@@ -26,6 +26,7 @@ from .contents import (
     scale_name,
     tensors_of,
 )
+from .convert import TABLES
 from .layers import DEPLOYED, ActivationCodes, DeployLayer, QuantizedValues
 from .packing import packed_path
 
@@ -109,6 +110,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         site = dict(modules_of(result))[output.names[0]]
         scale = stored[scale_name(output)].to(_place_of(model))
         attach(site, QuantizedValues(ActivationCodes(scale, **output.quantizer)))
+    _separate_tables(result, contents)
     _fill(result, contents, {name: v for names, v in tensors_of(model) for name in names})
     return result.eval().requires_grad_(False)
 
@@ -229,6 +231,23 @@ def _deployed(layer: PackedLayer, source: nn.Module, stored: dict[str, Tensor], 
         if registry.startswith("_forward_"):
             setattr(deployed, registry, getattr(source, registry))
     return deployed
+
+
+def _separate_tables(result: nn.Module, contents: Contents) -> None:
+    """Give tables a weight of their own where the network ties it to others and the file has it alone.
+
+    What a quantized embedding deploys are values of its own scales, whatever else was trained with its weight.
+    """
+    modules = dict(modules_of(result))
+    stored = {name: tuple(entry.names) for entry in contents.tensors for name in entry.names}
+    for names, v in tensors_of(result):
+        entries = {stored.get(name, ()) for name in names}
+        for together in entries if len(entries) > 1 else ():
+            places = [(modules.get(prefix), name) for prefix, _, name in (n.rpartition(".") for n in together)]
+            if all(type(module) in TABLES.values() for module, _ in places):
+                own = nn.Parameter(v.detach(), requires_grad=False)
+                for module, name in places:
+                    setattr(module, name, own)
 
 
 def _fill(result: nn.Module, contents: Contents, originals: dict[str, Tensor]) -> None:

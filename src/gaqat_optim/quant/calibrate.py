@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         seen.setdefault(quantizer, []).append(_sample(args[0].detach()))
 
     untrained = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_untrained(m)]
+    synchronised = [m for m in untrained if type(m).forward is nn.SyncBatchNorm.forward and "forward" not in vars(m)]
     was_training = {module: module.training for module in model.modules()}
     was_enabled = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
     hooks = [q.register_forward_pre_hook(observe) for q in waiting]
@@ -53,6 +55,8 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         model.eval()
         for norm in untrained:
             norm.training, norm.track_running_stats = True, False
+        for norm in synchronised:  # As BatchNorm does, without waiting for other ranks, which may have fewer batches.
+            vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
         for quantizer in was_enabled:
             quantizer.enabled = False
         count = 0
@@ -65,6 +69,8 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     finally:
         for norm in untrained:
             norm.track_running_stats = True
+        for norm in synchronised:
+            del vars(norm)["forward"]
         for hook in hooks:
             hook.remove()
         for quantizer, enabled in was_enabled.items():

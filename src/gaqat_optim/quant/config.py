@@ -6,11 +6,14 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from .functional import MAX_BITS, MIN_BITS
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,34 @@ class LayerConfig:
         return self.weight_bits is None and self.activation_bits is None and self.output_bits is None
 
 
+class _FrozenDict(dict[K, V]):
+    """A dict that stays as it is, and so has a hash. In a comparison of two, the order counts."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, _FrozenDict):
+            return list(self.items()) == list(other.items())
+        return super().__eq__(other)
+
+    __ne__ = object.__ne__  # dict has one of its own
+
+    def __reduce__(self) -> tuple[Any, ...]:  # A copy is otherwise filled item by item.
+        return type(self), (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("the overrides of a QuantConfig are immutable: make another with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How :func:`quantize_model` quantizes a network.
+
+    A configuration is a value: it cannot be changed, has a hash, and equals one with the same settings.
+    ``dataclasses.replace`` makes another.
 
     Args:
         weight_bits: width of the weights, 2 to 8; ``None`` leaves them in floating point.
@@ -89,9 +117,17 @@ class QuantConfig:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        base = self._base()
+        object.__setattr__(self, "overrides", self._checked_overrides())
         if self.first_last_bits != "same":
             _check_bits("first_last_bits", self.first_last_bits)
+        exclude: Any = self.exclude if isinstance(self.exclude, str) else tuple(self.exclude)
+        if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+            raise TypeError(f"exclude must be a sequence of patterns, as in ('head.*',); got {exclude!r}")
+        object.__setattr__(self, "exclude", exclude)
+
+    def _checked_overrides(self) -> _FrozenDict[str | type, _FrozenDict[str, Any]]:
+        """A copy of ``overrides`` that cannot be changed; raises for whatever a layer cannot have."""
+        base, checked = self._base(), {}
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map a pattern or a module type to settings, got {self.overrides!r}")
         for key, changes in self.overrides.items():
@@ -101,8 +137,9 @@ class QuantConfig:
                 _override(base, changes)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{_show(key)}]: {error}") from None
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise TypeError(f"exclude must be a sequence of patterns, as in ('head.*',); got {self.exclude!r}")
+            # In one order, for that of settings means nothing.
+            checked[key] = _FrozenDict({name: changes[name] for name in _LAYER_FIELDS if name in changes})
+        return _FrozenDict(checked)
 
     def _base(self) -> LayerConfig:
         return LayerConfig(**{name: getattr(self, name) for name in _LAYER_FIELDS})

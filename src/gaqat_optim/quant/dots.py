@@ -35,14 +35,17 @@ def gradients(
 
     Returns:
         ``dv``, of the shape of ``v``, and the gradient of the scale, of shape ``()`` or ``(channels,)``; ``None``
-        where it is not finite: an infinite v may be all that is wrong, which takes another way to see.
+        where it or the scale is not finite: an infinite v may be all that is wrong, which takes another way to see.
     """
     if channel_axis is None:
+        s = scale.item()
+        if not 0 < s < math.inf:  # as after a step with a gradient of NaN
+            return None
         low, high = interval(scale, qmin, qmax)
         # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
         grad_v = torch.ops.aten.hardtanh_backward(grad, v, low, high)
         # As Python's numbers: each operator more costs what it takes to call it.
-        total = (_dot(grad, v_hat).item() - _dot(grad_v, v).item()) / scale.item()
+        total = (_dot(grad, v_hat).item() - _dot(grad_v, v).item()) / s
         return (grad_v, scale.new_tensor(total)) if math.isfinite(total) else None
     shape = [1] * v.dim()
     shape[channel_axis] = -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import QuantizedModule
+from .modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantizedModule,
+    QuantLinear,
+)
 from .quantizer import LSQQuantizer
-from .trace import Trace, trace
+from .trace import Trace, admit_child, trace
 
 # Operations that a runtime fuses into the integer layer in front of them: they clip. Those without negative results
 # leave nothing for negative codes.
@@ -31,6 +40,16 @@ _MOVING = {
     *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous"),
 }
 _PASSING = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
+# The BatchNorm for the number of axes that a layer's output has; torch's others take any number.
+_NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
+    QuantLinear: nn.BatchNorm1d,
+    QuantConv1d: nn.BatchNorm1d,
+    QuantConv2d: nn.BatchNorm2d,
+    QuantConv3d: nn.BatchNorm3d,
+    QuantConvTranspose1d: nn.BatchNorm1d,
+    QuantConvTranspose2d: nn.BatchNorm2d,
+    QuantConvTranspose3d: nn.BatchNorm3d,
+}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -60,6 +79,35 @@ def detach(module: nn.Module) -> None:
     del module.output_quantizer
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` computes what torch's BatchNorm does in evaluation mode.
+
+    A class that has another name or checks other shapes does, and ``nn.SyncBatchNorm``, which differs in training
+    alone; one with a forward of its own may not.
+    """
+    forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in forwards and "forward" not in vars(module)
+
+
+def folded_norm(traced: Trace, node: torch.fx.Node) -> _BatchNorm | None:
+    """The BatchNorm that the layer at ``node`` contains when it is deployed.
+
+    It is the only user of the layer's output, has running statistics, and both are called once and have no hooks.
+    """
+    layer, users = traced.modules.get(node), list(node.users)
+    norm = traced.modules.get(users[0]) if len(users) == 1 else None
+    if not isinstance(layer, QuantizedModule) or type(layer) not in _NORM_OF or layer.output_quantizer is not None:
+        return None
+    if not isinstance(norm, _BatchNorm) or not is_batch_norm(norm) or not traced.uses[layer] == traced.uses[norm] == 1:
+        return None
+    of_other_axes = isinstance(norm, tuple(_NORM_OF.values())) and not isinstance(norm, _NORM_OF[type(layer)])
+    hooks = [*layer._forward_hooks.values(), *norm._forward_hooks.values(), *norm._forward_pre_hooks.values()]
+    if of_other_axes or any(hook is not quantize_output for hook in hooks):
+        return None
+    fits = norm.running_mean is not None and norm.num_features == layer.by_channel(layer.weight).shape[0]
+    return norm if fits else None
+
+
 def place_outputs(model: nn.Module) -> list[Callable[[], None]]:
     """Move the output quantizers of a network's layers to where they make integers of floating point.
 
@@ -69,7 +117,8 @@ def place_outputs(model: nn.Module) -> list[Callable[[], None]]:
     operations that only clip or move values. So each is taken away where it is not needed, and put behind the last of
     these operations otherwise: on the module that computes that value, or on the innermost that returns it, as a
     forward hook and a child named ``output_quantizer``. A value without such a module (functional code in the middle
-    of a forward) has its quantizer at the last place before.
+    of a forward, a ReLU that is used twice, a container, which would run its new child once more) has its quantizer at
+    the last place before.
 
     A sum of values that have such quantizers gets one itself, by the same rules: a residual stream.
 
@@ -92,7 +141,7 @@ class _Placement:
     """One pass over a traced network, with what it changed."""
 
     def __init__(self, model: nn.Module, traced: Trace) -> None:
-        self.traced = traced
+        self.model, self.traced = model, traced
         self.names = {module: name for name, module in model.named_modules()}
         self.changes: list[Callable[[], None]] = []
         self.quantized: dict[torch.fx.Node, LSQQuantizer] = {}  # values that have an output quantizer, and one like it
@@ -133,9 +182,9 @@ class _Placement:
         chain = [node]
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
-            follows_layer = len(chain) == 1 and node in self.traced.modules  # and so can be folded into it
-            is_norm = follows_layer and isinstance(self.traced.modules.get(user), _BatchNorm)
-            if user.all_input_nodes != [chain[-1]] or not (is_norm or self._kind(user) in _PASSING):
+            module = self.traced.modules.get(user)
+            is_folded = len(chain) == 1 and module is not None and module is folded_norm(self.traced, node)
+            if user.all_input_nodes != [chain[-1]] or not (is_folded or self._kind(user) in _PASSING):
                 break
             chain.append(user)
         return chain
@@ -154,12 +203,25 @@ class _Placement:
         return found
 
     def _site(self, node: torch.fx.Node) -> nn.Module | None:
-        """The innermost module that returns the value of ``node``, and is called nowhere else."""
+        """The innermost module that returns the value of ``node``, is called nowhere else, and takes a child."""
         for module in self.traced.returned_by.get(node, []):
-            is_free = isinstance(module, QuantizedModule) or not hasattr(module, "output_quantizer")
-            if self.traced.uses[module] == 1 and is_free:
+            if isinstance(module, QuantizedModule):
+                has_room = self.traced.uses[module] == 1
+            else:
+                has_room = self._is_free(module) and (not module._modules or module in self._parents)
+            if has_room:
                 return module
         return None
+
+    def _is_free(self, module: nn.Module) -> bool:
+        return self.traced.uses[module] == 1 and not hasattr(module, "output_quantizer")
+
+    @cached_property
+    def _parents(self) -> set[nn.Module]:
+        """Modules with children that do not notice one more: no container that runs over them."""
+        returning = {m for modules in self.traced.returned_by.values() for m in modules}
+        parents = {m for m in returning if m._modules and not isinstance(m, QuantizedModule) and self._is_free(m)}
+        return admit_child(self.model, parents, "output_quantizer")
 
     def _mark(self, values: list[torch.fx.Node], like: LSQQuantizer) -> None:
         """Note that ``values`` are quantized, and so what is made of them by moving alone."""

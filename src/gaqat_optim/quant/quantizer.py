@@ -204,7 +204,9 @@ class LSQQuantizer(nn.Module):
                 "calibration= to quantize_model, or load a state dict before the first forward pass"
             )
         if v.numel() == 0 or not bool(torch.isfinite(v).all()):
-            what = "no values" if v.numel() == 0 else "values that are not finite"
+            what = "no values"
+            if v.numel():
+                what = "values that are not finite: look for them in the data and in the weights"
             raise ValueError(f"cannot initialise the quantizer {self.name!r} from {what}")
         if scale is not None:
             given = torch.as_tensor(scale)
