@@ -218,9 +218,15 @@ class GAQATOptimizer(OptimizerAroundBase):
         params = {p for group in self.base.param_groups for p in group["params"]}
         return {name: p for name, p in scales.items() if p in params}
 
-    def _warn_of_new_scales(self) -> None:
-        """Once for each scale that came, without a group for it, to a layer whose weight the base trains."""
+    def _warn_of_new_scales(self, judged: bool) -> None:
+        """Once for each scale that came, without a group for it, to a layer whose weight the base trains.
+
+        They are looked for where the number of modules has changed, and at the end of a window.
+        """
         run, monitored = self._run, self._run.monitor.scales
+        before, run.modules = run.modules, sum(1 for _ in self.model.modules())
+        if run.modules == before and not judged:
+            return
         names = untrained_scales(self.base, self.model, find_scales(self.model, self._chosen))
         # fully_shard may have lent another object for one that is known.
         new = [n for n in names if n not in run.told and not hasattr(monitored.get(n), "full_tensor")]
@@ -272,8 +278,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         judged = run.count(self.base, due=self.perturbs, given=closure is not None)
         if judged and (group := process_group(self.model)) is not None:
             check_agreement(run.monitor, group)
-        if judged or run.steps == 1:
-            self._warn_of_new_scales()
+        self._warn_of_new_scales(judged)
         return loss
 
     def _closure_passes(self, closure: Callable[[], Any]) -> Any:

@@ -32,6 +32,7 @@ class Run:
         pending: the two gradients of the scales in a second pass that no step has followed yet.
         without: number of steps in a row that were due a second pass and had none.
         told: names of scales that a warning has said are not trained.
+        modules: number of modules of the model in the last step.
         watch: the hook that notices gradients of another backward in the place of those that are pending.
         rng_at_zero_grad: with ``replay_rng``, the random states when the gradients were last reset.
     """
@@ -44,6 +45,7 @@ class Run:
     pending: tuple[Tensor, Tensor] | None = None
     without: int = 0
     told: set[str] = field(default_factory=set)
+    modules: int = 0
     watch: RemovableHandle | None = None
     rng_at_zero_grad: list[Tensor] | None = None
 

@@ -292,9 +292,10 @@ def test_the_last_scales_of_another_library_can_be_taken_out(scales):
     assert optimizer.scale_report() == []
 
 
-def test_scales_that_came_without_a_group_are_named_once():
+@pytest.mark.parametrize("window", [3, 100])
+def test_scales_that_came_without_a_group_are_named_once(window):
     model = cnn()
-    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, freezing=NeverFreeze(3))
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, freezing=NeverFreeze(window))
     train(model, optimizer, 2)
     quantize_model(model, QuantConfig(4, 4), calibration=X, inplace=True)
     with pytest.warns(UserWarning, match=r"these scales, which came after it was built: 0\.w.*add_param_group") as seen:
