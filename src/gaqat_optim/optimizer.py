@@ -13,15 +13,11 @@ from typing_extensions import override
 
 from .checkpoint import Freezing, merge, policy_number, separate
 from .checks import (
-    check_apart,
     check_arguments,
-    check_gradients,
     check_interval,
     check_method,
-    check_pass,
     check_radius,
     check_scales,
-    check_second_pass,
     check_trained,
     needs_closure,
     refuse_accumulation,
@@ -29,14 +25,14 @@ from .checks import (
     warn_of_untrained,
 )
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
-from .kept import BufferGuard, gradient_versions, running_statistics_kept, undone_on_failure
+from .kept import gradient_versions, undone_on_failure
 from .monitor import ScaleMonitor, find_scales
-from .passes import combine, displace, dropped_on_arrival, first_gradients, reaches, restore
 from .perturbations import SAGM, Perturbation
-from .ranks import averaged_with_the_second_pass, check_agreement, process_group
+from .ranks import check_agreement, process_group
 from .report import ScaleRecord
-from .rng_state import replayed_rng, rng_states
+from .rng_state import rng_states
 from .run import Run
+from .second_pass import second_pass
 from .wrapper import OptimizerAroundBase
 
 
@@ -122,7 +118,6 @@ class GAQATOptimizer(OptimizerAroundBase):
         self._base = base
         self._model = model
         self.replay_rng = replay_rng
-        self._buffers = BufferGuard()
         self._needs_closure = needs_closure(base)
         self._names = {p: name for name, p in model.named_parameters()}
         self._chosen = scales if scales is None or callable(scales) else tuple(scales)
@@ -287,7 +282,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         params = [p for group in self.base.param_groups for p in group["params"]]
         rng = rng_states(self.model) if self.replay_rng and self.perturbs else None
         try:
-            with undone_on_failure(params, self._buffers.save(self.model)), torch.enable_grad():
+            with undone_on_failure(params, run.buffers.save(self.model)), torch.enable_grad():
                 before = gradient_versions(params)
                 with refuse_accumulation(params) if self.perturbs else nullcontext():
                     loss = closure()
@@ -297,7 +292,7 @@ class GAQATOptimizer(OptimizerAroundBase):
                 run.pending = None
                 if self.perturbs:
                     # Of a pass that fails nothing is left: no need to hold g_task for it.
-                    with self._second_pass(1.0, per_rank=False, holds_g_task=False, rng=rng):
+                    with second_pass(self.base, self.model, run, self._names, rng=rng, holds_g_task=False):
                         closure()
         except BaseException:
             run.pending = pending
@@ -332,62 +327,10 @@ class GAQATOptimizer(OptimizerAroundBase):
                 "replay_rng: perturbed() repeats the random numbers that were drawn since zero_grad(), which was not "
                 "called: call it on the optimizer directly before the first forward pass"
             )
-        with self._second_pass(grad_scale, per_rank, holds_g_task=True, rng=rng):
+        with second_pass(
+            self.base, self.model, self._run, self._names, rng=rng, grad_scale=grad_scale, per_rank=per_rank
+        ):
             yield
-
-    @contextmanager
-    def _second_pass(
-        self, grad_scale: float | Tensor, per_rank: bool, holds_g_task: bool, rng: list[Tensor] | None
-    ) -> Iterator[None]:
-        """:meth:`perturbed`; without ``holds_g_task``, a block that raises leaves ``.grad`` to the caller."""
-        run = self._run
-        if run.in_second_pass:
-            raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")
-        check_pass(self.perturbation, grad_scale, per_rank)
-        run.forget()
-        reach = reaches(self.base, self.perturbation, run.monitor)
-        owned = {p: p.grad for p in reach}
-        g_task = first = first_gradients(owned)
-        check_gradients(g_task, self._names)
-        saved: list[tuple[Parameter, Tensor]] = []
-        run.in_second_pass = True
-        try:
-            displaced = {p: r for p in g_task if (r := reach[p]) is not None}
-            displace(self.perturbation, displaced, g_task, grad_scale, self._names, saved)
-            for p in reach:
-                p.grad = None
-            if per_rank:
-                weight = self.perturbation.task_weight or 0.0
-                g_task = averaged_with_the_second_pass(reach, g_task, run.monitor, weight, process_group(self.model))
-            unneeded: set[Parameter] = set()
-            if not holds_g_task:
-                owned = {}
-                if self.perturbation.task_weight == 0:
-                    unneeded = set(g_task) - set(run.monitor.scales.values())
-            before = gradient_versions(list(reach))
-            with (
-                running_statistics_kept(self.model, self._buffers),
-                replayed_rng(self.model, rng) if rng is not None else nullcontext(),
-                dropped_on_arrival(g_task, unneeded),
-            ):
-                yield
-            check_second_pass(before, gradient_versions(list(reach)))
-            restore(saved)
-            g_smooth = {p: p.grad for p in reach if p.grad is not None}
-            check_apart(g_task, g_smooth, self._names)
-            task, smooth = run.monitor.observed(g_task, g_smooth)
-            seen = task / grad_scale, smooth / grad_scale
-            combine(self.perturbation, run.monitor, g_task, g_smooth)
-            run.leave_pending(seen, next(iter(g_smooth)))
-        except BaseException:
-            for p, g in owned.items():
-                if g is not None and g is not first[p]:
-                    g.copy_(first[p])
-                p.grad = g
-            raise
-        finally:
-            restore(saved)
-            run.in_second_pass = False
 
     # -- reading, saving ---------------------------------------------------------------------------------------
 
@@ -432,7 +375,8 @@ class GAQATOptimizer(OptimizerAroundBase):
             if freezing.policy != policy_number(self.freezing):
                 monitor.judge_by(self.freezing)
         self.base.load_state_dict(base)
-        self._run.monitor, self._run.steps, self._run.pending = monitor, freezing.steps if freezing else 0, None
+        self._run.forget()
+        self._run.monitor, self._run.steps = monitor, freezing.steps if freezing else 0
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

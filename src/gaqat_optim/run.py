@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from .kept import BufferGuard
 from .monitor import ScaleMonitor
 from .perturbations import Perturbation
 
@@ -31,6 +32,7 @@ class Run:
         in_second_pass: whether the parameters are displaced.
         pending: the two gradients of the scales in a second pass that no step has followed yet.
         without: number of steps in a row that were due a second pass and had none.
+        buffers: what is known of the buffers of the model.
         told: names of scales that a warning has said are not trained.
         modules: number of modules of the model in the last step.
         watch: the hook that notices gradients of another backward in the place of those that are pending.
@@ -44,6 +46,7 @@ class Run:
     in_second_pass: bool = False
     pending: tuple[Tensor, Tensor] | None = None
     without: int = 0
+    buffers: BufferGuard = field(default_factory=BufferGuard)
     told: set[str] = field(default_factory=set)
     modules: int = 0
     watch: RemovableHandle | None = None

@@ -330,7 +330,7 @@ def test_scales_turned_on_without_a_group_are_named():
 # -- no scales at all ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("none", [(), [], iter(())], ids=repr)
+@pytest.mark.parametrize("none", [(), [], iter(())], ids=["tuple", "list", "iterator"])
 def test_no_scales_means_none(none):
     model = quantized_cnn()
     optimizer = GAQATOptimizer(
