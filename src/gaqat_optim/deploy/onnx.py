@@ -19,11 +19,13 @@ from . import check as checking
 from .convert import convert
 from .derived import derive_constants
 from .emit import LOWEST_OPSET
-from .graph import keep_floating, name_products, own_zero_points, shorten, strip
+from .exact_weights import make_exact
+from .graph import keep_floating, keep_requantizations, name_products, own_weights, shorten, strip
 from .layers import ActivationCodes, DeployLayer
-from .placement import Placement, placement
+from .placement import placement
 from .reorder import quantize_early
 from .report import ExportReport
+from .saturation import inexact, saturating_products
 from .storage import store_int4, store_planes
 
 # What each one does to a graph whose weights are stored as INT8.
@@ -113,19 +115,23 @@ def export_onnx(
     layer_of = name_products(proto, _layers(deployed))
     strip(proto)
     quantize_early(proto)
+    keep_requantizations(proto)
     keep_floating(proto)
-    own_zero_points(proto)
+    make_exact(proto)
+    own_weights(proto)
     derive_constants(proto)
     _STORAGES[storage](proto)
     shorten(proto)
     _verify(proto, type(deployed).__name__)
+    saturating = saturating_products(proto)
+    if saturating:
+        raise inexact(saturating, f"the graph of {type(deployed).__name__}")
     compared: dict[str, Any] = {}
     if check:
         trained = None if is_converted else copy.deepcopy(model).eval().cpu().float()
-        placed, compared = _compared(deployed, proto, sample, layer_of, trained)
-        warning = placed.warning()
-        if warning is not None:
-            warnings.warn(warning, stacklevel=2)
+        compared, messages = _compared(deployed, proto, sample, layer_of, trained)
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
     size = _write(proto, target)
     compression = 4 * float_values(deployed) / size
     return ExportReport(target, storage, opset, size, compression, macs, **compared)
@@ -248,16 +254,19 @@ def _verify(proto: Any, name: str) -> None:
 
 def _compared(
     deployed: nn.Module, proto: Any, sample: Tensor, layer_of: Mapping[str, str | None], trained: nn.Module | None
-) -> tuple[Placement, dict[str, Any]]:
-    """Where onnxruntime runs what, and the fields of the report that need runs of the network."""
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields of the report that need runs of the network, and what the user is to be warned of."""
     try:
-        optimized, plain = checking.compare_levels(deployed, proto, checking.far_inputs(sample), [True, False])
+        optimized, plain, between = checking.compare_optimizations(deployed, proto, checking.far_inputs(sample))
         placed = placement(deployed, proto, layer_of)
     except Exception as error:
         name = type(deployed).__name__
         raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error
+    if placed.saturating:
+        raise inexact(placed.saturating, f"what onnxruntime makes of {type(deployed).__name__}")
+    messages = [placed.warning(), checking.warning(optimized, plain, between)]
     drift = None if trained is None else checking.drift(trained, deployed, sample)
-    return placed, {
+    fields = {
         "max_abs_diff": optimized.max_abs_diff,
         "code_flip_rate": optimized.code_flip_rate,
         "top1_agreement": optimized.top1_agreement,
@@ -270,6 +279,7 @@ def _compared(
         "float_kernels": placed.float_kernels,
         "float_operators": placed.float_operators,
     }
+    return fields, [message for message in messages if message is not None]
 
 
 def _write(proto: Any, target: Path) -> int:

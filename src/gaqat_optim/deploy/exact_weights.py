@@ -1,0 +1,156 @@
+"""Weights of 8 bits in a form in which no product can saturate: the same integers, in other bytes.
+
+Beside inputs of 8 bits, two products of signed bytes beyond 64 do not fit into the 16 bits in which processors without
+VNNI add them (:mod:`~gaqat_optim.deploy.saturation`). Weights of up to 7 bits fit. For those of 8 there are two ways:
+
+- A convolution gets its input twice, on twice the channels, and each half of the weight is at most 64. The sums, the
+  kernel and the type of the weight stay what they are; there are twice as many products.
+- Any other weight w becomes the unsigned byte w + 128, with a zero point of 128. That kernel widens bytes to 16 bits
+  first. With VNNI it takes 2.5 times as long in a convolution, where the first way takes twice as long.
+
+The file keeps 8 bits a weight in both: operators make the halves when it is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .emit import WEIGHT_BITS, WEIGHT_SHIFT
+from .graph import PRODUCTS, insert, replace_nodes
+from .saturation import saturating_products
+
+# onnxruntime's fastest kernels for convolutions take their input's channels by fours.
+_CHANNELS = 4
+
+
+def make_exact(proto: Any) -> None:
+    """Bring the weights of all products that can saturate into a form in which they cannot, in place.
+
+    Args:
+        proto: an ``onnx.ModelProto`` whose weights are stored as INT8.
+    """
+    graph = _Weights(proto.graph)
+    names = dict.fromkeys(name for found in saturating_products(proto) for name in graph.weights_of(found.product))
+    for name in names:
+        if all(graph.can_split(product) for product in graph.products_of(name)):
+            graph.split(name)
+        else:
+            graph.make_unsigned(name)
+    graph.write()
+
+
+class _Weights:
+    """The INT8 weights of a graph and the products that read them, behind a DequantizeLinear."""
+
+    def __init__(self, graph: Any) -> None:
+        from onnx import TensorProto
+
+        self.graph = graph
+        self.stored = {t.name: t for t in graph.initializer}
+        self.signed = {t.name for t in graph.initializer if t.data_type == TensorProto.INT8}
+        self.makers = {name: node for node in graph.node for name in node.output}
+        self.doubled: dict[str, str] = {}
+        self.inserted: dict[str, list[Any]] = {"": []}
+
+    def write(self) -> None:
+        """Put what was made into the graph, and take out what nothing reads any more."""
+        insert(self.graph, self.inserted)
+        read = {name for node in self.graph.node for name in node.input} | {v.name for v in self.graph.output}
+        kept = [n for n in self.graph.node if n.op_type != "DequantizeLinear" or n.output[0] in read]
+        replace_nodes(self.graph, kept)
+        unread = [t for t in self.graph.initializer if t.name not in read]
+        for tensor in unread:
+            self.graph.initializer.remove(tensor)
+
+    def dequantize(self, product: Any, position: int) -> Any:
+        """The DequantizeLinear that an operand of a product comes from, if any: directly, or behind one move."""
+        node = self.makers.get(product.input[position])
+        while node is not None and node.op_type != "DequantizeLinear" and len(node.input):
+            node = self.makers.get(node.input[0])
+        return node
+
+    def weights_of(self, product: Any) -> list[str]:
+        """The names of a product's constant operands of signed bytes."""
+        makers = [self.dequantize(product, i) for i in (1, 0)]
+        return [node.input[0] for node in makers if node is not None and node.input[0] in self.signed]
+
+    def products_of(self, name: str) -> list[Any]:
+        """The products that read a weight."""
+        return [n for n in self.graph.node if n.op_type in PRODUCTS and name in self.weights_of(n)]
+
+    def can_split(self, product: Any) -> bool:
+        """Whether a product is a convolution whose input channels can be there twice."""
+        grouped = any(a.name == "group" and a.i != 1 for a in product.attribute)
+        x, weight = (self.makers.get(product.input[i]) for i in (0, 1))
+        direct = all(node is not None and node.op_type == "DequantizeLinear" for node in (x, weight))
+        return product.op_type == "Conv" and direct and not grouped and x is not weight
+
+    def split(self, name: str) -> None:
+        """Store a weight as it is and compute with its halves, side by side on twice the channels."""
+        from onnx import TensorProto
+        from onnx.helper import make_node
+
+        channels, axes = self.stored[name].dims[1], len(self.stored[name].dims)
+        more = -2 * channels % _CHANNELS
+        codes, half, rest, both, halves = (f"{name}_{part}" for part in ("int32", "half", "rest", "both", "halves"))
+        two = self._constant("gaqat.two", np.array(2, np.int32))
+        nodes = [
+            make_node("Cast", [name], [codes], to=TensorProto.INT32),  # INT8 has no quotient.
+            make_node("Div", [codes, two], [half]),
+            make_node("Sub", [codes, half], [rest]),
+            make_node("Concat", [half, rest], [both], axis=1),
+            make_node("Cast", [both], [halves], to=TensorProto.INT8),
+        ]
+        if more:
+            pads = self._constant(f"{name}_pads", np.eye(1, 2 * axes, axes + 1, dtype=np.int64).reshape(-1) * more)
+            nodes.append(make_node("Pad", [halves, pads], [f"{halves}_padded"]))
+        products = self.products_of(name)
+        for product in products:
+            product.input[0] = self._doubled(product.input[0], channels, more)
+        for node in self.graph.node:
+            if node.op_type == "DequantizeLinear" and node.input[0] == name:
+                node.input[0] = nodes[-1].output[0]
+        self.inserted[""] += nodes
+
+    def _doubled(self, value: str, channels: int, more: int) -> str:
+        """The dequantized ``value`` with its channels twice, and again as many of them as fill up a kernel's block."""
+        from onnx.helper import make_node
+
+        if value not in self.doubled:
+            dequantize = self.makers[value]
+            codes = dequantize.input[0]
+            self.doubled[value], twice = f"{value}_doubled", f"{value}_codes_doubled"
+            if more:
+                order = [*range(channels), *range(channels), *[0] * more]
+                indices = self._constant(f"{value}_channels", np.array(order, np.int64))
+                double = make_node("Gather", [codes, indices], [twice], axis=1)
+            else:
+                double = make_node("Concat", [codes, codes], [twice], axis=1)
+            node = make_node("DequantizeLinear", [twice, *dequantize.input[1:]], [self.doubled[value]])
+            self.inserted.setdefault(value, []).extend((double, node))
+        return self.doubled[value]
+
+    def make_unsigned(self, name: str) -> None:
+        """Store a weight as unsigned bytes, with 128 as their zero point."""
+        from onnx.numpy_helper import from_array, to_array
+
+        codes = to_array(self.stored[name])
+        self.stored[name].CopyFrom(from_array(codes.view(np.uint8) ^ np.uint8(128), name))
+        self.signed.discard(name)
+        for number, node in enumerate(self.graph.node):
+            if node.op_type == "DequantizeLinear" and node.input[0] == name:
+                zero = to_array(self.stored[node.input[2]])
+                node.input[2] = self._constant(f"{name}_zero_{number}", np.full(zero.shape, 128, np.uint8))
+                kept = [entry for entry in node.metadata_props if entry.key not in (WEIGHT_BITS, WEIGHT_SHIFT)]
+                del node.metadata_props[:]  # Stored in fewer bits, they would come back as signed bytes.
+                node.metadata_props.extend(kept)
+
+    def _constant(self, name: str, value: Any) -> str:
+        from onnx.numpy_helper import from_array
+
+        if name not in self.stored:
+            self.stored[name] = self.graph.initializer.add()
+            self.stored[name].CopyFrom(from_array(value, name))
+        return name
