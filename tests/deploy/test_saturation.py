@@ -126,16 +126,16 @@ def test_every_kind_of_product_keeps_its_integer_kernel(signed, storage, tmp_pat
 def test_weights_of_8_bits_keep_their_codes_and_their_size(storage, tmp_path):
     x = images(16)
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64)
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64)
     )
     model = quantize_model(net, QuantConfig(8, 8, output_bits=8), calibration=x).eval()
     report = export_onnx(model, x, tmp_path / "net.onnx", storage=storage, check=False)
     stored = {t.name: to_array(t) for t in onnx.load(report.path).graph.initializer}
     codes = {name: layer.codes.numpy() for name, layer in convert(model).named_children() if hasattr(layer, "codes")}
     assert np.array_equal(stored["0.codes"], codes["0"])
-    assert np.array_equal(stored["2.codes"], codes["2"])
-    assert stored["5.codes"].dtype == np.uint8
-    assert np.array_equal(stored["5.codes"].astype(int) - 128, codes["5"])
+    assert np.array_equal(stored["5.codes"], codes["5"])
+    assert stored["2.codes"].dtype == np.uint8
+    assert np.array_equal(stored["2.codes"].astype(int) - 128, codes["2"])
     weights = sum(v.size for v in codes.values())
     assert report.bytes < 1.15 * weights
 
@@ -160,9 +160,12 @@ def test_only_weights_that_can_saturate_are_rewritten(weight_bits, activation_bi
     x = torch.rand(64, 32) - 0.5 * signed
     config = QuantConfig(weight_bits, activation_bits, activation_signed=signed, first_last_bits="same")
     model = quantize_model(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)), config, calibration=x)
-    path = export_onnx(model.eval(), x, tmp_path / "net.onnx", storage="int8").path
-    stored = {t.name: t.data_type for t in onnx.load(path).graph.initializer}
-    assert stored["0.codes"] == (TensorProto.UINT8 if rewritten else TensorProto.INT8)
+    proto = onnx.load(export_onnx(model.eval(), x, tmp_path / "net.onnx", storage="int8").path)
+    gemm = next(node for node in proto.graph.node if node.op_type == "Gemm")
+    weight = next(node for node in proto.graph.node if node.output[0] == gemm.input[1])
+    stored = {t.name: t.data_type for t in proto.graph.initializer}
+    assert stored["0.codes"] == TensorProto.INT8
+    assert (weight.input[0] == "0.codes") == (not rewritten)
 
 
 class NotQuantizedInput(nn.Module):

@@ -3,10 +3,11 @@
 Beside inputs of 8 bits, two products of signed bytes beyond 64 do not fit into the 16 bits in which processors without
 VNNI add them (:mod:`~gaqat_optim.deploy.saturation`). Weights of up to 7 bits fit. For those of 8 there are two ways:
 
-- A convolution gets its input twice, on twice the channels, and each half of the weight is at most 64. The sums, the
-  kernel and the type of the weight stay what they are; there are twice as many products.
-- Any other weight w becomes the unsigned byte w + 128, with a zero point of 128. That kernel widens bytes to 16 bits
-  first. With VNNI it takes 2.5 times as long in a convolution, where the first way takes twice as long.
+- The product gets its input twice, side by side, and the weight in two halves, each of at most 64. The sums, the kernel
+  and the type of the weight stay what they are; there are twice as many products.
+- The weight w becomes the unsigned byte w + 128, with a zero point of 128. The kernels for those widen bytes to 16 bits
+  first. With VNNI a convolution takes 2.5 times as long with it, where halves take twice as long, and OpenVINO's
+  matrix products are not exact with it. It is for convolutions in groups, whose kernels the first way would change.
 
 The file keeps 8 bits a weight in both: operators make the halves when it is loaded.
 """
@@ -34,10 +35,11 @@ def make_exact(proto: Any) -> None:
     graph = _Weights(proto.graph)
     names = dict.fromkeys(name for found in saturating_products(proto) for name in graph.weights_of(found.product))
     for name in names:
-        if all(graph.can_split(product) for product in graph.products_of(name)):
-            graph.split(name)
-        else:
+        axes = {graph.summed_axis(product) for product in graph.products_of(name)}
+        if None in axes or len(axes) > 1:
             graph.make_unsigned(name)
+        else:
+            graph.split(name)
     graph.write()
 
 
@@ -51,7 +53,7 @@ class _Weights:
         self.stored = {t.name: t for t in graph.initializer}
         self.signed = {t.name for t in graph.initializer if t.data_type == TensorProto.INT8}
         self.makers = {name: node for node in graph.node for name in node.output}
-        self.doubled: dict[str, str] = {}
+        self.doubled: set[str] = set()
         self.inserted: dict[str, list[Any]] = {"": []}
 
     def write(self) -> None:
@@ -80,57 +82,71 @@ class _Weights:
         """The products that read a weight."""
         return [n for n in self.graph.node if n.op_type in PRODUCTS and name in self.weights_of(n)]
 
-    def can_split(self, product: Any) -> bool:
-        """Whether a product is a convolution whose input channels can be there twice."""
-        grouped = any(a.name == "group" and a.i != 1 for a in product.attribute)
-        x, weight = (self.makers.get(product.input[i]) for i in (0, 1))
-        direct = all(node is not None and node.op_type == "DequantizeLinear" for node in (x, weight))
-        return product.op_type == "Conv" and direct and not grouped and x is not weight
+    def summed_axis(self, product: Any) -> int | None:
+        """The axis of its weight that a product sums over, ``None`` where the weight cannot be in halves."""
+        operands = [self.makers.get(product.input[i]) for i in (0, 1)]
+        if operands[0] is operands[1] or any(n is None or n.op_type != "DequantizeLinear" for n in operands):
+            return None
+        settings = {a.name: a.i for a in product.attribute}
+        if product.op_type == "Conv":
+            return 1 if settings.get("group", 1) == 1 else None
+        if product.op_type == "Gemm":
+            return None if settings.get("transA") else settings.get("transB", 0)
+        return 0 if product.op_type == "MatMul" and self._axes(product) == 2 else None
+
+    def _axes(self, product: Any) -> int:
+        """How many axes the weight of a product has."""
+        return len(self.stored[self.makers[product.input[1]].input[0]].dims)
 
     def split(self, name: str) -> None:
-        """Store a weight as it is and compute with its halves, side by side on twice the channels."""
+        """Store a weight as it is, and compute with its halves, side by side on the axis that is summed over."""
         from onnx import TensorProto
         from onnx.helper import make_node
 
-        channels, axes = self.stored[name].dims[1], len(self.stored[name].dims)
-        more = -2 * channels % _CHANNELS
+        products = self.products_of(name)
+        axis, shape = self.summed_axis(products[0]), self.stored[name].dims
+        assert axis is not None
+        is_convolution = products[0].op_type == "Conv"
+        more = -2 * shape[axis] % _CHANNELS if is_convolution else 0
         codes, half, rest, both, halves = (f"{name}_{part}" for part in ("int32", "half", "rest", "both", "halves"))
         two = self._constant("gaqat.two", np.array(2, np.int32))
         nodes = [
             make_node("Cast", [name], [codes], to=TensorProto.INT32),  # INT8 has no quotient.
             make_node("Div", [codes, two], [half]),
             make_node("Sub", [codes, half], [rest]),
-            make_node("Concat", [half, rest], [both], axis=1),
+            make_node("Concat", [half, rest], [both], axis=axis),
             make_node("Cast", [both], [halves], to=TensorProto.INT8),
         ]
         if more:
-            pads = self._constant(f"{name}_pads", np.eye(1, 2 * axes, axes + 1, dtype=np.int64).reshape(-1) * more)
-            nodes.append(make_node("Pad", [halves, pads], [f"{halves}_padded"]))
-        products = self.products_of(name)
+            pads = np.zeros(2 * len(shape), np.int64)
+            pads[len(shape) + axis] = more
+            constant = self._constant(f"{name}_pads", pads)
+            nodes.append(make_node("Pad", [halves, constant], [f"{halves}_padded"]))
+        self.inserted[""] += nodes
         for product in products:
-            product.input[0] = self._doubled(product.input[0], channels, more)
+            product.input[0] = self._doubled(product.input[0], shape[axis], more, 1 if is_convolution else -1)
         for node in self.graph.node:
             if node.op_type == "DequantizeLinear" and node.input[0] == name:
                 node.input[0] = nodes[-1].output[0]
-        self.inserted[""] += nodes
 
-    def _doubled(self, value: str, channels: int, more: int) -> str:
-        """The dequantized ``value`` with its channels twice, and again as many of them as fill up a kernel's block."""
+    def _doubled(self, value: str, count: int, more: int, axis: int) -> str:
+        """The dequantized ``value`` with all that is on an axis twice, and ``more`` to fill up a kernel's block."""
         from onnx.helper import make_node
 
-        if value not in self.doubled:
+        doubled, twice = f"{value}_doubled_{axis}", f"{value}_codes_doubled_{axis}"
+        if doubled not in self.doubled:
+            self.doubled.add(doubled)
             dequantize = self.makers[value]
             codes = dequantize.input[0]
-            self.doubled[value], twice = f"{value}_doubled", f"{value}_codes_doubled"
             if more:
-                order = [*range(channels), *range(channels), *[0] * more]
-                indices = self._constant(f"{value}_channels", np.array(order, np.int64))
-                double = make_node("Gather", [codes, indices], [twice], axis=1)
+                order = np.array([*range(count), *range(count), *[0] * more], np.int64)
+                indices = self._constant(f"{value}_channels", order)
+                double = make_node("Gather", [codes, indices], [twice], axis=axis)
             else:
-                double = make_node("Concat", [codes, codes], [twice], axis=1)
-            node = make_node("DequantizeLinear", [twice, *dequantize.input[1:]], [self.doubled[value]])
+                double = make_node("Concat", [codes, codes], [twice], axis=axis)
+            node = make_node("DequantizeLinear", [twice, *dequantize.input[1:]], [doubled])
             self.inserted.setdefault(value, []).extend((double, node))
-        return self.doubled[value]
+        return doubled
 
     def make_unsigned(self, name: str) -> None:
         """Store a weight as unsigned bytes, with 128 as their zero point."""
