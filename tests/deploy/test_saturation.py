@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array, to_array
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from deploy.deploy_networks import CONFIGS, images, trained
@@ -17,6 +18,7 @@ from deploy.onnx_runs import STAYS_IN_FLOAT, run, run_torch
 from deploy.saturating_runtime import optimized, run_without_vnni, saturating_matmul
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
 from gaqat_optim.deploy import onnx as exporting
+from gaqat_optim.deploy.exact_weights import make_exact
 from gaqat_optim.deploy.saturation import saturating_products
 
 STORAGES = ("auto", "int8", "packed")
@@ -188,6 +190,40 @@ def test_an_input_that_another_layer_quantized_counts(tmp_path):
     assert model.second.input_quantizer is None
     path = export_onnx(model, x, tmp_path / "net.onnx").path
     assert saturating_products(onnx.load(path)) == []
+
+
+def test_a_weight_that_is_the_first_operand_is_made_exact():
+    weight = np.random.default_rng(0).integers(-128, 128, (4, 6)).astype(np.int8)
+    proto = product("QDQ", "s", "u")
+    proto.graph.initializer.append(from_array(weight, "a"))
+    del proto.graph.input[0]
+    assert len(saturating_products(proto)) == 1
+    b = np.random.default_rng(1).integers(0, 256, (6, 5)).astype(np.uint8)
+    expected = ReferenceEvaluator(proto).run(None, {"b": b})[0]
+    make_exact(proto)
+    assert saturating_products(proto) == []
+    assert np.array_equal(ReferenceEvaluator(proto).run(None, {"b": b})[0], expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_weight_of_several_products_is_made_exact_for_all(storage, tmp_path):
+    """For one of them it is exact as it is: its input has 4 bits."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared, self.tied = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+            self.tied.load_state_dict(self.shared.state_dict())
+
+        def forward(self, x):
+            return self.tied(torch.relu(self.shared(torch.relu(self.shared(torch.relu(self.first(x)))))))
+
+    x = torch.rand(64, 12)
+    config = QuantConfig(8, 8, first_last_bits="same", overrides={"tied": {"activation_bits": 4}})
+    model = quantize_model(Shared(), config, calibration=x).eval()
+    report = export_onnx(model, x, tmp_path / "net.onnx", storage=storage)
+    assert saturating_products(onnx.load(report.path)) == saturating_products(optimized(report.path)) == []
+    assert (report.integer_kernels, report.max_abs_diff) == ({"QGemm": 4}, 0.0)
 
 
 def test_a_file_that_is_not_exact_is_not_written(tmp_path, monkeypatch):
