@@ -7,7 +7,8 @@ VNNI add them (:mod:`~gaqat_optim.deploy.saturation`). Weights of up to 7 bits f
   and the type of the weight stay what they are; there are twice as many products.
 - The weight w becomes the unsigned byte w + 128, with a zero point of 128. The kernels for those widen bytes to 16 bits
   first. With VNNI a convolution takes 2.5 times as long with it, where halves take 1.8 times as long, and OpenVINO's
-  matrix products are not exact with it. It is for convolutions in groups, whose kernels the first way would change.
+  matrix products are not exact with it. It is for convolutions that the first way would make slower still: those in
+  groups, whose kernels it would change, and those whose output is not quantized, which run in floating point.
 
 The file keeps 8 bits a weight in both: operators make the halves when it is loaded.
 """
@@ -93,10 +94,15 @@ class _Weights:
             return None
         settings = {a.name: a.i for a in product.attribute}
         if product.op_type == "Conv":
-            return 1 if settings.get("group", 1) == 1 else None
+            return 1 if settings.get("group", 1) == 1 and self._is_quantized(product.output[0]) else None
         if product.op_type == "Gemm":
             return None if settings.get("transA") else settings.get("transB", 0)
         return 0 if product.op_type == "MatMul" and len(self.stored[weight.input[0]].dims) == 2 else None
+
+    def _is_quantized(self, value: str) -> bool:
+        """Whether a value is read by quantizers alone, so that a kernel on integers can compute it."""
+        readers = {node.op_type for node in self.graph.node if value in node.input}
+        return readers == {"QuantizeLinear"} and all(value != output.name for output in self.graph.output)
 
     def split(self, name: str) -> None:
         """Store a weight as it is, and compute with its halves, side by side on the axis that is summed over."""
