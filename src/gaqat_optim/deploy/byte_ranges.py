@@ -32,6 +32,8 @@ OTHER_OPERATORS = {
     "QLinearLeakyRelu": 4,
     "QLinearSigmoid": 4,
     "QLinearSoftmax": 4,
+    "QLinearReduceMean": 4,
+    "QLinearWhere": 8,
 }
 
 
