@@ -1,4 +1,4 @@
-"""Files are exact on every processor: proven on the graph, and run on a model of one that saturates in 16 bits."""
+"""Files are exact without VNNI: proven on the graph, and run on a model of a processor that saturates in 16 bits."""
 
 import copy
 

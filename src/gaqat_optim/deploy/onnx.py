@@ -60,10 +60,10 @@ def export_onnx(
     compute what it should on this processor: where, with or without its optimizations, onnxruntime gives less than 99 %
     of the predictions or more than 0.1 % of the codes otherwise than ``convert``, or the two runs differ in as many.
 
-    The file computes the same on every processor. Kernels for x86 without the VNNI instructions add two products of
-    bytes in 16 bits; that no two of them exceed those is proven on the graph before it is written. Weights of 8 bits
-    beside inputs of 8 bits are computed in two halves for it, at twice the cost of their products; those of 7 bits and
-    less are as they are.
+    The file computes the same on x86 processors with and without the VNNI instructions. Kernels for those without add
+    two products of bytes in 16 bits; that no two of them exceed those is proven on the graph before it is written.
+    Weights of 8 bits beside inputs of 8 bits are computed in two halves for it, at twice the cost of their products;
+    those of 7 bits and less are as they are.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`, or one from :func:`~gaqat_optim.convert`. It
@@ -92,7 +92,7 @@ def export_onnx(
             model that cannot be converted.
         OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
         RuntimeError: torch cannot export the network, for example because its code depends on the batch size, or
-            onnxruntime cannot run it, or its products are not proven to be exact on every processor.
+            onnxruntime cannot run it, or its products are not proven to be exact without VNNI.
 
     Example:
         >>> import tempfile

@@ -53,7 +53,7 @@ class FloatOperator:
 class Placement:
     """onnxruntime's operators after its optimizations; see :class:`ExportReport` for their meaning.
 
-    ``saturating`` are those that are not proven to be exact on every processor.
+    ``saturating`` are those that are not proven to be exact without VNNI.
     """
 
     integer_kernels: dict[str, int]

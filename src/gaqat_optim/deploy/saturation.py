@@ -1,10 +1,13 @@
-"""Proof that the integer products of an ONNX graph are exact on every processor.
+"""Proof that the integer products of an ONNX graph are exact on x86 processors with and without VNNI.
 
 x86 processors without VNNI multiply unsigned by signed bytes with an instruction that adds two neighbouring products
 in 16 bits and saturates. onnxruntime uses it where the second operand is of signed bytes; two operands of unsigned
 bytes are widened to 16 bits first, and their sums have 32. So a product is exact if its second operand is unsigned like
 its first, or if no two of its byte products can add up to more than 16 bits hold. Which two are neighbours depends on
 the kernel, so that any two of one output channel have to fit.
+
+Kernels for ARM without dot products add two products of signed bytes in 16 bits, with 128 taken from the inputs. Two
+weights of -128 beside two inputs of byte 0 exceed those by one; that is not part of the proof.
 
 All is derived from operators and constants. Nothing that a file says about itself is taken for true.
 """
