@@ -33,6 +33,7 @@ SIZE = 224
 OURS = {
     "ours W4A4": QuantConfig(4, 4),
     "ours W4A4, output_bits=8": QuantConfig(4, 4, output_bits=8),
+    "ours W7A8, output_bits=8": QuantConfig(7, 8, output_bits=8, first_last_bits="same"),
     "ours W8A8, output_bits=8": QuantConfig(8, 8, output_bits=8),
 }
 PEERS = {"onnxruntime int8, unsigned": "QUInt8", "onnxruntime int8, signed": "QInt8"}

@@ -85,8 +85,6 @@ def onnxruntime_predictions(path: Path, images: Tensor, batch_size: int = 200) -
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # x86 processors without VNNI otherwise add 8-bit products in 16 bits, which can overflow.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     scores = [session.run(None, {name: chunk.numpy()})[0] for chunk in images.split(batch_size)]

@@ -1,6 +1,7 @@
 """``ExportReport``: how a file compares, what runs in floating point and why, what it costs."""
 
 import copy
+import re
 import warnings
 
 import numpy as np
@@ -12,8 +13,12 @@ from torch import nn
 from deploy.deploy_networks import CONFIGS, images, trained
 from deploy.onnx_runs import STAYS_IN_FLOAT, quantized, run, run_torch
 from gaqat_optim import QuantConfig, convert, export_onnx, quantization_summary
-from gaqat_optim.deploy.check import compare, far_inputs, top1
+from gaqat_optim.deploy import onnx as export
+from gaqat_optim.deploy.check import Comparison, QuantizerFlips, compare, far_inputs, top1
+from gaqat_optim.deploy.disagreement import disagreement
 from gaqat_optim.deploy.onnx import float_values
+
+NOT_THE_SAME = "onnxruntime does not compute the same as convert"
 
 # -- how the file compares ------------------------------------------------------------------------------------------
 
@@ -64,10 +69,7 @@ def resnet(tmp_path_factory):
     return model, export_onnx(model, images(8), tmp_path_factory.mktemp("resnet") / "net.onnx", check=False).path
 
 
-@pytest.mark.parametrize("damage", ["no clip", "other scale", "other codes"])
-def test_the_comparison_sees_a_wrong_file(resnet, damage):
-    model, path = resnet
-    proto = onnx.load(path)
+def damaged(proto, damage):
     nodes = proto.graph.node
     if damage == "no clip":
         for node in nodes:
@@ -79,12 +81,113 @@ def test_the_comparison_sees_a_wrong_file(resnet, damage):
     else:
         codes = next(t for t in proto.graph.initializer if t.name == "blocks.0.conv2.codes")
         codes.raw_data = bytes([codes.raw_data[0] ^ 1]) + codes.raw_data[1:]
+
+
+@pytest.mark.parametrize("damage", ["no clip", "other scale", "other codes"])
+def test_the_comparison_sees_a_wrong_file(resnet, damage):
+    model, path = resnet
+    proto = onnx.load(path)
+    damaged(proto, damage)
     x = far_inputs(images(64))
     right = compare(convert(model), onnx.load(path), x)
     wrong = compare(convert(model), proto, x)
     assert wrong.codes == right.codes > 100_000
     assert wrong.code_flip_rate > max(1e-3, 10 * right.code_flip_rate)
     assert wrong.max_abs_diff > 1e-3
+
+
+@pytest.mark.parametrize("damage", ["other scale", "other codes"])
+def test_a_wrong_file_is_a_warning_that_names_quantizers_and_figures(resnet, damage, tmp_path, monkeypatch):
+    model, right = resnet[0], export.shorten
+
+    def damaging(proto):
+        right(proto)
+        damaged(proto, damage)
+
+    monkeypatch.setattr(export, "shorten", damaging)
+    report, messages = exported(model, images(64), tmp_path / "net.onnx")
+    (text,) = [message for message in messages if NOT_THE_SAME in message]
+    assert report.code_flip_rate_unoptimized > 1e-3
+    assert f"{report.top1_agreement:.2%} of the predictions agree and {report.code_flip_rate:.2%} of the codes" in text
+    assert f"without them {report.top1_agreement_unoptimized:.2%} and {report.code_flip_rate_unoptimized:.2%}" in text
+    assert re.search(r"the first ones are blocks\.[\w.]+ \(\d+\.\d\d% of its codes, by up to \d+\), blocks\.", text)
+    assert "without optimizations: set" not in text  # It is as wrong there.
+
+
+def test_a_file_without_the_bounds_of_its_codes_is_not_written(resnet, tmp_path, monkeypatch):
+    right = export.shorten
+
+    def damaging(proto):
+        right(proto)
+        damaged(proto, "no clip")
+
+    monkeypatch.setattr(export, "shorten", damaging)
+    with pytest.raises(RuntimeError, match=r"not exact .* 'blocks\.0\.conv1': inputs up to 255 times two weights"):
+        export_onnx(resnet[0], images(64), tmp_path / "net.onnx")
+
+
+class Requantized(nn.Module):
+    """A layer that is used again: the 8 bits of its output are quantized to the 8 bits of its own input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        for _ in range(3):
+            x = torch.relu(self.again(x))
+        return self.last(x)
+
+
+def test_two_quantizers_of_8_bits_in_a_row_stay_two(tmp_path):
+    x = torch.rand(64, 32)
+    model = quantized(Requantized(), x, QuantConfig(7, 8, output_bits=8, first_last_bits="same"))
+    report = export_onnx(model, x, tmp_path / "net.onnx")
+    assert report.integer_kernels == {"QGemm": 5}
+    assert torch.allclose(run(report.path, x), run_torch(convert(model), x), atol=1e-5)
+    assert report.max_abs_diff <= 1e-5
+
+
+def test_what_reading_the_codes_hides_is_a_warning(tmp_path, monkeypatch):
+    """onnxruntime makes one quantizer of the two, but not where their codes are read."""
+    monkeypatch.setattr(export, "keep_requantizations", lambda proto: None)
+    x = torch.rand(64, 32)
+    model = quantized(Requantized(), x, QuantConfig(7, 8, output_bits=8, first_last_bits="same"))
+    with pytest.warns(UserWarning, match=NOT_THE_SAME) as seen:
+        report = export_onnx(model, x, tmp_path / "net.onnx")
+    assert report.code_flip_rate == report.code_flip_rate_unoptimized == 0.0
+    assert report.max_abs_diff > 0.01
+    (text,) = [str(w.message) for w in seen]
+    assert "The codes were read in another run than the outputs, which differ between these by " in text
+    assert "The file is right without optimizations: set graph_optimization_level of " in text
+
+
+def comparison(flipped, largest, agreeing=1000):
+    """Of 10,000 codes: a twentieth of ``flipped`` at the second quantizer, the rest behind it."""
+    first = flipped // 20
+    quantizers = {
+        "a": QuantizerFlips(2000, 0, 0),
+        "b": QuantizerFlips(2500, first, min(largest, 1) if first <= 2 else largest),
+        "c": QuantizerFlips(5500, flipped - first, largest),
+    }
+    return Comparison(0.0, quantizers, 1000, agreeing)
+
+
+def test_when_a_difference_is_a_warning():
+    same = comparison(0, 0)
+    assert disagreement(same, same, same) is None
+    assert disagreement(comparison(10, 1, 990), comparison(10, 1, 990), comparison(10, 1)) is None
+    assert disagreement(comparison(0, 0, 989), same, same) is not None
+    assert disagreement(same, comparison(0, 0, 989), same) is not None
+    ties = disagreement(comparison(40, 3), same, comparison(40, 3))
+    assert "the first ones are b (0.08% of its codes, by up to 1), c (0.69% of its codes, by up to 3)" in ties
+    assert "The first difference is as rounding makes it" in ties
+    assert "The file is right without optimizations" in ties
+    saturated = disagreement(comparison(2000, 40, 600), same, comparison(2000, 40, 600))
+    assert "the first ones are b (4.00% of its codes, by up to 40), c (34.55%" in saturated
+    assert "Rounding does not explain this" in saturated
+    assert "Codes differ at 2 of 3 quantizers" in saturated
 
 
 def test_infinities_and_nans_in_the_output_are_seen():

@@ -100,6 +100,8 @@ def test_the_weights_in_the_file_are_the_codes(written):
         for name, layer in deployed.items():
             tensor = stored[f"{name}.codes"]
             codes, kind = layer.codes.numpy(), onnx.TensorProto.INT8
+            if name == "stem.0":  # of 8 bits, and in floating point: unsigned bytes
+                codes, kind = codes.view(np.uint8) ^ np.uint8(128), onnx.TensorProto.UINT8
             if storage != "int8" and layer.weight_bits < 8:
                 codes = codes >> layer.shift  # as they were trained
                 kind = onnx.TensorProto.INT4
@@ -144,7 +146,9 @@ def test_the_graph_has_what_integer_kernels_need(written):
     assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 21}
     counts = Counter(node.op_type for node in proto.graph.node)
     # Six convolutions and the head; the stem's input and the head's have 8 bits, and so no Clip.
-    assert counts["Clip"] == counts["QuantizeLinear"] - 2 == counts["Cast"] / 2 == 5
+    assert counts["Clip"] == counts["QuantizeLinear"] - 2 == 5
+    # Two make INT8 of INT4, and two the halves of the head's weight, which has 8 bits.
+    assert counts["Cast"] == 2 * 5 + 2
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     made = {node.output[0]: node for node in proto.graph.node}
     for node in proto.graph.node:
@@ -152,7 +156,7 @@ def test_the_graph_has_what_integer_kernels_need(written):
             assert len(node.input) == 3
             zero = node.input[2]
             if zero in stored:
-                assert not stored[zero].any()
+                assert (stored[zero] == (128 if node.input[0] == "stem.0.codes" else 0)).all()
             else:  # a bias minus itself
                 assert made[zero].op_type == "Sub"
                 assert made[zero].input[0] == made[zero].input[1]
@@ -168,17 +172,58 @@ def test_the_file_tells_nothing_about_the_machine_it_was_written_on(written):
             assert trace not in content
 
 
-@pytest.mark.parametrize("config", ["W8A8", "W3A3"])
-def test_runs_the_same_under_the_option_for_processors_without_vnni(config, tmp_path):
+class UsedAgain(nn.Module):
+    """Layers that are used several times, as in the heads of detectors, and two with equal weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.narrow = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.again.load_state_dict(self.shared.state_dict())
+        self.sequence, self.tokens, self.head = nn.Conv1d(5, 5, 3, padding=1), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for layer in (self.shared, self.shared, self.again, self.shared):
+            x = torch.relu(layer(x))
+        x = torch.relu(self.narrow(x)).flatten(2)
+        x = torch.relu(self.sequence(torch.relu(self.sequence(x)))).mT
+        return self.head(torch.relu(self.tokens(torch.relu(self.tokens(x))))).mean(1)
+
+
+# What runs under the option, by name: a network and its configuration.
+OPTION = {
+    **{f"resnet {name}": lambda name=name: trained("resnet", CONFIGS[name]) for name in ("W8A8", "W3A3")},
+    **{
+        f"used again W{bits}": lambda bits=bits: quantized(
+            UsedAgain(), images(64), QuantConfig(bits, bits, output_bits=8, first_last_bits="same")
+        )
+        for bits in (8, 4)
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "storage"),
+    [
+        ("resnet W8A8", "auto"),
+        ("resnet W3A3", "auto"),
+        *((f"used again W{bits}", storage) for bits in (8, 4) for storage in STORAGES),
+    ],
+)
+def test_runs_the_same_under_the_option_for_processors_without_vnni(case, storage, tmp_path):
     """There onnxruntime rewrites weights beyond 7 bits, and their zero points with them: none may be shared."""
-    x = images(64, seed=3)
-    path = export_onnx(trained("resnet", CONFIGS[config]), x, tmp_path / "net.onnx", check=False).path
+    x, model = images(64, seed=3), OPTION[case]()
+    path = export_onnx(model, x, tmp_path / "net.onnx", storage=storage, check=False).path
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.x64quantprecision", "1")
     found = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(
         None, {"input": x.numpy()}
     )
     assert torch.allclose(torch.from_numpy(found[0]), run(path, x), atol=1e-5)
+    weights = [t for t in onnx.load(path).graph.initializer if t.name.endswith(".codes") and "bias" not in t.name]
+    layers = [layer for layer in convert(model).modules() if isinstance(layer, DeployLayer)]
+    assert len(weights) == len({layer.codes.numpy().tobytes() for layer in layers})  # Each once, however often used.
 
 
 # -- the size, on a network of the usual size --------------------------------------------------------------------------

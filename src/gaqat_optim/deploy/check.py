@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,40 @@ from .layers import ActivationCodes
 Codes = dict[str, list[NDArray[Any]]]
 
 
+@dataclass
+class QuantizerFlips:
+    """How the codes of one quantizer differ between two runs."""
+
+    codes: int = 0
+    flipped: int = 0
+    largest: int = 0  # difference of two codes
+
+    def add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
+        off = np.abs(a.reshape(-1).astype(np.int64) - b.reshape(-1))
+        self.codes += off.size
+        self.flipped += int((off > 0).sum())
+        self.largest = max(self.largest, int(off.max(initial=0)))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Sums over the inputs that were compared; see :class:`ExportReport` for their meaning."""
 
     max_abs_diff: float
-    codes: int
-    flipped_codes: int
+    quantizers: Mapping[str, QuantizerFlips]  # in the order of the graph; of a second call the name and ``#2``
     decisions: int
     agreeing_decisions: int
+    reading_changes: float = 0.0  # what reading the codes changes in the outputs, as a fraction of the largest one
+
+    @property
+    def codes(self) -> int:
+        """How many codes were compared."""
+        return sum(quantizer.codes for quantizer in self.quantizers.values())
+
+    @property
+    def flipped_codes(self) -> int:
+        """How many of them differ."""
+        return sum(quantizer.flipped for quantizer in self.quantizers.values())
 
     @property
     def code_flip_rate(self) -> float:
@@ -44,10 +69,10 @@ class _Sums:
     """What a :class:`Comparison` is made of, while inputs are still to come."""
 
     difference: float = 0.0
-    codes: int = 0
-    flipped: int = 0
+    quantizers: dict[str, QuantizerFlips] = field(default_factory=dict)
     decisions: int = 0
     agreeing: int = 0
+    reading_changes: float = 0.0
 
     def add_outputs(self, expected: list[NDArray[Any]], found: list[NDArray[Any]]) -> None:
         for y, z in zip(expected, found, strict=True):
@@ -57,12 +82,17 @@ class _Sums:
         self.agreeing += int((chosen == other).sum())
 
     def add_codes(self, expected: Codes, found: Codes) -> None:
-        for a, b in _pairs(expected, found):
-            self.codes += a.size
-            self.flipped += int((a.reshape(-1) != b.reshape(-1)).sum())
+        for name, a, b in _pairs(expected, found):
+            self.quantizers.setdefault(name, QuantizerFlips()).add(a, b)
+
+    def add_reading(self, outputs: list[NDArray[Any]], with_codes: list[NDArray[Any]]) -> None:
+        for y, z in zip(outputs, with_codes, strict=True):
+            changed = _largest_difference(y, z)
+            largest = float(np.abs(y[np.isfinite(y)]).max(initial=0)) if changed else 1.0
+            self.reading_changes = float(np.maximum(self.reading_changes, changed / max(largest, 1e-30)))
 
     def result(self) -> Comparison:
-        return Comparison(self.difference, self.codes, self.flipped, self.decisions, self.agreeing)
+        return Comparison(self.difference, self.quantizers, self.decisions, self.agreeing, self.reading_changes)
 
 
 def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized: bool = True) -> Comparison:
@@ -81,20 +111,38 @@ def compare_levels(
     deployed: nn.Module, proto: Any, inputs: list[Tensor], optimized: Sequence[bool]
 ) -> list[Comparison]:
     """:func:`compare` with and without optimizations, with one run in torch for all."""
-    sessions = [_session_with_codes(proto, level) for level in optimized]
-    sums = [_Sums() for _ in sessions]
+    return _compared(deployed, proto, inputs, optimized)[:-1]
+
+
+def compare_optimizations(
+    deployed: nn.Module, proto: Any, inputs: list[Tensor]
+) -> tuple[Comparison, Comparison, Comparison]:
+    """:func:`compare` with optimizations and without, and the one run against the other."""
+    optimized, plain, between = _compared(deployed, proto, inputs, [True, False])
+    return optimized, plain, between
+
+
+def _compared(deployed: nn.Module, proto: Any, inputs: list[Tensor], optimized: Sequence[bool]) -> list[Comparison]:
+    """One comparison for each level, and at the end that of the first level with the last one."""
+    # Reading the codes keeps onnxruntime from some of its optimizations, so that the outputs are those of the file.
+    sessions = [(_session(proto, level), *_session_with_codes(proto, level)) for level in optimized]
+    sums = [_Sums() for _ in (*sessions, None)]
     offsets = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationCodes)}
     count = len(proto.graph.output)
     for x in inputs:
         with torch.no_grad(), recorded_codes(deployed) as expected_codes:
-            expected = [y.numpy() for y in tensors(deployed(x))]
-        for (session, names), level in zip(sessions, sums, strict=True):
-            values = session.run(None, {proto.graph.input[0].name: x.numpy()})
+            runs = [([y.numpy() for y in tensors(deployed(x))], expected_codes)]
+        for level, (session, with_codes, names) in zip(sums, sessions, strict=False):
+            feed = {proto.graph.input[0].name: x.numpy()}
+            found, values = session.run(None, feed), with_codes.run(None, feed)
             found_codes: Codes = {}
             for name, value in zip(names, values[count:], strict=True):
                 found_codes.setdefault(name, []).append(value.astype(np.int16) - offsets[name])
-            level.add_outputs(expected, values[:count])
-            level.add_codes(expected_codes, found_codes)
+            level.add_reading(found, values[:count])
+            runs.append((found, found_codes))
+        for level, (a, b) in zip(sums, [*((runs[0], run) for run in runs[1:]), (runs[1], runs[-1])], strict=True):
+            level.add_outputs(a[0], b[0])
+            level.add_codes(a[1], b[1])
     return [level.result() for level in sums]
 
 
@@ -177,7 +225,6 @@ def _largest_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
 def _session_with_codes(proto: Any, optimized: bool) -> tuple[Any, list[str]]:
     """A session whose last outputs are the activations' codes, and the quantizers that they belong to."""
     import onnx
-    import onnxruntime
 
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
@@ -188,12 +235,18 @@ def _session_with_codes(proto: Any, optimized: bool) -> tuple[Any, list[str]]:
             if entry.key == QUANTIZER and node.output[0] not in taken:
                 names.append(entry.value)
                 exposed.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
+    return _session(exposed, optimized), names
+
+
+def _session(proto: Any, optimized: bool) -> Any:
+    import onnxruntime
+
     options = session_options(optimized=optimized)
-    return onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"]), names
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _pairs(expected: Codes, found: Codes) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Codes from torch with those from the graph.
+def _pairs(expected: Codes, found: Codes) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+    """Codes from torch with those from the graph, and the quantizer's name.
 
     The exporter merges nodes that compute the same: quantizers of one tensor with equal scales, or a layer called
     twice on one tensor. What is left of them stands for all, so that the others are not compared again.
@@ -202,4 +255,5 @@ def _pairs(expected: Codes, found: Codes) -> Iterator[tuple[NDArray[Any], NDArra
         calls = expected[name]
         if len(calls) != len(results):
             calls = [a for i, a in enumerate(calls) if not any(np.array_equal(a, b) for b in calls[:i])]
-        yield from zip(calls, results, strict=True)
+        for number, (a, b) in enumerate(zip(calls, results, strict=True), 1):
+            yield name if number == 1 else f"{name}#{number}", a, b

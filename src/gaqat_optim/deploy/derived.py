@@ -19,7 +19,7 @@ def derive_constants(proto: Any) -> None:
     The scale of a bias is that of the input times those of the weight, a product in float32 that is the same to the bit
     wherever it is made; it is left out only where that holds of the numbers at hand. A zero point is a bias minus
     itself. Those of weights stay, one byte a channel: each has to be a constant of its own
-    (:func:`~gaqat_optim.deploy.graph.own_zero_points`), which runtimes merge where operators make equal ones.
+    (:func:`~gaqat_optim.deploy.graph.own_weights`), which runtimes merge where operators make equal ones.
     """
     from onnx.helper import make_node
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Collection
 from typing import Any
+
+import numpy as np
 
 from .emit import QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT
 
@@ -89,7 +92,7 @@ def keep_floating(proto: Any) -> None:
                 onnx.helper.make_node("Mul", [centred, scale], [result]),
             ]
     unread = spelled_out.keys() - {name for node in nodes for name in node.input}
-    _replace_nodes(graph, [node for node in nodes if node.output[0] not in unread])
+    replace_nodes(graph, [node for node in nodes if node.output[0] not in unread])
 
 
 def _behind(node: Any, position: int, makers: dict[str, Any]) -> tuple[Any, str]:
@@ -101,25 +104,88 @@ def _behind(node: Any, position: int, makers: dict[str, Any]) -> tuple[Any, str]
     return node, value
 
 
-def own_zero_points(proto: Any) -> None:
-    """Give every weight a zero point of its own, where torch's exporter merged equal ones.
+def keep_requantizations(proto: Any) -> None:
+    """Keep apart two quantizers of 8 bits in a row.
 
-    Under ``session.x64quantprecision`` onnxruntime rewrites weights and their zero points, each under a new name made
-    of the old one, and refuses the file when it comes to a shared zero point again.
+    Where nothing else reads the first one's values, onnxruntime makes one quantizer of the two, with a scale that
+    neither of them has, and results that are several per cent off. A Clip that clips nothing prevents it.
     """
+    import onnx
+
+    graph = proto.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    inserted: dict[str, list[Any]] = {}
+    for node in graph.node:
+        before = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if before is None or before.op_type != "DequantizeLinear" or len(readers[before.output[0]]) > 1:
+            continue
+        name = node.output[0]
+        if any(reader.op_type == "Clip" for reader in readers.get(name, [])):
+            continue
+        node.output[0] = f"{name}_unclipped"
+        bounds = (f"{name}_lowest", f"{name}_highest")
+        for bound, value in zip(bounds, (0, 255), strict=True):
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.uint8), bound))
+        clip = onnx.helper.make_node("Clip", [node.output[0], *bounds], [name])
+        clip.metadata_props.extend(node.metadata_props)
+        del node.metadata_props[:]
+        inserted[node.output[0]] = [clip]
+    insert(graph, inserted)
+
+
+def own_weights(proto: Any) -> None:
+    """Give every product a weight, and every weight a zero point, of its own.
+
+    A layer that is used twice has one weight, and torch's exporter merges equal constants. Under
+    ``session.x64quantprecision`` onnxruntime puts unsigned bytes in the place of each product's weight and zero point,
+    under new names made of the old ones, and refuses the file when it comes to the same constant again. A weight stays
+    one constant in the file: for each further use, a Reshape to the shape that it has makes another one of it.
+    """
+    from onnx.helper import make_node
+    from onnx.numpy_helper import from_array
+
     graph = proto.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    latest: dict[str, str] = {}  # By a weight, what was made of it for the last product that reads it.
     taken: set[str] = set()
-    for node in graph.node:
-        if not any(entry.key == WEIGHT_BITS for entry in node.metadata_props):
+    inserted: dict[str, list[Any]] = {}
+    for number, product in enumerate(node for node in graph.node if node.op_type in PRODUCTS):
+        dequantize = makers.get(product.input[1])
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.input[2] not in stored:
             continue
-        name = node.input[2]
-        if name in taken:
-            node.input[2] = f"{name}_{len(taken)}_own"
-            copy = graph.initializer.add()
-            copy.CopyFrom(stored[name])
-            copy.name = node.input[2]
-        taken.add(node.input[2])
+        value, name, zero = product.input[1], dequantize.input[0], dequantize.input[2]
+        if value in taken:
+            dequantize = copy.deepcopy(dequantize)
+            dequantize.output[0] = product.input[1] = f"{value}_own_{number}"
+            inserted.setdefault(value, []).append(dequantize)
+        if name in latest:
+            shape = f"gaqat.shape_of_{_axes(name, stored, makers)}_axes"
+            if shape not in stored:  # A size of 0 stands for the one that is there.
+                stored[shape] = from_array(np.zeros(_axes(name, stored, makers), np.int64), shape)
+                graph.initializer.append(stored[shape])
+            dequantize.input[0] = f"{name}_own_{number}"
+            reshape = make_node("Reshape", [latest[name], shape], [dequantize.input[0]])
+            inserted.setdefault("" if name in stored else name, []).append(reshape)
+        if zero in taken:
+            dequantize.input[2] = f"{zero}_own_{number}"
+            graph.initializer.append(stored[zero])
+            graph.initializer[-1].name = dequantize.input[2]
+            stored[dequantize.input[2]] = graph.initializer[-1]
+        latest[name] = dequantize.input[0]
+        taken.update((value, dequantize.input[2]))
+    insert(graph, inserted)
+
+
+def _axes(name: str, stored: dict[str, Any], makers: dict[str, Any]) -> int:
+    """How many axes a weight has, which those of the constant are that operators make it of."""
+    while name not in stored:
+        name = makers[name].input[0]
+    return len(stored[name].dims)
 
 
 def shorten(proto: Any) -> None:
@@ -142,14 +208,25 @@ def shorten(proto: Any) -> None:
         node.output[:] = [short.get(name, name) for name in node.output]
 
 
+def insert(graph: Any, inserted: dict[str, list[Any]]) -> None:
+    """Put nodes behind those that make the values by which they are listed, under ``""`` in front of all others."""
+    nodes = list(inserted.get("", []))
+    for node in graph.node:
+        nodes.append(node)
+        for name in node.output:
+            nodes += inserted.get(name, [])
+    replace_nodes(graph, nodes)
+
+
 def prepend(graph: Any, nodes: list[Any], renamed: dict[str, str]) -> None:
     """Put ``nodes`` in front of all others, which read another value instead of each one in ``renamed``."""
     for node in graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
-    _replace_nodes(graph, [*nodes, *graph.node])
+    replace_nodes(graph, [*nodes, *graph.node])
 
 
-def _replace_nodes(graph: Any, nodes: list[Any]) -> None:
+def replace_nodes(graph: Any, nodes: list[Any]) -> None:
+    """Make ``nodes`` the nodes of a graph. What was read from it before stands for no part of it any more."""
     del graph.node[:]
     graph.node.extend(nodes)

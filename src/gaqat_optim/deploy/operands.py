@@ -74,7 +74,8 @@ def room(bits: int, activation: ActivationCodes) -> int:
 
     Processors without an instruction for it add two products of activations and weights in 16 bits. Where narrow codes
     cannot overflow those, shifted ones must not either. The activation is there as it stands in its container, with
-    the zero point of a signed one in it.
+    the zero point of a signed one in it. Codes of 8 bits have no room, and may overflow as they are: an ONNX file has
+    them in another form (:mod:`~gaqat_optim.deploy.exact_weights`).
     """
     shift = 8 - bits
     pair = 2 * (activation.qmax + activation.zero_point) * 2 ** (bits - 1)

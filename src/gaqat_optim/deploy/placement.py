@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 from collections import Counter
@@ -15,6 +16,7 @@ from torch import nn
 from .check import session_options
 from .graph import MOVED_ACROSS, PRODUCTS
 from .layers import DeployLayer
+from .saturation import Saturating, saturating_products
 
 # onnxruntime's own names for operators on integers that do not begin with its usual prefix, and for products that run
 # in floating point.
@@ -49,11 +51,15 @@ class FloatOperator:
 
 @dataclass(frozen=True)
 class Placement:
-    """onnxruntime's operators after its optimizations; see :class:`ExportReport` for their meaning."""
+    """onnxruntime's operators after its optimizations; see :class:`ExportReport` for their meaning.
+
+    ``saturating`` are those that are not proven to be exact without VNNI.
+    """
 
     integer_kernels: dict[str, int]
     float_kernels: dict[str, int]
     float_operators: tuple[FloatOperator, ...]
+    saturating: tuple[Saturating, ...]
 
     def warning(self) -> str | None:
         """What to tell a user who expects integers; ``None`` where all is as expected."""
@@ -93,13 +99,13 @@ def placement(deployed: nn.Module, proto: Any, layer_of: Mapping[str, str | None
     for number, node in enumerate(products):
         node.name = f"<product {number}>"
     optimized = _optimized(numbered)
-    counts = Counter(node.op_type for node in optimized.node)
+    counts = Counter(node.op_type for node in optimized.graph.node)
     integer = {kind: n for kind, n in counts.items() if kind.startswith(_INTEGER_PREFIX) or kind in _INTEGER}
     floating = {kind: n for kind, n in counts.items() if kind in _FLOAT}
     modules = dict(deployed.named_modules(remove_duplicate=False))
     users = _Users(numbered.graph)
     operators = []
-    for node in optimized.node:
+    for node in optimized.graph.node:
         found = _NUMBER.search(node.name)
         if node.op_type in _FLOAT and found:
             number = int(found[1])
@@ -108,11 +114,15 @@ def placement(deployed: nn.Module, proto: Any, layer_of: Mapping[str, str | None
             has_integers = isinstance(module, DeployLayer) and module.is_integer
             reason, setting = _reason(layer, module, products[number], users)
             operators.append(FloatOperator(names[number], node.op_type, reason, setting, has_integers))
-    return Placement(integer, floating, tuple(operators))
+    saturating = [
+        dataclasses.replace(product, name=names[int(found[1])]) if (found := _NUMBER.search(product.name)) else product
+        for product in saturating_products(optimized)
+    ]
+    return Placement(integer, floating, tuple(operators), tuple(saturating))
 
 
 def _optimized(proto: Any) -> Any:
-    """The graph that onnxruntime makes of ``proto``, but for the layout of its data in memory.
+    """The graph, an ``onnx.ModelProto``, that onnxruntime makes of ``proto``, but for the layout of its data in memory.
 
     That is the last step, which chooses no integer kernels and drops the names of some operators.
     """
@@ -124,7 +134,7 @@ def _optimized(proto: Any) -> Any:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath).graph
+        return onnx.load(options.optimized_model_filepath)
 
 
 def _reason(layer: str | None, module: nn.Module | None, product: Any, users: _Users) -> tuple[str, str | None]:

@@ -17,7 +17,8 @@ class ExportReport:
     The comparisons are of onnxruntime, with its default optimizations, against the converted network in torch: on the
     sample and on inputs far beyond the clipping range made from it. Those that end in ``_unoptimized`` are the same
     with all optimizations off, where onnxruntime runs the file operator by operator. All are ``None`` without
-    ``check``.
+    ``check``. They hold for the processor that the check ran on; that integers are exact with and without VNNI is
+    proven on the graph (:func:`~gaqat_optim.export_onnx`).
 
     Attributes:
         path: the file.
