@@ -175,8 +175,9 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        # Not by name: torch binds arguments to a signature in each call, for as long as all of this takes.
-        v, scale, qmin, qmax, _, channel_axis, _ = arguments
+        # Not by name: torch binds arguments to a signature in each call, for as long as all of this takes. And from the
+        # end: without gradients, Dynamo puts its context before arguments that have no names.
+        v, scale, qmin, qmax, _, channel_axis, _ = arguments[-7:]
         if channel_axis is None and (found := quantized_in_pieces(v, scale, qmin, qmax)) is not None:
             return found
         dtype = compute_dtype(v, scale)
