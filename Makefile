@@ -1,8 +1,9 @@
 # Every target sets up what it needs in .venv, once, and again when pyproject.toml or constraints.txt change.
 #
-#   make demo     the leave-one-domain-out study on digits (a few minutes)
-#   make test     everything that has to hold before a change is accepted
-#   make soak     random calls of the optimizer and random networks to deploy, for as long as you like
+#   make demo          the leave-one-domain-out study on digits (a few minutes)
+#   make test          everything that has to hold before a change is accepted
+#   make test-oldest   the tests with the lowest versions that pyproject.toml admits
+#   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
 #
 # PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo
 # PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
@@ -10,14 +11,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
+OLDEST_VENV ?= .venv-oldest
+OLDEST_PYTHON ?= python3.10
 JOBS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
+PIP_INSTALL := -m pip --disable-pip-version-check --no-input install -qq
 # Always under the constraints: without the pin, "torch" is whatever is newest, with several GB of GPU libraries beside it.
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --constraint constraints.txt
+INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
 # A stage's headline, so that a log can be read from its failures upwards.
 headline = @printf '\n== %s ==\n' '$(1)'
 
@@ -27,7 +31,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit soak bench bench-deploy format hooks clean distclean
+.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak bench bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -92,6 +96,19 @@ unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARG
 	$(call headline,pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
+$(OLDEST_VENV)/.created: pyproject.toml constraints-oldest.txt
+	$(call headline,installing the lowest versions (several minutes, once))
+	@$(OLDEST_PYTHON) -m venv $(OLDEST_VENV) || { echo 'no virtual environment: Python 3.10 to 3.12 is needed, which old packages were built for: make test-oldest OLDEST_PYTHON=...' >&2; exit 1; }
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --constraint constraints-oldest.txt -e '.[dev]'
+	@touch $@
+
+# On Linux, pip brings several GB of GPU libraries with this torch: there is no build without them under its old version.
+test-oldest: $(OLDEST_VENV)/.created ## the tests and the code in the documentation, with the lowest versions that pyproject.toml admits (OLDEST_PYTHON=python3.11)
+	$(call headline,pytest with the lowest versions)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(call headline,doctest with the lowest versions)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/sphinx-build -W --keep-going -b doctest docs docs/_build/doctest-oldest
+
 soak: $(VENV)/.dev ## random sequences of the optimizer and random networks, others in every run (SOAK_EXAMPLES=50000 SOAK_NETWORKS=500)
 	$(call headline,soak: the optimizer against its twin)
 	SOAK_EXAMPLES=$${SOAK_EXAMPLES:-50000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_optimizer_stateful.py
@@ -101,7 +118,7 @@ soak: $(VENV)/.dev ## random sequences of the optimizer and random networks, oth
 $(BENCH_VENV)/.created: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(call headline,installing what the benchmarks compare with (a minute or several, once))
 	@$(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check --no-input install -qq --constraint constraints.txt \
+	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --constraint constraints.txt \
 		-e '.[onnx,examples,vision]' -r benchmarks/requirements.txt
 	@touch $@
 
@@ -126,5 +143,5 @@ clean: ## remove what was built, keep .venv and runs
 	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv and runs as well
-	rm -rf $(VENV) $(BENCH_VENV) runs
+distclean: clean ## remove the environments and runs as well
+	rm -rf $(VENV) $(BENCH_VENV) $(OLDEST_VENV) runs

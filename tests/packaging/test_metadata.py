@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import gaqat_optim
 from gaqat_optim.quant.modules import QUANTIZED
@@ -17,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = "gaqat-optim"
 
 
-def constraints(python: str) -> dict[str, Requirement]:
-    """The pins that hold for a Python version, by package name."""
+def constraints(python: str, file: str = "constraints.txt") -> dict[str, Requirement]:
+    """The pins of a file that hold for a Python version, by package name."""
     pins: dict[str, Requirement] = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
             continue
         pin = Requirement(line)
@@ -42,6 +43,14 @@ def test_every_direct_requirement_is_pinned_within_its_range(python):
         (pin,) = pins[requirement.name].specifier
         assert pin.operator == "=="
         assert requirement.specifier.contains(pin.version), f"{requirement} does not admit {pin.version}"
+
+
+def test_every_lower_bound_is_what_make_test_oldest_installs():
+    pins = constraints("3.10", "constraints-oldest.txt")
+    for requirement in direct_requirements():
+        (lowest,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
+        (pin,) = pins[requirement.name].specifier
+        assert (pin.operator, Version(pin.version)) == ("==", Version(lowest)), requirement.name
 
 
 def test_the_core_needs_torch_numpy_and_typing_extensions_alone():

@@ -226,7 +226,7 @@ def _exported(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool)
                 opset_version=opset,
                 input_names=["input"],
                 output_names=["output"] if one_output else None,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),  # torch 2.9 refuses a range with 1 in it
             )
     except Exception as error:
         raise RuntimeError(f"torch cannot export {type(deployed).__name__}: {_cause(error)}") from error

@@ -175,14 +175,21 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        # Not by name: torch binds arguments to a signature in each call, for as long as all of this takes.
-        v, scale, qmin, qmax, _, channel_axis, _ = arguments
+        # Not by name: torch binds arguments to a signature in each call, for as long as all of this takes. And from the
+        # end: without gradients, Dynamo puts its context before arguments that have no names.
+        v, scale, qmin, qmax, _, channel_axis, _ = arguments[-7:]
         if channel_axis is None and (found := quantized_in_pieces(v, scale, qmin, qmax)) is not None:
             return found
         dtype = compute_dtype(v, scale)
         s = _along_axis(scale.to(dtype), v.dim(), channel_axis)
-        result: Tensor = (v.to(dtype) / s).clamp_(qmin, qmax).round_().mul_(s).to(v.dtype)
-        return result
+        u = v.to(dtype) / s
+        result: Tensor
+        if torch.compiler.is_compiling():
+            result = u.clamp(qmin, qmax).round() * s
+        else:
+            result = u.clamp_(qmin, qmax).round_().mul_(s)
+        # Dynamo of torch 2.11 makes every gradient zero behind a last operation that returns its own operand.
+        return result if result.dtype == v.dtype else result.to(v.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

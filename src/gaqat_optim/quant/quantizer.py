@@ -235,7 +235,7 @@ class LSQQuantizer(nn.Module):
                 raise RuntimeError(self._unset_message())
             self.initialize(v.detach())
         # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if torch.is_grad_enabled() and not _is_exporting():
             factor, raw = self.gradient_factor(v), self.raw_scale
             with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
@@ -281,6 +281,16 @@ def is_plain(quantizer: LSQQuantizer) -> bool:
     q = quantizer
     hooks = q._forward_pre_hooks, q._forward_hooks, q._backward_pre_hooks, q._backward_hooks
     return type(q) is LSQQuantizer and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` makes a program of the forward pass, which must not write to parameters.
+
+    What Dynamo traces is training: there, torch 2.8 to 2.11 take ``torch.compile`` for an export. So an export with
+    ``strict=True``, by Dynamo as well, needs ``torch.no_grad()``.
+    """
+    tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return tracing and torch.compiler.is_exporting()
 
 
 def _distributed() -> bool:
