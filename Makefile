@@ -111,7 +111,7 @@ test-oldest: $(OLDEST_VENV)/.created ## the tests and the code in the documentat
 
 soak: $(VENV)/.dev ## random sequences of the optimizer and random networks, others in every run (SOAK_EXAMPLES=50000 SOAK_NETWORKS=500)
 	$(call headline,soak: the optimizer against its twin)
-	SOAK_EXAMPLES=$${SOAK_EXAMPLES:-50000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_optimizer_stateful.py
+	SOAK_EXAMPLES=$${SOAK_EXAMPLES:-50000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/optim/test_optimizer_stateful.py
 	$(call headline,soak: random and large networks in onnxruntime)
 	SOAK_NETWORKS=$${SOAK_NETWORKS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/deploy/test_fuzz.py tests/deploy/test_large_networks.py
 

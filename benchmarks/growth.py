@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gaqat_optim import DisorderFreeze, GAQATOptimizer
-from gaqat_optim.monitor import ScaleMonitor
+from gaqat_optim.optim.scale_tracker import ScaleMonitor
 from networks import Chain, passes, w4a4
 from timing import Ratio, Table, command, interleaved, ratio
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
-from gaqat_optim.monitor import ScaleMonitor, find_scales
+from gaqat_optim.optim.scale_tracker import ScaleMonitor, find_scales
 from networks import Chain, Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
 from timing import Ratio, Table, Times, command, interleaved, ratio, timed
 

@@ -1,11 +1,11 @@
 """Low-bit quantization-aware training under a sharpness-aware objective (GAQAT, arXiv 2412.05551)."""
 
 from .deploy.convert import convert
-from .deploy.onnx import export_onnx
-from .deploy.packing import save_packed
-from .deploy.report import ExportReport
-from .deploy.unpacking import load_packed
-from .freezing import (
+from .deploy.onnx_export.export import export_onnx
+from .deploy.onnx_export.report import ExportReport
+from .deploy.packed.load import load_packed
+from .deploy.packed.save import save_packed
+from .optim.freezing import (
     AlternateFreeze,
     AlwaysFreeze,
     ConflictFreeze,
@@ -15,15 +15,15 @@ from .freezing import (
     OppositionFreeze,
     RandomFreeze,
 )
-from .optimizer import GAQATOptimizer
-from .perturbations import ASAM, GSAM, SAGM, SAM
+from .optim.optimizer import GAQATOptimizer
+from .optim.perturbations import ASAM, GSAM, SAGM, SAM
+from .optim.report import ScaleRecord, plot_conflict
 from .quant.config import QuantConfig
-from .quant.functional import lsq_quantize
-from .quant.quantizer import LSQQuantizer
-from .quant.record import QuantRecord
-from .quant.summary import quantization_summary
-from .quant.swap import param_groups, quantization_disabled, quantize_model
-from .report import ScaleRecord, plot_conflict
+from .quant.lsq.functional import lsq_quantize
+from .quant.lsq.quantizer import LSQQuantizer
+from .quant.quantize import param_groups, quantization_disabled, quantize_model
+from .quant.summary.record import QuantRecord
+from .quant.summary.table import quantization_summary
 
 __all__ = [
     "ASAM",

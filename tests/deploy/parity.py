@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gaqat_optim.deploy import emit, rounded_biases
-from gaqat_optim.deploy.check import tensors
-from gaqat_optim.deploy.layers import ActivationCodes
-from gaqat_optim.quant.quantizer import LSQQuantizer
+from gaqat_optim.deploy import qdq, rounded_biases
+from gaqat_optim.deploy.nn.layers import ActivationCodes
+from gaqat_optim.deploy.onnx_export.verification import tensors
+from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 
 # onnxruntime rounds x / s, with x a sum in another order, or the product of a sum of integers with a quotient of
 # scales: some float32 roundings of numbers of the size of x / s. A tie is a place where they can decide.
@@ -141,7 +141,7 @@ def _fake_calls(model: nn.Module, x: Tensor) -> tuple[dict[str, list[Any]], list
             # A deployed layer pads before it quantizes.
             output = F.pad(output, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         found = (output / quantizer.scale).round().numpy().astype(np.int64)
-        codes[name].append(found + emit.zero_point(bool(quantizer.signed)))
+        codes[name].append(found + qdq.zero_point(bool(quantizer.signed)))
 
     hooks = [
         m.register_forward_hook(functools.partial(record, name, model.get_submodule(name.rpartition(".")[0])))
@@ -164,7 +164,7 @@ def _runtime_calls(proto: Any, x: Tensor, optimized: bool) -> tuple[dict[str, li
     names = []
     for node in exposed.graph.node:
         for entry in node.metadata_props:
-            if entry.key == emit.QUANTIZER and node.output[0] not in taken:
+            if entry.key == qdq.QUANTIZER and node.output[0] not in taken:
                 names.append(entry.value)
                 exposed.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
     options = onnxruntime.SessionOptions()

@@ -16,10 +16,10 @@ from torch import nn
 from deploy import deploy_oracle as oracle
 from deploy.deploy_networks import CONFIGS, NETWORKS, ResNet, cnn, images, mlp, randomize_norms, trained
 from gaqat_optim import GAQATOptimizer, LSQQuantizer, QuantConfig, quantization_disabled, quantize_model
-from gaqat_optim.deploy.check import recorded_codes
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.layers import ActivationCodes, DeployLayer
-from gaqat_optim.quant.modules import QuantizedModule
+from gaqat_optim.deploy.nn.layers import ActivationCodes, DeployLayer
+from gaqat_optim.deploy.onnx_export.verification import recorded_codes
+from gaqat_optim.quant.nn.base import QuantizedModule
 
 SAME = QuantConfig(4, 4, first_last_bits="same")
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -21,8 +21,8 @@ from deploy.parity import ROUNDINGS, in_runtime, in_training
 from deploy.random_networks import Case, cases, has_attention
 from deploy.saturating_runtime import optimized
 from gaqat_optim import convert, export_onnx, quantize_model
-from gaqat_optim.deploy.byte_ranges import INTEGER_PRODUCTS
-from gaqat_optim.deploy.saturation import saturating_products
+from gaqat_optim.deploy.onnx_export.byte_ranges import INTEGER_PRODUCTS
+from gaqat_optim.deploy.onnx_export.saturation import saturating_products
 
 SOAK = "SOAK_NETWORKS" in os.environ
 NETWORKS = int(os.environ.get("SOAK_NETWORKS", "25"))

@@ -14,7 +14,7 @@ import torch
 from deploy.large_networks import CONFIGS, NETWORKS, batch, trained
 from gaqat_optim import convert, export_onnx
 from gaqat_optim.deploy import rounded_biases
-from gaqat_optim.deploy.check import compare_levels, top1
+from gaqat_optim.deploy.onnx_export.verification import compare_levels, top1
 
 SOAK = "SOAK_NETWORKS" in os.environ
 INPUTS = 1000

@@ -10,9 +10,9 @@ from torch import nn
 
 from deploy.deploy_networks import CONFIGS, NETWORKS, images, trained
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
-from gaqat_optim.deploy.check import recorded_codes, top1
-from gaqat_optim.deploy.emit import QUANTIZER
-from gaqat_optim.deploy.layers import ActivationCodes
+from gaqat_optim.deploy.nn.layers import ActivationCodes
+from gaqat_optim.deploy.onnx_export.verification import recorded_codes, top1
+from gaqat_optim.deploy.qdq import QUANTIZER
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
 from distributed.checkpoint_scenarios import AFTER, build, result, resume, state_of, uninterrupted
 from distributed.processes import PERTURBATIONS, assert_close, assert_same_bits, data, quantized, train
 from gaqat_optim import DisorderFreeze, GAQATOptimizer
-from gaqat_optim.names import is_scale_name
+from gaqat_optim.scale_names import is_scale_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which one process is told
 

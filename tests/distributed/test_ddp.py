@@ -25,7 +25,7 @@ from distributed.processes import (
     whole,
 )
 from gaqat_optim import GSAM, SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
-from gaqat_optim.monitor import ScaleMonitor, find_scales
+from gaqat_optim.optim.scale_tracker import ScaleMonitor, find_scales
 
 
 @pytest.mark.parametrize(("perturbation", "policy"), COMBINATIONS)

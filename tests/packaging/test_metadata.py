@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import gaqat_optim
-from gaqat_optim.quant.modules import QUANTIZED
+from gaqat_optim.quant.nn.base import QUANTIZED
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = "gaqat-optim"
@@ -68,7 +68,7 @@ def test_importing_the_package_imports_no_extra():
 import sys, torch
 before = set(sys.modules)
 import gaqat_optim
-from gaqat_optim.quant.modules import QUANTIZED
+from gaqat_optim.quant.nn.base import QUANTIZED
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

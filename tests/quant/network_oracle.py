@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gaqat_optim import LSQQuantizer
-from gaqat_optim.quant.modules import QuantizedModule
+from gaqat_optim.quant.nn.base import QuantizedModule
 
 
 def fake_quantize(v, scale, bits, signed, count):

@@ -15,8 +15,8 @@ from gaqat_optim import (
     quantization_summary,
     quantize_model,
 )
-from gaqat_optim.deploy.rounded import rounded_biases
-from gaqat_optim.quant.recompute import recompute_activations
+from gaqat_optim.deploy.bias_rounding import rounded_biases
+from gaqat_optim.quant.nn.recompute import recompute_activations
 from networks import NETWORKS, build
 
 CONFIGS = {

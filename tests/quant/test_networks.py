@@ -23,7 +23,7 @@ from gaqat_optim import (
     quantization_summary,
     quantize_model,
 )
-from gaqat_optim.quant.modules import QuantizedModule
+from gaqat_optim.quant.nn.base import QuantizedModule
 from networks import NETWORKS, TORCHVISION, build
 from quant import network_oracle
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quant.attention import QuantMultiheadAttention
-from ..quant.modules import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
-from ..quant.outputs import hooked_outputs, quantize_output
-from ..quant.quantizer import LSQQuantizer
-from .attention import ROLES, DeployMultiheadAttention, projections
-from .fold import Affine, following_norms
-from .layers import DEPLOYED, DeployLayer, DeployLinear, QuantizedValues
-from .operands import activation_codes, operands
-from .rounded import remove_rounding
+from ..quant.graph.output_quantizers import hooked_outputs, quantize_output
+from ..quant.lsq.quantizer import LSQQuantizer
+from ..quant.nn.attention import QuantMultiheadAttention
+from ..quant.nn.base import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
+from .batchnorm_folding import Affine, following_norms
+from .bias_rounding import remove_rounding
+from .nn.attention import ROLES, DeployMultiheadAttention, projections
+from .nn.integer_parameters import activation_codes, operands
+from .nn.layers import DEPLOYED, DeployLayer, DeployLinear, QuantizedValues
 
 # Deployed as floating-point tables of the quantized values: a lookup computes nothing that integers would speed up.
 TABLES: dict[type, type[nn.Module]] = {QuantEmbedding: nn.Embedding, QuantEmbeddingBag: nn.EmbeddingBag}

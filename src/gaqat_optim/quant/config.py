@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from .functional import MAX_BITS, MIN_BITS
+from .lsq.functional import MAX_BITS, MIN_BITS
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -1,0 +1,1 @@
+"""The deployed layers, which compute on integers."""

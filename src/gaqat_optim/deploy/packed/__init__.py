@@ -1,0 +1,1 @@
+"""Files of bit planes for a runtime of one's own."""

@@ -1,0 +1,227 @@
+"""The mathematics of the LSQ quantizer, as pure functions.
+
+Everything here works on tensors alone; state lives in :mod:`gaqat_optim.quant.lsq.quantizer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cpu_backward import gradients, takes
+from .pieces import quantized_in_pieces
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def integer_bounds(bits: int, signed: bool) -> tuple[int, int]:
+    """The integer range (Qn, Qp) of a ``bits``-wide code.
+
+    >>> integer_bounds(3, signed=True), integer_bounds(3, signed=False)
+    ((-4, 3), (0, 7))
+    """
+    if signed:
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+def lsq_quantize(
+    v: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    grad_scale: float = 1.0,
+    channel_axis: int | None = None,
+) -> Tensor:
+    r"""Fake-quantize ``v`` with a learned step size, with LSQ's exact gradient.
+
+    .. math::
+
+        \hat v = s \cdot \mathrm{round}(\mathrm{clamp}(v / s, Q_n, Q_p))
+
+    with ties to even. Backward, for :math:`G = \partial L / \partial \hat v`: ``v`` receives :math:`G` strictly
+    inside the bounds and 0 elsewhere; ``scale`` receives ``grad_scale`` times :math:`\sum G \cdot d` with
+    :math:`d = \mathrm{round}(v/s) - v/s` inside, :math:`Q_n` at and below the lower bound and :math:`Q_p` at and
+    above the upper. PyTorch's own ``_fake_quantize_learnable_*`` operators mask after rounding instead, which turns
+    the sign of the scale gradient for ``v/s`` between :math:`Q_p` and :math:`Q_p + 1/2`.
+
+    The computation is in float32 (float64 if ``v`` or ``scale`` is float64); the result has the dtype of ``v``. An
+    infinite value is clipped like any other. A NaN stays NaN, in its element and in the gradient of its scale; its own
+    gradient is 0 or :math:`G`. There is no second derivative: asking for one is an error.
+
+    Args:
+        v: tensor of any shape and floating dtype.
+        scale: the step size s > 0, of shape ``()``, ``(1,)`` or, with ``channel_axis``, ``(channels,)``.
+        qmin: lower integer bound, Qn <= 0.
+        qmax: upper integer bound, Qp > 0.
+        grad_scale: LSQ's factor g on the gradient of ``scale``; it does not touch the gradient of ``v``.
+        channel_axis: the axis of ``v`` that has one scale per index; ``None`` for one scale in all.
+
+    Returns:
+        A tensor of the shape and dtype of ``v``, every element an integer multiple of its scale.
+
+    Raises:
+        TypeError: ``v`` or ``scale`` is not of a floating dtype.
+        ValueError: the bounds do not enclose zero, or the shape of ``scale`` does not fit.
+
+    Example:
+        >>> import torch
+        >>> v = torch.tensor([-9.0, 0.4, 0.5, 1.5, 7.3], requires_grad=True)
+        >>> s = torch.tensor([1.0], requires_grad=True)
+        >>> q = lsq_quantize(v, s, -8, 7)
+        >>> q.tolist()
+        [-8.0, 0.0, 0.0, 2.0, 7.0]
+        >>> q.sum().backward()
+        >>> v.grad.tolist()
+        [0.0, 1.0, 1.0, 1.0, 0.0]
+        >>> round(s.grad.item(), 4)  # -8 - 0.4 - 0.5 + 0.5 + 7
+        -1.4
+
+    Reference: Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153, equations 1 to 3.
+    """
+    if not (v.is_floating_point() and scale.is_floating_point()):
+        raise TypeError(f"lsq_quantize needs floating tensors, got v: {v.dtype} and scale: {scale.dtype}")
+    if not qmin <= 0 < qmax:
+        raise ValueError(f"the integer bounds must satisfy qmin <= 0 < qmax, got qmin={qmin}, qmax={qmax}")
+    if channel_axis is None:
+        if scale.numel() != 1:
+            raise ValueError(
+                f"scale of shape {tuple(scale.shape)} has one entry per channel: say which axis of v with channel_axis"
+            )
+    else:
+        if not -v.dim() <= channel_axis < v.dim():
+            raise ValueError(f"channel_axis={channel_axis} is not an axis of v, whose shape is {tuple(v.shape)}")
+        channel_axis %= v.dim()
+        if scale.shape != (v.shape[channel_axis],):
+            raise ValueError(
+                f"scale of shape {tuple(scale.shape)} does not fit axis {channel_axis} of v, "
+                f"whose shape is {tuple(v.shape)}"
+            )
+    return quantized(v, scale, qmin, qmax, grad_scale, channel_axis)
+
+
+def quantized(
+    v: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    grad_scale: float,
+    channel_axis: int | None,
+    keeps_output: bool = False,
+) -> Tensor:
+    """:func:`lsq_quantize` of arguments that are right.
+
+    With ``keeps_output``, backward uses the result, which is faster; it must not be changed in place then.
+    """
+    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, keeps_output)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
+    """float32, or float64 if an input is: half precision divided by a scale changes up to 7 % of 8-bit codes."""
+    return torch.promote_types(torch.promote_types(v.dtype, scale.dtype), torch.float32)
+
+
+def _along_axis(scale: Tensor, ndim: int, channel_axis: int | None) -> Tensor:
+    """View ``scale`` so that it broadcasts against a tensor of ``ndim`` axes."""
+    if channel_axis is None:
+        return scale.reshape(())
+    shape = [1] * ndim
+    shape[channel_axis] = -1
+    return scale.reshape(shape)
+
+
+def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
+    """Inner product of ``a`` and ``b``: shape ``()``, or ``(channels,)`` along ``channel_axis``."""
+    if channel_axis is None:
+        return torch.dot(a.reshape(-1), b.reshape(-1))
+    # Not linalg.vecdot: autocast would run it in half precision.
+    others = [axis for axis in range(a.dim()) if axis != channel_axis]
+    return (a * b).sum(others) if others else a * b
+
+
+class NotTwice(torch.autograd.Function):
+    """``grad`` itself; its derivative by anything in ``of``, which it depends on, is an error.
+
+    Not ``once_differentiable``: that looks at the incoming gradient alone, not at v and scale, and torch.func gets
+    around it. Either way the second derivative would be zero without a word.
+    """
+
+    @staticmethod
+    def forward(grad: Tensor, *of: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError("trying to differentiate twice: the LSQ quantizer has no second derivative")
+
+
+class _LSQ(torch.autograd.Function):
+    """LSQ forward and backward, with the scale gradient as a difference of two inner products.
+
+    With u = clamp(v/s, Qn, Qp), q = round(u) and dv = G inside the bounds, 0 elsewhere: sum(G*d) = <G, q> - <dv, u>,
+    since d = q - u inside and d = q outside. The clamped u, where v/s would do for finite v, keeps an infinite v from
+    making 0 * inf.
+
+    What counts is how often memory is passed over. On a CPU in eager mode, backward takes q s and v, which are there
+    already, for q and u (:mod:`gaqat_optim.quant.lsq.cpu_backward`); a compiler makes few passes of the plain form.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        # Not by name: torch binds arguments to a signature in each call, for as long as all of this takes. And from the
+        # end: without gradients, Dynamo puts its context before arguments that have no names.
+        v, scale, qmin, qmax, _, channel_axis, _ = arguments[-7:]
+        if channel_axis is None and (found := quantized_in_pieces(v, scale, qmin, qmax)) is not None:
+            return found
+        dtype = compute_dtype(v, scale)
+        s = _along_axis(scale.to(dtype), v.dim(), channel_axis)
+        u = v.to(dtype) / s
+        result: Tensor
+        if torch.compiler.is_compiling():
+            result = u.clamp(qmin, qmax).round() * s
+        else:
+            result = u.clamp_(qmin, qmax).round_().mul_(s)
+        # Dynamo of torch 2.11 makes every gradient zero behind a last operation that returns its own operand.
+        return result if result.dtype == v.dtype else result.to(v.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis, keeps_output = inputs
+        if keeps_output and takes(v, scale):
+            # The layer behind keeps the output for its own backward: it costs no memory to keep it here too.
+            ctx.save_for_backward(v, scale, output)
+        else:
+            ctx.save_for_backward(v, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, scale, *output = ctx.saved_tensors
+        settings = ctx.qmin, ctx.qmax, ctx.channel_axis
+        with torch.no_grad():
+            found = gradients(grad, v, scale, output[0], *settings) if output and takes(grad, scale) else None
+            grad_v, total = found or _gradients(grad, v, scale, *settings)
+            of_v = grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None
+            of_scale = (total * ctx.grad_scale).view(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        grads = [of_v, of_scale]
+        if torch.is_grad_enabled():  # create_graph=True, or torch.func
+            grads = [None if g is None else NotTwice.apply(g, grad, v, scale) for g in grads]  # type: ignore[no-untyped-call]
+        return (*grads, *[None] * 5)
+
+
+def _gradients(
+    grad: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, channel_axis: int | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of v, and of the scale without g."""
+    dtype = compute_dtype(v, scale)
+    grad = grad.to(dtype)
+    u = (v.to(dtype) / _along_axis(scale.to(dtype), v.dim(), channel_axis)).clamp_(qmin, qmax)
+    # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
+    grad_v = torch.ops.aten.hardtanh_backward(grad, u, qmin, qmax)
+    return grad_v, _dot(grad, u.round(), channel_axis) - _dot(grad_v, u, channel_axis)

@@ -1,0 +1,314 @@
+"""The LSQ quantizer as a module: one learned step size, or one per channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from typing_extensions import override
+
+from ...scale_names import LINEAR_SCALE, LOG_SCALE, SCALE_IS_SIGNED, SCALE_RANGE
+from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, quantized
+from .scale_init import initial_scale
+
+# How far a scale may go from its initial value, either way. No network needs more; and from much further away it would
+# not come back: the gradient of log(s) is proportional to s, and vanishes with it.
+_REACH = 1024.0
+_SMALLEST, _LARGEST = 1e-12, 1e12
+
+
+class _ClampStraightThrough(torch.autograd.Function):
+    """Clamp whose gradient is the identity, so that a value beyond a bound can come back."""
+
+    @staticmethod
+    def forward(value: Tensor, low: float, high: float) -> Tensor:
+        return value.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+class LSQQuantizer(nn.Module):
+    """Fake-quantizes its input with a learned scale (step size).
+
+    The scale s is a parameter of shape ``(1,)`` or ``(channels,)``: log(s) under the name ``lsq_log_scale``, or s
+    itself under ``lsq_scale``. It stays within a factor of 1024 of its initial value: a clamp whose gradient is the
+    identity bounds it, and each training forward puts a value beyond a bound back. The parameter always exists; an
+    activation quantizer that was not calibrated sets it at its first training forward, to the same value on all ranks
+    of ``torch.distributed``.
+
+    The gradient of the scale is multiplied by LSQ's g = 1/sqrt(N Qp). N is the number of weights per scale, or the
+    number of features in one sample (not in the batch, so that accumulating micro-batches gives the gradient of the
+    whole batch).
+
+    Args:
+        bits: width of the codes, 2 to 8.
+        signed: whether codes can be negative; ``None`` leaves that to :meth:`initialize`.
+        channels: how many scales; ``None`` for one in all, of shape ``(1,)``.
+        channel_axis: the axis of the input that ``channels`` counts; needs ``channels``.
+        batched: whether axis 0 of the input is a batch (activations), which g then leaves out.
+        init: ``"mse"`` or ``"lsq"``, the initial value that :meth:`initialize` computes.
+        scale_domain: ``"log"`` or ``"linear"``.
+        device: where the parameter is created.
+
+    Raises:
+        ValueError: ``bits`` is outside 2..8, or only one of ``channels`` and ``channel_axis`` is given.
+
+    Example:
+        >>> import torch
+        >>> quantizer = LSQQuantizer(3, signed=True)
+        >>> v = torch.tensor([-1.0, -0.2, 0.1, 0.75])
+        >>> quantizer.initialize(v, 0.25)
+        >>> quantizer(v).tolist()
+        [-1.0, -0.25, 0.0, 0.75]
+        >>> quantizer.qmin, quantizer.qmax
+        (-4, 3)
+
+    Reference: Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153.
+    """
+
+    scale_is_signed: Tensor
+    scale_range: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool | None = None,
+        channels: int | None = None,
+        channel_axis: int | None = None,
+        batched: bool = False,
+        init: str = "mse",
+        scale_domain: str = "log",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise ValueError(f"bits must be from {MIN_BITS} to {MAX_BITS}, got {bits}")
+        if (channels is None) != (channel_axis is None):
+            raise ValueError("channels and channel_axis go together: give both, or neither for one scale in all")
+        self.bits = bits
+        self.channel_axis = channel_axis
+        self.batched = batched
+        self.init = init
+        self.scale_domain = scale_domain
+        self.enabled = True
+        # For backward, which is faster with it: where a layer alone gets it, and keeps it anyway. Elsewhere it may be
+        # changed in place.
+        self.keeps_output = False
+        self.name = ""
+        self._sharded = False
+        start = torch.zeros(channels or 1, dtype=torch.float32, device=device)  # log(1)
+        name = LOG_SCALE if scale_domain == "log" else LINEAR_SCALE
+        self.register_parameter(name, nn.Parameter(start if scale_domain == "log" else start + 1))
+        # Python values decide in forward (no synchronisation, no graph break); the buffers carry them in state dicts.
+        self._signed = signed
+        self._range: tuple[float, float] | None = None
+        self.register_buffer(SCALE_IS_SIGNED, torch.tensor(bool(signed), device=device))
+        self.register_buffer(SCALE_RANGE, torch.zeros(2, dtype=torch.float32, device=device))  # zeros: not set yet
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts a shard in a parameter's place, this way where a module has a __setattr__ of its own. In a
+        # forward pass it lends the whole parameter, in which nothing written lasts.
+        if name in (LOG_SCALE, LINEAR_SCALE) and hasattr(value, "full_tensor"):
+            self._sharded = True
+        super().__setattr__(name, value)
+
+    # -- what the quantizer is ---------------------------------------------------------------------------------
+
+    @property
+    def raw_scale(self) -> nn.Parameter:
+        """The learned parameter, log(s) or s by ``scale_domain``."""
+        return self.lsq_log_scale if self.scale_domain == "log" else self.lsq_scale  # type: ignore[return-value]
+
+    @property
+    def scale(self) -> Tensor:
+        """The step size s > 0, float32 or float64, of shape ``(1,)`` or ``(channels,)``; differentiable."""
+        # At least float32, whatever dtype the model was moved to: float16 has no number near the lower bound.
+        raw = self.raw_scale.to(torch.promote_types(self.raw_scale.dtype, torch.float32))
+        bounded: Tensor = _ClampStraightThrough.apply(raw, *self._raw_bounds)  # type: ignore[no-untyped-call]
+        return self._of_raw(bounded)
+
+    def _of_raw(self, raw: Tensor) -> Tensor:
+        # A copy, since another forward of a shared layer clamps the parameter in place.
+        return raw.exp() if self.scale_domain == "log" else raw.clone()
+
+    @property
+    def _raw_bounds(self) -> tuple[float, float]:
+        low, high = self._range or (_SMALLEST, _LARGEST)
+        return (math.log(low), math.log(high)) if self.scale_domain == "log" else (low, high)
+
+    @property
+    def signed(self) -> bool | None:
+        """Whether codes can be negative; ``None`` while that is still to be decided from data."""
+        return self._signed
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the scale has its initial value."""
+        return self._range is not None
+
+    @property
+    def qmin(self) -> int:
+        """Lower integer bound Qn."""
+        return integer_bounds(self.bits, self._decided_sign())[0]
+
+    @property
+    def qmax(self) -> int:
+        """Upper integer bound Qp."""
+        return integer_bounds(self.bits, self._decided_sign())[1]
+
+    def _decided_sign(self) -> bool:
+        if self._signed is None:
+            raise RuntimeError(self._unset_message())
+        return self._signed
+
+    def _unset_message(self) -> str:
+        return (
+            f"the quantizer {self.name!r} has no scale yet: pass calibration= to quantize_model, "
+            "or run one forward pass in training mode first"
+        )
+
+    def extra_repr(self) -> str:
+        sign = {True: "signed", False: "unsigned", None: "sign by calibration"}[self._signed]
+        where = "per tensor" if self.channel_axis is None else f"per channel of axis {self.channel_axis}"
+        unset = "" if self.is_set else ", not calibrated"
+        return f"{self.bits} bits, {sign}, {where}, {self.scale_domain} scale{unset}"
+
+    # -- its value ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialize(self, v: Tensor, scale: Tensor | float | None = None) -> None:
+        """Set signedness (where it is still open) and scale from the values ``v``.
+
+        Args:
+            v: the values to represent: the weight, or a sample of activations, in the layout of the input.
+            scale: the initial step size, to set it directly instead of computing it from ``v``.
+
+        Raises:
+            ValueError: ``v`` is empty or not finite, or ``scale`` is not positive and finite.
+            RuntimeError: ``fully_shard`` has split the scale.
+        """
+        if self._sharded:
+            raise RuntimeError(
+                f"the quantizer {self.name!r} cannot take its scale from data once fully_shard has split it: pass "
+                "calibration= to quantize_model, or load a state dict before the first forward pass"
+            )
+        if v.numel() == 0 or not bool(torch.isfinite(v).all()):
+            what = "no values"
+            if v.numel():
+                what = "values that are not finite: look for them in the data and in the weights"
+            raise ValueError(f"cannot initialise the quantizer {self.name!r} from {what}")
+        if scale is not None:
+            given = torch.as_tensor(scale)
+            if not bool((given.isfinite() & (given > 0)).all()):
+                raise ValueError(f"the scale of the quantizer {self.name!r} must be positive and finite, got {scale!r}")
+        signed = self._signed if self._signed is not None else _any_rank(bool((v < 0).any()), v.device)
+        if scale is None:
+            bounds = integer_bounds(self.bits, signed)
+            scale = initial_scale(v, *bounds, self.channel_axis, self.init)
+            if self.batched:  # Weights are the same on all ranks, batches are not.
+                scale = _mean_over_ranks(scale)
+        raw = torch.as_tensor(scale, dtype=torch.float32).clamp(_SMALLEST, _LARGEST)
+        self.raw_scale.copy_(raw.log() if self.scale_domain == "log" else raw)
+        self._signed = signed
+        self.scale_is_signed.fill_(signed)
+        self.scale_range.copy_(torch.stack([raw.min() / _REACH, raw.max() * _REACH]))
+        self._read_buffers()
+
+    def forward(self, v: Tensor) -> Tensor:
+        if not self.enabled:
+            return v
+        if self._range is None:
+            self._read_buffers()  # AveragedModel or a broadcast may have filled them, without a word.
+        if self._range is None:
+            if not self.training:
+                raise RuntimeError(self._unset_message())
+            self.initialize(v.detach())
+        # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
+        if torch.is_grad_enabled() and not _is_exporting():
+            factor, raw = self.gradient_factor(v), self.raw_scale
+            with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
+                low, high = self._raw_bounds
+                raw.clamp_(low, min(high, torch.finfo(raw.dtype).max))
+            # In half precision the bound itself may have been rounded up.
+            scale = self.scale if raw.dtype.itemsize < 4 else self._of_raw(raw)
+        else:
+            factor, scale = 1.0, self.scale
+        qmin, qmax = integer_bounds(self.bits, self._decided_sign())
+        if self.keeps_output:
+            return quantized(v, scale, qmin, qmax, factor, self.channel_axis, keeps_output=True)
+        return lsq_quantize(v, scale, qmin, qmax, grad_scale=factor, channel_axis=self.channel_axis)
+
+    def gradient_factor(self, v: Tensor) -> float:
+        """LSQ's g for values like ``v``."""
+        sizes = v.shape[1:] if self.batched and v.dim() > 1 else v.shape
+        count = math.prod(sizes) // self.raw_scale.numel()
+        return 1.0 / math.sqrt(max(count, 1) * self.qmax)
+
+    # -- its state ---------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        self._range = None
+        self._read_buffers()
+
+    def _read_buffers(self) -> None:
+        if self.scale_range.is_meta:
+            return
+        low, high = self.scale_range.tolist()
+        if high > 0:
+            self._range = max(low, _SMALLEST), min(high, _LARGEST)
+            self._signed = bool(self.scale_is_signed)
+
+
+def is_plain(quantizer: LSQQuantizer) -> bool:
+    """Whether ``quantizer`` does LSQ on its input and nothing else: no class of a user's, and no hooks.
+
+    A hook may change the input or the output, or ask for the gradient of either.
+    """
+    q = quantizer
+    hooks = q._forward_pre_hooks, q._forward_hooks, q._backward_pre_hooks, q._backward_hooks
+    return type(q) is LSQQuantizer and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` makes a program of the forward pass, which must not write to parameters.
+
+    What Dynamo traces is training: there, torch 2.8 to 2.11 take ``torch.compile`` for an export. So an export with
+    ``strict=True``, by Dynamo as well, needs ``torch.no_grad()``.
+    """
+    tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return tracing and torch.compiler.is_exporting()
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` holds on any rank."""
+    if not _distributed():
+        return flag
+    seen = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+    return bool(seen > 0)
+
+
+def _mean_over_ranks(scale: Tensor) -> Tensor:
+    """The mean of ``scale`` over all ranks: the same bits on each."""
+    if not _distributed():
+        return scale
+    torch.distributed.all_reduce(scale)
+    return scale / torch.distributed.get_world_size()

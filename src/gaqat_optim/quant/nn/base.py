@@ -1,0 +1,300 @@
+"""Quantized versions of torch's modules, and the registry that :func:`quantize_model` swaps by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import LayerConfig
+from ..lsq.quantizer import LSQQuantizer, is_plain
+from ..summary.record import QuantRecord, packed_bytes
+from .input_scale_gradient import with_scale_gradient
+from .saved import quantized_again
+
+Q = TypeVar("Q", bound="type[QuantizedModule]")
+
+# Exact type to quantized type. A subclass with its own forward is not in it, and so keeps that forward.
+QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
+
+
+def quantizes(*types: type[nn.Module]) -> Callable[[Q], Q]:
+    """Register a class as the quantized version of a module type, for :func:`quantize_model` to swap by.
+
+    The class derives from :class:`QuantizedModule` and from the type, and says in ``compute`` what the layer does with
+    a quantized input and weight.
+
+    Args:
+        types: the exact types that it replaces.
+
+    Example:
+        >>> import torch
+        >>> from gaqat_optim import quantize_model
+        >>> class Cosine(nn.Linear):
+        ...     def forward(self, x):
+        ...         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1))
+        >>> @quantizes(Cosine)
+        ... class QuantCosine(QuantizedModule, Cosine):
+        ...     def compute(self, x, weight):
+        ...         return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=1))
+        >>> net = quantize_model(nn.Sequential(Cosine(4, 2)), calibration=torch.rand(8, 4))
+        >>> type(net[0]).__name__
+        'QuantCosine'
+        >>> del QUANTIZED[Cosine]
+    """
+
+    def register(cls: Q) -> Q:
+        QUANTIZED.update(dict.fromkeys(types, cls))
+        return cls
+
+    return register
+
+
+class QuantizedModule(nn.Module):
+    """Mixin of the quantized layers: up to three quantizers, each ``None`` where that part stays in floating point.
+
+    A quantized layer is made from a float layer by :meth:`from_float`, never by its constructor. It holds the very
+    Parameter objects of the float layer, under their old names, so that optimizers, tied weights and state dicts go on.
+    """
+
+    takes_codes: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
+    recomputes: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
+
+    weight: Tensor
+    weight_quantizer: LSQQuantizer | None
+    input_quantizer: LSQQuantizer | None
+    output_quantizer: LSQQuantizer | None
+
+    @classmethod
+    def from_float(cls, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
+        """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is."""
+        quantized = cls.__new__(cls)
+        quantized.__dict__ = module.__dict__.copy()
+        for registry in ("_parameters", "_buffers", "_modules"):
+            quantized.__dict__[registry] = module.__dict__[registry].copy()
+        device = quantized.weight.device
+        kinds = {"init": layer.init, "scale_domain": layer.scale_domain, "device": device}
+        per_channel = {"channels": quantized.by_channel(quantized.weight).shape[0], "channel_axis": 0}
+        weight = activation = output = None
+        if layer.weight_bits is not None:
+            granularity = per_channel if layer.weight_granularity == "channel" else {}
+            weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds)  # type: ignore[arg-type]
+        if layer.activation_bits is not None and cls.takes_codes:
+            signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
+            activation = LSQQuantizer(layer.activation_bits, signed=signed, batched=True, **kinds)  # type: ignore[arg-type]
+        if layer.output_bits is not None:
+            output = LSQQuantizer(layer.output_bits, batched=True, **kinds)  # type: ignore[arg-type]
+        for quantizer in (weight, activation):
+            if quantizer is not None:
+                quantizer.keeps_output = True
+        quantized.weight_quantizer, quantized.input_quantizer, quantized.output_quantizer = weight, activation, output
+        quantized.train(module.training)
+        return quantized
+
+    def quantizers(self) -> Iterator[tuple[str, LSQQuantizer]]:
+        """The quantizers that exist, by the name of their attribute."""
+        for name in ("weight_quantizer", "input_quantizer", "output_quantizer"):
+            quantizer = getattr(self, name)
+            if quantizer is not None:
+                yield name, quantizer
+
+    def initialize_weight(self) -> None:
+        """Set the scales of the weight from its values."""
+        if self.weight_quantizer is not None and not self.weight.is_meta:  # else by a state dict, or in training
+            self.weight_quantizer.initialize(self.by_channel(self.weight))
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the layer computes with."""
+        if self.weight_quantizer is None:
+            return self.weight
+        return self.from_channels(self.weight_quantizer(self.by_channel(self.weight)))
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
+        quantizer = self.input_quantizer
+        x = quantizer(input) if quantizer is not None else input
+        weight = self.quantized_weight()
+        eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
+        known = eager and is_plain(quantizer)  # type: ignore[arg-type]  # x is LSQ's of the input
+        # Where only the scale before a convolution learns, there is a shorter way to its gradient.
+        product = self.product() if known and x.requires_grad and not input.requires_grad else None
+        x = x.detach() if product is not None else x
+        with quantized_again(quantizer, input, x) if known and self.recomputes else nullcontext():  # type: ignore[arg-type]
+            y = self.compute(x, weight, *args, **kwargs)
+        if product is not None:
+            y = with_scale_gradient(y, quantizer, input, weight, product)  # type: ignore[arg-type]
+        return self.output_quantizer(y) if self.output_quantizer is not None else y
+
+    def quant_record(self, name: str) -> QuantRecord:
+        """What :func:`quantization_summary` says of the layer, whose qualified name is ``name``."""
+        weight, activation, output = self.weight_quantizer, self.input_quantizer, self.output_quantizer
+        scales = sum(q.scale.numel() for q in self._modules.values() if isinstance(q, LSQQuantizer))
+        biases = sum(p.numel() for kind, p in self.named_parameters(recurse=False) if "bias" in kind)
+        count, bits = self.weight.numel(), None if weight is None else weight.bits
+        return QuantRecord(
+            name=name,
+            type=type(self).__name__,
+            weight_bits=bits,
+            weight_granularity=None if weight is None else "tensor" if weight.channel_axis is None else "channel",
+            weight_scale=_mean_scale(weight),
+            weight_snr=self._signal_to_noise(),
+            activation_bits=None if activation is None else activation.bits,
+            activation_signed=None if activation is None else activation.signed,
+            activation_scale=_mean_scale(activation),
+            output_bits=None if output is None else output.bits,
+            weights=count,
+            bytes=packed_bytes(count, bits, scales + biases),
+        )
+
+    @torch.no_grad()
+    def _signal_to_noise(self) -> float | None:
+        """Of the weight, in decibel: infinite where it is represented exactly, NaN for zeros."""
+        if self.weight_quantizer is None or not self.weight_quantizer.is_set:
+            return None
+        weight = self.weight.double()
+        noise = (self.quantized_weight().double() - weight).square().sum()
+        return (10 * torch.log10(weight.square().sum() / noise)).item()
+
+    # -- what the kinds of layers differ in --------------------------------------------------------------------
+
+    def compute(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the float layer computes, on quantized operands; further arguments are those of its forward."""
+        raise NotImplementedError
+
+    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """:meth:`compute` without its bias, if it is linear in the input and its gradient worth a shorter way."""
+        return None
+
+    def by_channel(self, weight: Tensor) -> Tensor:
+        """The weight with its output channels on axis 0, where the quantizer looks for them."""
+        return weight
+
+    def from_channels(self, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`by_channel`."""
+        return weight
+
+
+def _mean_scale(quantizer: LSQQuantizer | None) -> float | None:
+    return quantizer.scale.mean().item() if quantizer is not None and quantizer.is_set else None
+
+
+@quantizes(nn.Linear)
+class QuantLinear(QuantizedModule, nn.Linear):
+    """:class:`torch.nn.Linear` on a quantized input and weight."""
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+_CONVOLUTIONS = nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward
+
+
+class _QuantConv(QuantizedModule):
+    """What the convolutions share: torch's own ``_conv_forward`` takes the weight and knows the padding mode."""
+
+    bias: Tensor | None
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return,operator]
+
+    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        cls: Any = type(self)
+        if cls.compute is not _QuantConv.compute or cls._conv_forward not in _CONVOLUTIONS:
+            return None  # A user's class may compute something else.
+        return lambda x, weight: self._conv_forward(x, weight, None)  # type: ignore[operator]
+
+
+@quantizes(nn.Conv1d)
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """:class:`torch.nn.Conv1d` on a quantized input and weight."""
+
+
+@quantizes(nn.Conv2d)
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """:class:`torch.nn.Conv2d` on a quantized input and weight."""
+
+
+@quantizes(nn.Conv3d)
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """:class:`torch.nn.Conv3d` on a quantized input and weight."""
+
+
+class _QuantConvTranspose(QuantizedModule):
+    """What the transposed convolutions share.
+
+    Their weight has the shape (inputs, outputs / groups, ...): the output channels of group g are axis 1 of the g-th
+    part of axis 0.
+    """
+
+    operation: ClassVar[Callable[..., Tensor]]
+
+    def compute(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+        layer: Any = self  # the attributes of torch's class beside this one
+        padding = layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
+        )
+        arguments = (layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+        y: Tensor = type(self).operation(x, weight, *arguments)
+        return y
+
+    def by_channel(self, weight: Tensor) -> Tensor:
+        groups: Any = self.groups
+        return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def from_channels(self, weight: Tensor) -> Tensor:
+        return self.by_channel(weight)  # Exchanging the two axes within each group is its own inverse.
+
+
+@quantizes(nn.ConvTranspose1d)
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """:class:`torch.nn.ConvTranspose1d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose1d)
+
+
+@quantizes(nn.ConvTranspose2d)
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose2d)
+
+
+@quantizes(nn.ConvTranspose3d)
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """:class:`torch.nn.ConvTranspose3d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose3d)
+
+
+@quantizes(nn.Embedding)
+class QuantEmbedding(QuantizedModule, nn.Embedding):
+    """:class:`torch.nn.Embedding` with a quantized weight, one scale a row. Its input are indices, and stay so."""
+
+    takes_codes = False
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+@quantizes(nn.EmbeddingBag)
+class QuantEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
+    """:class:`torch.nn.EmbeddingBag` with a quantized weight, one scale a row. Its input are indices, and stay so."""
+
+    takes_codes = False
+
+    def compute(
+        self, x: Tensor, weight: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        return F.embedding_bag(
+            x,
+            weight,
+            offsets,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )

@@ -1,0 +1,35 @@
+"""Modules that cannot be quantized, and what to do instead: better an error than a part left out in silence."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .attention import attention_refusal
+from .base import QUANTIZED
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be quantized, where a user would expect it to be; ``None`` where there is no reason.
+
+    >>> refusal(nn.Linear(2, 2)) is None
+    True
+    >>> print(refusal(nn.GRU(2, 2)))
+    GRU has its recurrence in one kernel, without a place for quantizers: write it with nn.Linear
+    """
+    kind = type(module).__name__
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return f"{kind} has its recurrence in one kernel, without a place for quantizers: write it with nn.Linear"
+    if isinstance(module, LazyModuleMixin):
+        return f"{kind} has no shape yet: run one forward pass before quantize_model"
+    if parametrize.is_parametrized(module) and any(base in QUANTIZED for base in type(module).__mro__):
+        return f"{kind} computes its weight: fold that in with torch.nn.utils.parametrize.remove_parametrizations"
+    if type(module) in QUANTIZED and "weight" in vars(module):
+        return f"{kind} computes its weight in a hook: fold that in with remove_weight_norm or remove_spectral_norm"
+    if type(module) in (nn.Embedding, nn.EmbeddingBag):
+        if module.sparse:
+            return f"{kind} has sparse gradients, which do not pass through a quantizer: build it with sparse=False"
+        if module.max_norm is not None:
+            return f"{kind} changes its weight in every forward: build it with max_norm=None"
+    return attention_refusal(module) if type(module) is nn.MultiheadAttention else None

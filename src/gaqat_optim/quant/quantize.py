@@ -1,0 +1,210 @@
+"""``quantize_model``: every supported layer of a network, replaced by its quantized version."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..scale_names import is_scale_name
+from .calibration import calibrate
+from .config import LayerConfig, QuantConfig
+from .graph.output_quantizers import place_outputs
+from .lsq.quantizer import LSQQuantizer
+from .nn.attention import disable_fast_paths
+from .nn.base import QUANTIZED, QuantizedModule
+from .nn.unsupported import refusal
+
+
+def quantize_model(
+    model: nn.Module,
+    config: QuantConfig = QuantConfig(),  # noqa: B008 (immutable)
+    *,
+    calibration: Tensor | Iterable[Any] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Replace the layers of ``model`` by versions that train through LSQ quantizers.
+
+    Those are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d``, the projections
+    of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers are turned
+    off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by exact type: a
+    subclass keeps its own forward, in floating point, unless it is registered
+    (``gaqat_optim.quant.nn.base.quantizes``). Every other module, every hook and every key of the state dict stays; the
+    new keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales, and
+    call ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
+
+    Args:
+        model: the network, usually trained in floating point. It is copied unless ``inplace``.
+        config: what to quantize and to how many bits.
+        calibration: inputs that set the activation scales: a tensor, or an iterable of batches (each a tensor, or a
+            tuple, list or mapping whose first item is the input). A few batches of training data do. Without it,
+            activation scales are set by the first forward pass in training mode.
+        inplace: change ``model`` itself, with the very same Parameter objects, instead of a copy. A model that is
+            itself a layer cannot be changed in place: use the returned module.
+
+    Returns:
+        The quantized network.
+
+    Raises:
+        TypeError: ``model`` or ``config`` is of the wrong type, or a calibration batch is.
+        ValueError: nothing to quantize, already quantized, a module that cannot be (such as an LSTM), a pattern that
+            matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then as
+            it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gaqat_optim import quantization_summary
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> net = quantize_model(net, QuantConfig(4, 4), calibration=torch.rand(16, 3, 8, 8))
+        >>> print(quantization_summary(net))
+        layer  type         weights             signal/noise  activations      output    bytes
+        0      QuantConv2d  8 bits per channel  ... dB       8 bits unsigned  floating  284
+        3      QuantLinear  8 bits per channel  ... dB       8 bits unsigned  floating  2,964
+        in all: 3,248 bytes
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+    settings = _settings(model, config)  # Everything that can be refused is, before the copy.
+    if not inplace:
+        model = copy.deepcopy(model)
+        settings = _settings(model, config)
+
+    replacements: dict[nn.Module, QuantizedModule] = {}
+    for name, module, layer in settings:
+        if module not in replacements:
+            replacements[module] = _quantized(name, module, layer)
+    replaced = []
+    flags: list[tuple[nn.Module, str, Any]] = []
+    moved: list[Callable[[], None]] = []
+    try:
+        for parent in list(model.modules()):
+            for slot, child in parent._modules.items():
+                if child in replacements:
+                    replaced.append((parent, slot, child))
+        for parent, slot, child in replaced:
+            parent._modules[slot] = replacements[child]
+        result = replacements.get(model, model)
+        moved = place_outputs(result)
+        flags = disable_fast_paths(result)  # Calibration runs in evaluation mode, where they are taken.
+        if calibration is not None:
+            calibrate(result, calibration)
+    except BaseException:
+        for undo in reversed(moved):
+            undo()
+        for parent, slot, child in replaced:
+            parent._modules[slot] = child
+        for module, attribute, before in flags:
+            setattr(module, attribute, before)
+        raise
+    return result
+
+
+def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Module, LayerConfig]]:
+    """The layers to quantize with their names and settings; raises for whatever cannot be done."""
+    for name, module in model.named_modules():
+        if isinstance(module, LSQQuantizer):
+            raise ValueError(
+                f"the model is quantized already: {name!r} is a quantizer. Call quantize_model once, on the float model"
+            )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    reasons = {name: reason for name, module in modules.items() if (reason := refusal(module)) is not None}
+    layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
+    excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
+    for name, reason in reasons.items():
+        if modules[name] not in excluded:
+            if not name:
+                raise ValueError(f"the model cannot be quantized. {reason}")
+            raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is with exclude=({name!r},)")
+    if not layers:
+        held = sorted(
+            {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
+        )
+        raise ValueError(
+            f"nothing to quantize: {type(model).__name__} has no {', '.join(t.__name__ for t in QUANTIZED)} "
+            f"(exact types; a subclass is left alone). Its modules with parameters: {', '.join(held) or 'none'}"
+        )
+    settings = [
+        (name, layers[name], layer)
+        for name, layer in config.resolve(layers, excluded).items()
+        if layer is not None and not _only_the_input(layers[name], layer)
+    ]
+    if not settings:
+        raise ValueError(f"nothing to quantize: the configuration leaves all {len(layers)} layers in floating point")
+    return settings
+
+
+def _only_the_input(module: nn.Module, layer: LayerConfig) -> bool:
+    """Whether nothing but the input would be quantized, in a module whose input is indices."""
+    return not QUANTIZED[type(module)].takes_codes and layer.weight_bits is None and layer.output_bits is None
+
+
+def _quantized(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
+    quantized = QUANTIZED[type(module)].from_float(module, layer)
+    for attribute, quantizer in quantized.quantizers():
+        quantizer.name = f"{name}.{attribute}" if name else attribute
+    quantized.initialize_weight()
+    return quantized
+
+
+@contextmanager
+def quantization_disabled(model: nn.Module) -> Iterator[None]:
+    """Turn every quantizer of ``model`` off for the length of a ``with`` block: the floating-point network.
+
+    For comparison, or to train in floating point for a while with the optimizer of the quantized network.
+
+    Args:
+        model: a network from :func:`quantize_model`.
+
+    Example:
+        >>> import torch
+        >>> net = quantize_model(torch.nn.Linear(2, 1, bias=False), calibration=torch.rand(8, 2))
+        >>> x = torch.rand(1, 2)
+        >>> with quantization_disabled(net):
+        ...     bool(net(x) == torch.nn.functional.linear(x, net.weight))
+        True
+    """
+    before = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
+    try:
+        for quantizer in before:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, enabled in before.items():
+            quantizer.enabled = enabled
+
+
+def param_groups(model: nn.Module, *, weight_decay: float = 0.0, scale_lr: float | None = None) -> list[dict[str, Any]]:
+    """The trainable parameters of ``model`` as groups for a ``torch.optim`` optimizer: scales take no weight decay.
+
+    Args:
+        model: a network, quantized or not.
+        weight_decay: weight decay of all parameters but the scales.
+        scale_lr: learning rate of the scales; ``None`` for that of the optimizer.
+
+    Returns:
+        One group for weights and the like and, if the model has scales, one for them.
+
+    Example:
+        >>> import torch
+        >>> net = quantize_model(torch.nn.Linear(2, 1), calibration=torch.rand(8, 2))
+        >>> base = torch.optim.AdamW(param_groups(net, weight_decay=1e-2), lr=1e-3)
+        >>> [(len(g["params"]), g["weight_decay"]) for g in base.param_groups]
+        [(2, 0.01), (2, 0.0)]
+    """
+    scales: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (scales if is_scale_name(name) else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": weight_decay}]
+    if scales:
+        groups.append({"params": scales, "weight_decay": 0.0})
+        if scale_lr is not None:
+            groups[1]["lr"] = scale_lr
+    return groups

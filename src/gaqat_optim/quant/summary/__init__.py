@@ -1,0 +1,1 @@
+"""What is quantized, at how many bits, and what it costs."""

@@ -1,0 +1,275 @@
+"""How weights are stored in an ONNX file: with the same results and kernels, in as few bytes as they have bits."""
+
+import os
+import warnings
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from deploy.deploy_networks import CONFIGS, images, randomize_norms, trained
+from deploy.onnx_runs import LEVELS, quantized, run
+from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
+from gaqat_optim.deploy.bit_planes import pack_bits
+from gaqat_optim.deploy.nn.layers import DeployLayer
+from gaqat_optim.deploy.onnx_export.weight_storage import pack_int4
+from torchvision_import import import_torchvision
+
+STORAGES = ("auto", "int8", "packed")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A residual network at W3A3, in every storage: (model, reports by storage)."""
+    folder = tmp_path_factory.mktemp("written")
+    model = trained("resnet", QuantConfig(3, 3))
+    return model, {
+        storage: export_onnx(model, images(8), folder / f"{storage}.onnx", storage=storage, check=False)
+        for storage in STORAGES
+    }
+
+
+def compiled(path, level="optimized", without_vnni=False):
+    """Output on some images, and the operators that onnxruntime runs."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # that the optimized graph belongs to this machine
+    options.optimized_model_filepath = str(path) + ".optimized"
+    if without_vnni:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    shape = [64, *session.get_inputs()[0].shape[1:]]
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(7)).numpy()
+    return session.run(None, {"input": x})[0], Counter(
+        n.op_type for n in onnx.load(str(path) + ".optimized").graph.node
+    )
+
+
+def all_the_same(paths):
+    """Whatever the storage, the results are equal to the bit, and an optimizing onnxruntime runs the same operators."""
+    for settings in ({"level": "as written"}, {"level": "optimized"}, {"level": "optimized", "without_vnni": True}):
+        found = [compiled(path, **settings) for path in paths]
+        assert all(np.array_equal(found[0][0], y) for y, _ in found[1:])
+        if settings["level"] == "optimized":
+            assert all(found[0][1] == operators for _, operators in found[1:])
+    return found[0][1]
+
+
+def test_narrow_storage_is_smaller_and_computes_the_same(written):
+    reports = written[1]
+    assert reports["auto"].bytes < 0.75 * reports["int8"].bytes
+    assert reports["auto"].compression > 1.33 * reports["int8"].compression
+    print({storage: (report.bytes, report.compression) for storage, report in reports.items()})
+    assert all_the_same([report.path for report in reports.values()])["QLinearConv"] == 2
+
+
+def test_every_width_and_odd_counts(tmp_path):
+    """45 weights leave bits unused. Codes are not shifted up without a bias, nor with 7 bits beside signed inputs."""
+    widths = {"0": 8, "1": 2, "2": 3, "3": 4, "4": 5, "5": 6, "6": 7, "7": 2, "8": 7, "9": 3}
+    layers = [nn.Linear(*((9, 5), (5, 9))[i % 2], bias=i < 7) for i in range(len(widths))]
+    x = torch.rand(16, 9)
+    overrides = {name: {"weight_bits": bits} for name, bits in widths.items()}
+    model = quantized(nn.Sequential(*layers), x, QuantConfig(4, 4, first_last_bits="same", overrides=overrides))
+    deployed = dict(convert(model).named_children())
+    assert [layer.weight_bits for layer in deployed.values()] == list(widths.values())
+    assert [layer.shift > 0 for layer in deployed.values()] == [0 < i < 6 for i in range(len(widths))]
+    paths = []
+    for storage in STORAGES:
+        paths.append(tmp_path / f"{storage}.onnx")
+        export_onnx(model, x, paths[-1], storage=storage, check=False)
+    assert all_the_same(paths)["QGemm"] >= 7
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(paths[-1]).graph.initializer}
+    for name, layer in deployed.items():
+        codes, bits = layer.codes.numpy(), widths[name]
+        expected = codes if bits == 8 else pack_bits(codes >> layer.shift, bits)
+        assert stored[f"{name}.codes"].dtype == expected.dtype
+        assert np.array_equal(stored[f"{name}.codes"], expected)
+
+
+def test_the_weights_in_the_file_are_the_codes(written):
+    model, reports = written
+    deployed = {name: m for name, m in convert(model).named_modules() if isinstance(m, DeployLayer)}
+    for storage, report in reports.items():
+        assert [f for f in report.path.parent.glob(f"{storage}.onnx*") if f.suffix != ".optimized"] == [report.path]
+        stored = {tensor.name: tensor for tensor in onnx.load(report.path).graph.initializer}
+        for name, layer in deployed.items():
+            tensor = stored[f"{name}.codes"]
+            codes, kind = layer.codes.numpy(), onnx.TensorProto.INT8
+            if name == "stem.0":  # of 8 bits, and in floating point: unsigned bytes
+                codes, kind = codes.view(np.uint8) ^ np.uint8(128), onnx.TensorProto.UINT8
+            if storage != "int8" and layer.weight_bits < 8:
+                codes = codes >> layer.shift  # as they were trained
+                kind = onnx.TensorProto.INT4
+            if storage == "packed" and layer.weight_bits < 8:
+                codes, kind = pack_bits(codes, layer.weight_bits), onnx.TensorProto.UINT8
+            assert tensor.data_type == kind
+            found = onnx.numpy_helper.to_array(tensor)
+            assert np.array_equal(found if kind == onnx.TensorProto.UINT8 else found.astype(np.int8), codes)
+            bias = onnx.numpy_helper.to_array(stored[f"{name}.bias_codes"])
+            assert bias.dtype == np.int32
+            assert np.array_equal(bias, layer.bias_codes.numpy())
+
+
+def test_int4_has_the_first_code_in_the_lower_half():
+    assert pack_int4(np.array([[1, -1], [7, -8]], dtype=np.int8)).hex() == "f187"
+
+
+def test_the_scales_of_biases_are_made_when_the_file_is_loaded(written):
+    """Of 32 channels: a float32 product, which is the same to the bit wherever it is made."""
+    model, reports = written
+    layer = convert(model).blocks[1].conv1
+    for level in LEVELS:
+        proto = onnx.load(reports["auto"].path)
+        stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+        assert not any(name.endswith(".unit") and tensor.dims[:] == [32] for name, tensor in stored.items())
+        bias = next(node for node in proto.graph.node if node.input[0] == "blocks.1.conv1.bias_codes")
+        assert bias.op_type in ("DequantizeLinear", "Sub")
+        readers = [n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == bias.input[0]]
+        names = [readers[0].input[1], readers[0].input[2]]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = LEVELS[level]
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        unit, zeros = session.run(names, {"input": images(1).numpy()})
+        assert np.array_equal(unit, layer.unit.numpy())
+        assert (zeros.dtype, zeros.shape, zeros.any()) == (np.int32, (32,), False)
+
+
+def test_the_graph_has_what_integer_kernels_need(written):
+    proto = onnx.load(written[1]["auto"].path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 21}
+    counts = Counter(node.op_type for node in proto.graph.node)
+    # Six convolutions and the head; the stem's input and the head's have 8 bits, and so no Clip.
+    assert counts["Clip"] == counts["QuantizeLinear"] - 2 == 5
+    # Two make INT8 of INT4, and two the halves of the head's weight, which has 8 bits.
+    assert counts["Cast"] == 2 * 5 + 2
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    made = {node.output[0]: node for node in proto.graph.node}
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert len(node.input) == 3
+            zero = node.input[2]
+            if zero in stored:
+                assert (stored[zero] == (128 if node.input[0] == "stem.0.codes" else 0)).all()
+            else:  # a bias minus itself
+                assert made[zero].op_type == "Sub"
+                assert made[zero].input[0] == made[zero].input[1]
+        if node.op_type == "Clip":
+            low, high = stored[node.input[1]], stored[node.input[2]]
+            assert (low.dtype, int(low), int(high)) == (np.uint8, 0, 7)
+
+
+def test_the_file_tells_nothing_about_the_machine_it_was_written_on(written):
+    for report in written[1].values():
+        content = report.path.read_bytes()
+        for trace in (b".py", b"site-packages", b"stack_trace", os.sep.encode() + b"gaqat_optim", os.getcwd().encode()):
+            assert trace not in content
+
+
+class UsedAgain(nn.Module):
+    """Layers that are used several times, as in the heads of detectors, and two with equal weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.narrow = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.again.load_state_dict(self.shared.state_dict())
+        self.sequence, self.tokens, self.head = nn.Conv1d(5, 5, 3, padding=1), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for layer in (self.shared, self.shared, self.again, self.shared):
+            x = torch.relu(layer(x))
+        x = torch.relu(self.narrow(x)).flatten(2)
+        x = torch.relu(self.sequence(torch.relu(self.sequence(x)))).mT
+        return self.head(torch.relu(self.tokens(torch.relu(self.tokens(x))))).mean(1)
+
+
+# What runs under the option, by name: a network and its configuration.
+OPTION = {
+    **{f"resnet {name}": lambda name=name: trained("resnet", CONFIGS[name]) for name in ("W8A8", "W3A3")},
+    **{
+        f"used again W{bits}": lambda bits=bits: quantized(
+            UsedAgain(), images(64), QuantConfig(bits, bits, output_bits=8, first_last_bits="same")
+        )
+        for bits in (8, 4)
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "storage"),
+    [
+        ("resnet W8A8", "auto"),
+        ("resnet W3A3", "auto"),
+        *((f"used again W{bits}", storage) for bits in (8, 4) for storage in STORAGES),
+    ],
+)
+def test_runs_the_same_under_the_option_for_processors_without_vnni(case, storage, tmp_path):
+    """There onnxruntime rewrites weights beyond 7 bits, and their zero points with them: none may be shared."""
+    x, model = images(64, seed=3), OPTION[case]()
+    path = export_onnx(model, x, tmp_path / "net.onnx", storage=storage, check=False).path
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    found = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(
+        None, {"input": x.numpy()}
+    )
+    assert torch.allclose(torch.from_numpy(found[0]), run(path, x), atol=1e-5)
+    weights = [t for t in onnx.load(path).graph.initializer if t.name.endswith(".codes") and "bias" not in t.name]
+    layers = [layer for layer in convert(model).modules() if isinstance(layer, DeployLayer)]
+    assert len(weights) == len({layer.codes.numpy().tobytes() for layer in layers})  # Each once, however often used.
+
+
+# -- the size, on a network of the usual size --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "storage", "ratio", "with_1000_classes"),
+    [(4, "auto", 7.3, 7.2), (3, "packed", 9.4, 9.1), (2, "packed", 13, 12.3)],
+)
+def test_resnet50_against_the_fp32_file(bits, storage, ratio, with_1000_classes, resnet50, tmp_path):
+    """About 12 seconds each, nearly all of it in torch's exporter.
+
+    The classifier, of 8 bits and 2048 weights for each class, is a ninth of the network with 1,000 classes. Its other
+    990 classes cost the fp32 file 4 bytes for each weight and bias, and this one 1 and 4, a scale of 4 and a zero point
+    of 1: of the larger network the sizes follow, without another export.
+    """
+    model, x, fp32_bytes = resnet50
+    config = QuantConfig(bits, bits)
+    report = export_onnx(
+        quantize_model(model, config, calibration=x), x, tmp_path / "net.onnx", storage=storage, check=False
+    )
+    more = 990
+    large = (fp32_bytes + more * 4 * (2048 + 1)) / (report.bytes + more * (2048 + 4 + 4 + 1))
+    print(f"W{bits} {storage}: {report.bytes:,} bytes, {fp32_bytes / report.bytes:.2f}x; 1000 classes {large:.2f}x")
+    assert fp32_bytes / report.bytes >= ratio
+    assert large >= with_1000_classes
+
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory):
+    """ResNet-50 with 10 classes and BatchNorms that were used, an input, and the size of its file in float32."""
+    import_torchvision()
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    model, x = randomize_norms(resnet50(num_classes=10)).eval(), torch.rand(2, 3, 64, 64)
+    path = tmp_path_factory.mktemp("fp32") / "net.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own, of torch's internals
+        torch.onnx.export(
+            model,
+            (x,),
+            path,
+            dynamo=True,
+            external_data=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    return model, x, path.stat().st_size

@@ -1,0 +1,181 @@
+"""``quantization_summary``: what a network costs, in bytes and in multiply-accumulates."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gaqat_optim import QuantConfig, convert, quantization_summary, quantize_model, save_packed
+from gaqat_optim.quant.nn.base import QuantizedModule
+
+# By hand: weights of one output position, times channels, times positions.
+COUNTS = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6), 6 * 4),
+    "tokens": (lambda: nn.Linear(6, 4), (3, 5, 6), 5 * 6 * 4),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 3, padding=1), (3, 2, 7), 7 * 4 * 2 * 3),
+    "strided": (lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1), (3, 3, 8, 8), 4 * 4 * 8 * 3 * 9),
+    "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=4), (3, 4, 8, 8), 6 * 6 * 8 * 1 * 9),
+    "dilated": (
+        lambda: nn.Conv2d(2, 2, 3, dilation=2, padding_mode="circular", padding=2),
+        (3, 2, 8, 8),
+        64 * 2 * 2 * 9,
+    ),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (3, 2, 4, 4, 4), 27 * 3 * 2 * 8),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (3, 4, 5, 5), 25 * 4 * 3 * 4),
+}
+
+
+def quantized(model, x, config=None):
+    torch.manual_seed(0)
+    return quantize_model(model, config or QuantConfig(4, 3, first_last_bits="same"), calibration=x)
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_multiply_accumulates_counted_by_hand(case):
+    build, shape, expected = COUNTS[case]
+    x = torch.rand(shape)
+    summary = quantization_summary(quantized(build(), x), x)
+    assert [record.macs for record in summary] == [expected]
+    assert summary.macs == {"4x3 bits": expected}
+
+
+def test_a_layer_on_a_permuted_input():
+    """There torch expands a frozen weight and multiplies batches of matrices, as for products of two activations."""
+    x = torch.rand(2, 6, 5).transpose(1, 2)
+    assert quantization_summary(quantized(nn.Linear(6, 4), x).requires_grad_(False), x).macs == {"4x3 bits": 5 * 6 * 4}
+
+
+class Shared(nn.Module):
+    """A layer used twice, an excluded one, one with a float weight, one with a float input, a product of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.excluded, self.table = nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(5, 4)
+        self.weight, self.input = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.shared(self.shared(x) + self.table(torch.zeros(len(x), dtype=torch.long)))
+        return self.excluded(self.input(self.weight(x))) @ torch.ones(4, 2)
+
+
+def test_calls_are_counted_by_width():
+    x = torch.rand(3, 4)
+    overrides = {"weight": {"weight_bits": None}, "input": {"activation_bits": None}}
+    config = QuantConfig(4, 8, first_last_bits="same", overrides=overrides, exclude=("excluded",))
+    model = quantized(Shared(), x, config)
+    summary = quantization_summary(model, x)
+    macs = {record.name: record.macs for record in summary}
+    assert macs == {"shared": 32, "table": 0, "weight": 16, "input": 16}
+    assert summary.macs == {"4x8 bits": 32, "float": 16 + 8, "float x 8 bits": 16, "4 bits x float": 16}
+    text = str(summary)
+    assert (
+        "MACs of one sample: 32 at 4x8 bits, 24 in floating point, 16 at float x 8 bits, 16 at 4 bits x float" in text
+    )
+    assert "in floating point: excluded (Linear)" in text
+    deployed = quantization_summary(convert(model), x)
+    assert deployed.macs == summary.macs
+    assert {record.name: record.macs for record in deployed} == {"shared": 32, "weight": 16, "input": 16}
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attentions_own_products_are_in_floating_point(need_weights, batch_first):
+    """They are one path of torch where the weights are wanted, and another where not."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+        def forward(self, x):
+            y = x if batch_first else x.transpose(0, 1)
+            return self.layer(y, y, y, need_weights=need_weights)[0]
+
+    x = torch.rand(3, 5, 8)
+    model = quantized(Attention(), x)
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode():
+            summary = quantization_summary(model, x)
+        assert [record.macs for record in summary] == [5 * 3 * 8 * 8, 5 * 8 * 8]
+        assert summary.macs == {"4x3 bits": 5 * 4 * 8 * 8, "float": 2 * 5 * 5 * 8}
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4, bias=False))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_bytes_are_what_a_packed_file_has_for_the_layers(granularity, tmp_path):
+    x = torch.rand(8, 3, 8, 8)
+    config = QuantConfig(
+        3,
+        4,
+        first_last_bits="same",
+        weight_granularity=granularity,
+        overrides={"4": {"weight_bits": 6, "output_bits": 8}},
+    )
+    model = quantized(network(), x, config)
+    scales = (5, 4) if granularity == "channel" else (1, 1)
+    before, after = quantization_summary(model), quantization_summary(convert(model))
+    # 135 weights: 17 bytes a plane. A scale, that of the input, and in the file the bias that the BatchNorm makes.
+    of_linear = 6 * 90 + 4 * (scales[1] + 1 + 1)
+    assert [record.bytes for record in before] == [3 * 17 + 4 * (scales[0] + 1 + 5), of_linear]
+    # Folded, there is a scale for each channel anyway.
+    assert [record.bytes for record in after] == [3 * 17 + 4 * (5 + 1 + 5), of_linear]
+    assert after.bytes == sum(record.bytes for record in after)
+    assert f"in all: {after.bytes:,} bytes" in str(after)
+    size = save_packed(model, tmp_path / "net.packed")
+    assert after.bytes < size
+
+
+def test_a_converted_network_has_the_records_of_the_quantized_one():
+    x = torch.rand(8, 3, 8, 8)
+    model = quantized(network(), x, QuantConfig(3, 4, output_bits=None))
+    for before, after in zip(quantization_summary(model), quantization_summary(convert(model)), strict=True):
+        assert after.type == {"QuantConv2d": "DeployConv", "QuantLinear": "DeployLinear"}[before.type]
+        for field in ("name", "weight_bits", "weight_granularity", "activation_bits", "activation_signed", "weights"):
+            assert getattr(after, field) == getattr(before, field)
+        assert after.activation_scale == before.activation_scale
+        assert (after.output_bits, after.weight_snr, after.macs) == (None, None, None)
+    assert "MACs" not in str(quantization_summary(model))
+
+
+class Counting(nn.Module):
+    """Changes a buffer in every call, draws random numbers, and fails if told to."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails, self.layer = fails, nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.layer(x + torch.rand_like(x))
+        if self.fails:
+            raise ArithmeticError("told to")
+        return y
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails):
+    """And needs no scales: here the input has none yet."""
+    model = quantize_model(nn.Sequential(Counting(fails), nn.Dropout(), nn.BatchNorm1d(4)))
+    model.train()
+    model[2].eval()
+    state = copy.deepcopy(model.state_dict())
+    flags = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    if fails:
+        with pytest.raises(ArithmeticError, match="told to"):
+            quantization_summary(model, torch.rand(3, 4, generator=torch.Generator()))
+    else:
+        summary = quantization_summary(model, torch.rand(3, 4, generator=torch.Generator()))
+        assert summary.macs == {"8x8 bits": 16}
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    assert all(quantizer.enabled for layer in layers for _, quantizer in layer.quantizers())
+    assert not any(p.grad is not None for p in model.parameters())
