@@ -50,12 +50,12 @@ def tables(runs: int) -> Iterator[Table]:
         quantizer = LSQQuantizer(
             4,
             signed=signed,
-            batched=activation,
+            axis0_is_batch=activation,
             channels=shape[0] if per_channel else None,
             channel_axis=0 if per_channel else None,
         )
         quantizer.initialize(v)
-        quantizer.keeps_output = True  # as in a layer, which keeps it anyway
+        quantizer.save_output_for_backward = True  # as in a layer, which keeps it anyway
         modules: dict[str, nn.Module] = {OURS: quantizer}
         for name in PEERS:
             modules[name] = peer(name, quantizer, v)

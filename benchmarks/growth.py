@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gaqat_optim import DisorderFreeze, GAQATOptimizer
-from gaqat_optim.optim.scale_tracker import ScaleMonitor
+from gaqat_optim.optim.scale_tracker import ScaleTracker
 from networks import Chain, passes, w4a4
 from timing import Ratio, Table, command, interleaved, ratio
 
@@ -55,15 +55,15 @@ def step(batch: int, width: int, depth: int) -> Callable[[], object]:
     return lambda: [optimizer.step(closure) for _ in range(3)]
 
 
-def monitor_of(count: int, window: int) -> ScaleMonitor:
+def monitor_of(count: int, window: int) -> ScaleTracker:
     scales = {f"scale{i}": torch.nn.Parameter(torch.ones(1)) for i in range(count)}
-    return ScaleMonitor(scales, DisorderFreeze(window=window), True)
+    return ScaleTracker(scales, DisorderFreeze(window=window), True)
 
 
 def bookkeeping(count: int, window: int, steps: int = 10) -> Callable[[], object]:
-    monitor = monitor_of(count, window)
-    task, smooth = ({p: torch.randn_like(p) for p in monitor.scales.values()} for _ in range(2))
-    return lambda: [monitor.commit(monitor.gather(task), monitor.gather(smooth)) for _ in range(steps)]
+    tracker = monitor_of(count, window)
+    task, smooth = ({p: torch.randn_like(p) for p in tracker.scales.values()} for _ in range(2))
+    return lambda: [tracker.commit(tracker.gather(task), tracker.gather(smooth)) for _ in range(steps)]
 
 
 def over_windows(window: int) -> Callable[[], object]:
@@ -72,8 +72,8 @@ def over_windows(window: int) -> Callable[[], object]:
 
 
 def state_bytes(window: int) -> Ratio:
-    monitor = monitor_of(100, window)
-    return Ratio(sum(t.nbytes for t in monitor.packed().values()), spread=None, digits=0)
+    tracker = monitor_of(100, window)
+    return Ratio(sum(t.nbytes for t in tracker.state_tensors().values()), spread=None, digits=0)
 
 
 if __name__ == "__main__":

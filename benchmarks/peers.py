@@ -144,7 +144,7 @@ def peer(name: str, quantizer: LSQQuantizer, v: Tensor) -> nn.Module:
     if name == "Brevitas":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return BrevitasActivation(quantizer) if quantizer.batched else BrevitasWeight(quantizer, v)
+            return BrevitasActivation(quantizer) if quantizer.axis0_is_batch else BrevitasWeight(quantizer, v)
     return {"built-in": BuiltIn, "torchao": TorchAO, "composition": Composition}[name](quantizer)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
-from gaqat_optim.optim.scale_tracker import ScaleMonitor, find_scales
+from gaqat_optim.optim.scale_tracker import ScaleTracker, find_scales
 from networks import Chain, Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
 from timing import Ratio, Table, Times, command, interleaved, ratio, timed
 
@@ -86,13 +86,13 @@ def shares(cases: dict[str, tuple[nn.Module, Tensor, Tensor]], runs: int) -> Tab
 def bookkeeping(model: nn.Module, closure: Callable[[], Tensor], runs: int) -> Ratio:
     """What the optimizer does for the scales of ``model`` in a perturbed step, as a share of the step."""
     optimizer = GAQATOptimizer(torch.optim.Adam(model.parameters(), lr=RATE), model)
-    monitor = ScaleMonitor(find_scales(model, None), DisorderFreeze(window=10_000), True)
-    task, smooth = ({p: torch.randn_like(p) for p in monitor.scales.values()} for _ in range(2))
+    tracker = ScaleTracker(find_scales(model, None), DisorderFreeze(window=10_000), True)
+    task, smooth = ({p: torch.randn_like(p) for p in tracker.scales.values()} for _ in range(2))
     times: dict[str, Times] = {"step": [], "alone": []}
     # Always behind a step, which leaves nothing of the last time in the caches.
     for _ in range(1 + runs):
         times["step"].append(timed(partial(optimizer.step, closure)))
-        times["alone"].append(timed(lambda: monitor.commit(monitor.gather(task), monitor.gather(smooth))))
+        times["alone"].append(timed(lambda: tracker.commit(tracker.gather(task), tracker.gather(smooth))))
     return ratio(times["alone"][1:], times["step"][1:], 100.0, digits=3)
 
 

@@ -225,7 +225,7 @@ class Twin:
             self.tensors[name] = torch.tensor(values[name], dtype=torch.float64).view(SHAPES[name])
             for i in range(len(values[name]) if is_scale(name) else 0):
                 self.counters[name, i] = SignCounter()
-                self.frozen[name, i] = self.policy.from_the_start
+                self.frozen[name, i] = self.policy.initially_frozen
         rest = {key: value for key, value in group.items() if key != "names"}
         return {"params": [self.tensors[name] for name in group["names"]], **rest}
 
@@ -236,7 +236,7 @@ class Twin:
     def freeze_by(self, policy):
         """Another policy judges the last window again or, before the first, begins as it begins."""
         self.policy = policy
-        self.frozen = dict.fromkeys(self.frozen, policy.from_the_start)
+        self.frozen = dict.fromkeys(self.frozen, policy.initially_frozen)
         if self.windows:
             elements = self._elements()
             shown = [Shown(self.judged.get(e, [math.nan] * 4)) for e in elements]
@@ -350,7 +350,7 @@ class Twin:
         for (name, i), counter in self.counters.items():
             pair = [part[name][i] if name in part else None for part in (task, smooth)]
             self.smallest = min(self.smallest, *(abs(g) for g in pair if g), math.inf)
-            counter.observe(*pair)
+            counter.update(*pair)
         self.perturbed_steps += 1
         if self.perturbed_steps % self.policy.window == 0:
             elements = self._elements()
@@ -361,7 +361,7 @@ class Twin:
             self.frozen = dict(zip(elements, mask, strict=True))
             self.judged = {e: shown(self.counters[e]) for e in elements}
             for counter in counters:
-                counter.restart()
+                counter.reset()
 
     def report(self):
         """For each scale its value, disorders, conflict, opposition and frozen fraction, means over its elements."""

@@ -60,15 +60,15 @@ class SignCounter:
     def __init__(self):
         self.previous = {"task": 0, "smooth": 0}
         self.present = {"task": False, "smooth": False}
-        self.restart()
+        self.reset()
 
-    def restart(self):
+    def reset(self):
         self.flips = {"task": 0, "smooth": 0}
         self.compared = {"task": 0, "smooth": 0}
         self.sums = {"task": 0.0, "smooth": 0.0}
         self.conflicts = self.pairs = 0
 
-    def observe(self, task, smooth):
+    def update(self, task, smooth):
         """Count a step; ``None`` for a gradient that is missing."""
         for part, g in (("task", task), ("smooth", smooth)):
             if g is None:
@@ -131,8 +131,8 @@ class SGDTwoPass:
                 self.theta[i] -= self.lr * self.velocity[i]
         self.steps += 1
         for i, counter in self.counters.items():
-            counter.observe(task[i], smooth[i])
+            counter.update(task[i], smooth[i])
         if self.window and self.steps % self.window == 0:
             for i, counter in self.counters.items():
                 self.frozen[i] = counter.disorder("task") < self.threshold
-                counter.restart()
+                counter.reset()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gaqat_optim.deploy import qdq, rounded_biases
-from gaqat_optim.deploy.nn.layers import ActivationCodes
+from gaqat_optim.deploy.nn.layers import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export.verification import tensors
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 
@@ -119,11 +119,11 @@ def _torch_calls(deployed: nn.Module, x: Tensor) -> tuple[list[Any], list[NDArra
     calls: list[Any] = []
 
     def record(quantizer: nn.Module, args: Any, output: Tensor) -> None:
-        assert isinstance(quantizer, ActivationCodes)
+        assert isinstance(quantizer, ActivationQuantizer)
         value = (args[0].double() / quantizer.scale.double()).numpy()
         calls.append((quantizer.name, (value, output.numpy().astype(np.int64), quantizer.zero_point)))
 
-    hooks = [m.register_forward_hook(record) for m in deployed.modules() if isinstance(m, ActivationCodes)]
+    hooks = [m.register_forward_hook(record) for m in deployed.modules() if isinstance(m, ActivationQuantizer)]
     with torch.no_grad():
         expected = [y.numpy() for y in tensors(deployed(x))]
     for hook in hooks:
@@ -146,7 +146,7 @@ def _fake_calls(model: nn.Module, x: Tensor) -> tuple[dict[str, list[Any]], list
     hooks = [
         m.register_forward_hook(functools.partial(record, name, model.get_submodule(name.rpartition(".")[0])))
         for name, m in model.named_modules()
-        if isinstance(m, LSQQuantizer) and m.batched
+        if isinstance(m, LSQQuantizer) and m.axis0_is_batch
     ]
     with torch.no_grad():
         found = [y.numpy() for y in tensors(model(x))]

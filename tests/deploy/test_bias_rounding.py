@@ -128,7 +128,7 @@ def test_nothing_is_added_where_nothing_is_rounded():
         model.eval()
         expected = run(convert(model), x)
         assert torch.allclose(run(model, x), expected, atol=1e-5)
-    assert all(q.is_set for q in model.modules() if isinstance(q, LSQQuantizer))
+    assert all(q.is_initialized for q in model.modules() if isinstance(q, LSQQuantizer))
 
 
 def test_a_network_without_quantized_layers_is_refused():

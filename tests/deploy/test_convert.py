@@ -17,7 +17,7 @@ from deploy import deploy_oracle as oracle
 from deploy.deploy_networks import CONFIGS, NETWORKS, ResNet, cnn, images, mlp, randomize_norms, trained
 from gaqat_optim import GAQATOptimizer, LSQQuantizer, QuantConfig, quantization_disabled, quantize_model
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.nn.layers import ActivationCodes, DeployLayer
+from gaqat_optim.deploy.nn.layers import ActivationQuantizer, DeployLayer
 from gaqat_optim.deploy.onnx_export.verification import recorded_codes
 from gaqat_optim.quant.nn.base import QuantizedModule
 
@@ -628,7 +628,7 @@ def test_it_is_printed_copied_pickled_and_loaded(resnet):
     expected = run(deployed, x)
     text = str(deployed)
     assert "4-bit weight (32, 16, 3, 3) per channel, int32 bias, BatchNorm folded, sums in float32" in text
-    assert "ActivationCodes(4 bits, unsigned, scale 0." in text
+    assert "ActivationQuantizer(4 bits, unsigned, scale 0." in text
     assert "LSQ" not in text
     assert torch.equal(run(copy.deepcopy(deployed), x), expected)
     assert torch.equal(run(pickle.loads(pickle.dumps(deployed)), x), expected)
@@ -737,7 +737,7 @@ def test_nothing_is_said_where_all_is_well(resnet):
 
 
 def test_activation_codes_of_any_float_dtype():
-    codes = ActivationCodes(torch.tensor(0.25), bits=3, signed=True)
+    codes = ActivationQuantizer(torch.tensor(0.25), bits=3, signed=True)
     x = torch.tensor([-9.0, -0.125, 0.125, 0.375, 9.0])
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert codes(x.to(dtype)).tolist() == [-4.0, 0.0, 0.0, 2.0, 3.0]

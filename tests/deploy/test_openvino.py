@@ -10,7 +10,7 @@ from torch import nn
 
 from deploy.deploy_networks import CONFIGS, NETWORKS, images, trained
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
-from gaqat_optim.deploy.nn.layers import ActivationCodes
+from gaqat_optim.deploy.nn.layers import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export.verification import recorded_codes, top1
 from gaqat_optim.deploy.qdq import QUANTIZER
 
@@ -61,7 +61,7 @@ def test_openvino_computes_what_convert_says(network, config, tmp_path):
     found = compiled(proto)(x)[0]
     agreement = (top1(found) == top1(expected)).mean()
     exposed, names = with_codes(proto)
-    offsets = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationCodes)}
+    offsets = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationQuantizer)}
     flipped = total = 0
     for name, codes in zip(names, compiled(exposed)(x)[1:], strict=True):
         off = np.abs(codes.astype(np.int64) - offsets[name] - expected_codes[name][0])

@@ -37,11 +37,11 @@ def build(model: nn.Module) -> GAQATOptimizer:
 
 
 def result(model: nn.Module, optimizer: GAQATOptimizer) -> Any:
-    monitor = optimizer._run.monitor
+    tracker = optimizer._step_state.tracker
     return (
         whole(model),
         masks(optimizer),
-        monitor.window.flips_task.clone(),
+        tracker.window.flips_task.clone(),
         [optimizer.steps, optimizer.perturbed_steps],
     )
 

@@ -165,7 +165,7 @@ def one_rank_only(rank: int, ranks: int, folder: Path) -> Any:
             with optimizer.perturbed(per_rank=per_rank):
                 loss_of(model, x, y).backward()
             optimizer.step()
-        compared = optimizer._run.monitor.window.compared_task.clone()
+        compared = optimizer._step_state.tracker.window.compared_task.clone()
         names = [record.name.removeprefix("module.") for record in optimizer.scale_report()]
         results[f"per rank: {per_rank}"] = whole(model), masks(optimizer), report(optimizer), compared, names
     return results

@@ -139,7 +139,7 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def masks(optimizer: GAQATOptimizer) -> torch.Tensor:
     """What is frozen, for each scale element."""
-    return optimizer._run.monitor.frozen.clone()
+    return optimizer._step_state.tracker.frozen.clone()
 
 
 def report(optimizer: GAQATOptimizer) -> list[list[float]]:

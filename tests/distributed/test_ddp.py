@@ -25,7 +25,7 @@ from distributed.processes import (
     whole,
 )
 from gaqat_optim import GSAM, SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
-from gaqat_optim.optim.scale_tracker import ScaleMonitor, find_scales
+from gaqat_optim.optim.scale_tracker import ScaleTracker, find_scales
 
 
 @pytest.mark.parametrize(("perturbation", "policy"), COMBINATIONS)
@@ -173,25 +173,25 @@ def per_rank_by_hand(kind, policy, ranks, steps=STEPS):
     model = quantized()
     named = dict(model.named_parameters())
     base = sgd(model)
-    monitor = ScaleMonitor(find_scales(model, None), POLICIES[policy], kind == "SAGM")
+    tracker = ScaleTracker(find_scales(model, None), POLICIES[policy], kind == "SAGM")
     for step in range(steps):
         passes = [passes_of_one_rank(kind, model, named, *part_of(r, ranks, seed=step)) for r in range(ranks)]
         task, smooth = ([torch.stack(g).mean(0) for g in zip(*part, strict=True)] for part in zip(*passes, strict=True))
-        seen = [monitor.gather(dict(zip(named.values(), part, strict=True))) for part in (task, smooth)]
-        frozen = monitor.split(monitor.frozen)
+        seen = [tracker.gather(dict(zip(named.values(), part, strict=True))) for part in (task, smooth)]
+        frozen = tracker.split(tracker.frozen)
         for p, t, s in zip(named.values(), task, smooth, strict=True):
             mask = frozen.get(p, torch.tensor(False))
-            t = t.masked_fill(mask, 0.0) if monitor.target in ("task", "both") else t
-            s = s.masked_fill(mask, 0.0) if monitor.target in ("smooth", "both") else s
+            t = t.masked_fill(mask, 0.0) if tracker.frozen_part in ("task", "both") else t
+            s = s.masked_fill(mask, 0.0) if tracker.frozen_part in ("smooth", "both") else s
             p.grad = (t + s) / 2 if kind == "SAGM" else s
         before = {p: p.detach().clone() for p in frozen}
         base.step()
-        if monitor.target == "both":
+        if tracker.frozen_part == "both":
             with torch.no_grad():
                 for p, mask in frozen.items():
                     p.copy_(torch.where(mask, before[p], p))
-        monitor.commit(*seen)
-    return whole(model), monitor.frozen
+        tracker.commit(*seen)
+    return whole(model), tracker.frozen
 
 
 @pytest.mark.parametrize(("perturbation", "policy"), PER_RANK)

@@ -150,5 +150,5 @@ def test_the_loss_scaler_cannot_step_inside_the_second_pass():
 def test_the_groups_of_a_factory_are_kept():
     optimizer = grouped(loops.network())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
-    scales = set(optimizer._run.monitor.scales.values())
+    scales = set(optimizer._step_state.tracker.scales.values())
     assert scales <= set(optimizer.param_groups[1]["params"])

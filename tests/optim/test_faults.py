@@ -619,7 +619,7 @@ class FreezeFirst:
 
     window: int = 2
     freeze: str = "both"
-    from_the_start: bool = False
+    initially_frozen: bool = False
 
     def judge(self, statistics, frozen, windows):
         first = torch.zeros_like(frozen)

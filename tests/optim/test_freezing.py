@@ -21,7 +21,7 @@ from gaqat_optim import (
     OppositionFreeze,
     RandomFreeze,
 )
-from gaqat_optim.optim.sign_statistics import SignWindow, WindowStatistics
+from gaqat_optim.optim.sign_statistics import SignCounters, WindowStatistics
 from optimizer_twin import JUDGES, of
 from oracle import SignCounter
 
@@ -43,37 +43,37 @@ def same(tensor, values):
     st.integers(1, 7),
 )
 def test_windows_count_as_the_oracle_does(steps, length):
-    window = SignWindow.zeros(3, torch.device("cpu"))
+    window = SignCounters.zeros(3, torch.device("cpu"))
     oracle = [SignCounter() for _ in range(3)]
     for count, step in enumerate(steps, start=1):
-        window.observe(*vectors(step))
+        window.update(*vectors(step))
         for counter, (task, smooth) in zip(oracle, step, strict=True):
-            counter.observe(task, smooth)
+            counter.update(task, smooth)
         statistics = window.statistics()
         assert same(statistics.disorder_task, [c.disorder("task") for c in oracle])
         assert same(statistics.disorder_smooth, [c.disorder("smooth") for c in oracle])
         assert same(statistics.conflict, [c.conflict() for c in oracle])
         assert same(statistics.opposition, [c.opposition() for c in oracle])
         if count % length == 0:
-            window.restart()
+            window.reset()
             for counter in oracle:
-                counter.restart()
+                counter.reset()
 
 
 def feed(window, task, smooth):
     for g, h in zip(task, smooth, strict=True):
-        window.observe(torch.tensor([float(g)]), torch.tensor([float(h)]))
+        window.update(torch.tensor([float(g)]), torch.tensor([float(h)]))
 
 
 def test_a_window_by_hand():
-    window = SignWindow.zeros(1, torch.device("cpu"))
+    window = SignCounters.zeros(1, torch.device("cpu"))
     feed(window, [1, -1, 0, -2, 3], [1, 1, 1, 1, -9])
     s = window.statistics()
     # g_task: + - (-) - +: two flips in four comparisons. g_smooth: + + + + -: one. Signs differ in steps 2 to 5.
     assert (s.disorder_task.item(), s.disorder_smooth.item()) == (0.5, 0.25)
     assert s.conflict.item() == pytest.approx(4 / 5)
     assert s.opposition.item() == 1  # sums +1 and -5
-    window.restart()
+    window.reset()
     feed(window, [-1, -1, -1, -1, -1], [-1] * 5)
     # The first step is compared with the last one of the window before: five comparisons, one flip.
     assert window.statistics().disorder_task.item() == pytest.approx(1 / 5)
@@ -81,7 +81,7 @@ def test_a_window_by_hand():
 
 
 def test_a_scale_without_gradients_shows_nothing_and_is_not_frozen():
-    window = SignWindow.zeros(1, torch.device("cpu"))
+    window = SignCounters.zeros(1, torch.device("cpu"))
     feed(window, [0, 0, 0, math.nan], [0, math.nan, 0, 0])
     s = window.statistics()
     assert all(math.isnan(v.item()) for v in (s.disorder_task, s.disorder_smooth, s.conflict, s.opposition))
@@ -99,7 +99,7 @@ def test_a_scale_without_gradients_shows_nothing_and_is_not_frozen():
 
 
 def test_only_two_gradients_in_a_row_are_compared_by_hand():
-    window = SignWindow.zeros(1, torch.device("cpu"))
+    window = SignCounters.zeros(1, torch.device("cpu"))
     none = math.nan
     feed(window, [1, none, -1, -1, 0, none, 0, 1], [1, 1, 1, none, none, -1, -1, -1])
     s = window.statistics()
@@ -110,7 +110,7 @@ def test_only_two_gradients_in_a_row_are_compared_by_hand():
     # Both in steps 1, 3, 7 and 8, with other signs in 3 and 8.
     assert s.conflict.item() == pytest.approx(2 / 4)
     assert s.opposition.item() == 0  # the sums are 0 and 0
-    window.restart()
+    window.reset()
     feed(window, [none, 1], [1, 1])
     assert math.isnan(window.statistics().disorder_task.item())  # the step before the last had none
     assert window.statistics().disorder_smooth.item() == pytest.approx(1 / 2)
@@ -180,11 +180,11 @@ EVERY_POLICY = st.one_of(
     st.integers(0, 5),
 )
 def test_policies_judge_as_the_loops_of_the_twin_and_change_nothing(policy, steps, frozen, windows):
-    window, counters = SignWindow.zeros(4, torch.device("cpu")), [SignCounter() for _ in range(4)]
+    window, counters = SignCounters.zeros(4, torch.device("cpu")), [SignCounter() for _ in range(4)]
     for step in steps:
-        window.observe(*vectors(step))
+        window.update(*vectors(step))
         for counter, pair in zip(counters, step, strict=True):
-            counter.observe(*pair)
+            counter.update(*pair)
     shown, mask = window.statistics(), torch.tensor(frozen)
     before = copy.deepcopy((shown, mask))
     judged = policy.judge(shown, mask, windows)
@@ -236,7 +236,7 @@ def test_alternate_freezes_every_other_window_from_the_second_on():
     assert [AlternateFreeze().judge(SHOWN, UNFROZEN, windows).all().item() for windows in range(5)] == [
         True, False, True, False, True,
     ]  # fmt: skip
-    assert not AlternateFreeze.from_the_start
+    assert not AlternateFreeze.initially_frozen
 
 
 # -- in the optimizer -------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_always_freezes_from_the_first_step_on(freeze):
 class EveryOther:
     """A policy of a user's own: it shares nothing with this package's."""
 
-    window, freeze, from_the_start = 2, "both", False
+    window, freeze, initially_frozen = 2, "both", False
 
     def judge(self, statistics, frozen, windows):
         return torch.arange(frozen.numel()) % 2 == windows % 2

@@ -61,7 +61,7 @@ def test_between_steps_the_optimizer_holds_no_copy_of_the_parameters():
     before = living()[1]
     for _ in range(6):
         optimizer.step(closure)
-    scales = sum(p.numel() for p in optimizer._run.monitor.scales.values())
+    scales = sum(p.numel() for p in optimizer._step_state.tracker.scales.values())
     assert living()[1] - before <= 2 * model_bytes + 40 * 4 * scales
 
 
@@ -71,7 +71,7 @@ def test_counters_do_not_grow_with_the_window():
         optimizer, closure = training(SAGM(), window)
         for _ in range(5):
             optimizer.step(closure)
-        state = optimizer._run.monitor.packed()
+        state = optimizer._step_state.tracker.state_tensors()
         sizes[window] = sum(v.numel() for v in state.values())
     assert sizes[2] == sizes[10_000] > 0
 

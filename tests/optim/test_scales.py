@@ -120,8 +120,8 @@ def test_a_zero_gradient_that_a_pass_computed_is_one():
 
         optimizer.step(closure)
     assert optimizer.scale_report()[0].disorder_task == 0.0
-    assert optimizer._run.monitor.judged.disorder_task[1:].isnan().all()  # the branch
-    assert optimizer._run.monitor.judged.conflict.tolist() == [0.0] * 3
+    assert optimizer._step_state.tracker.last_statistics.disorder_task[1:].isnan().all()  # the branch
+    assert optimizer._step_state.tracker.last_statistics.conflict.tolist() == [0.0] * 3
 
 
 # -- torch's default dtype ----------------------------------------------------------------------------------------
@@ -400,8 +400,10 @@ def test_counters_follow_a_model_that_moves(in_place, policy):
     x, y = X.to("meta"), Y.to("meta")
     for _ in range(4):
         optimizer.step(closure_of(model, optimizer, x, y))
-    monitor = optimizer._run.monitor
-    assert {t.device.type for t in (monitor.frozen, monitor.judged.conflict, monitor.window.sum_task)} == {"meta"}
+    tracker = optimizer._step_state.tracker
+    assert {t.device.type for t in (tracker.frozen, tracker.last_statistics.conflict, tracker.window.sum_task)} == {
+        "meta"
+    }
     assert optimizer.perturbed_steps == 5
 
 

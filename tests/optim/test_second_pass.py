@@ -98,7 +98,7 @@ def test_a_second_pass_without_a_gradient_is_an_error_and_changes_nothing(pertur
             loss.backward()
     assert all(torch.equal(v, before[name]) for name, v in tensors(model).items())
     assert all(p.grad is g and torch.equal(g, value) for p, (g, value) in owned.items())
-    assert optimizer._run.pending is None
+    assert optimizer._step_state.uncommitted_scale_grads is None
 
 
 def test_a_closure_that_computes_nothing_the_second_time_is_an_error():
@@ -252,7 +252,7 @@ def test_a_second_pass_that_was_dropped_is_not_counted(how, after):
     if after == "another backward":
         F.cross_entropy(model(X), Y).backward()
     optimizer.step()
-    assert optimizer._run.monitor.steps == 0
+    assert optimizer.perturbed_steps == 0
 
 
 @pytest.mark.parametrize("change", ["clip", "replace", "add"])
@@ -270,9 +270,9 @@ def test_a_second_pass_whose_gradients_are_changed_before_the_step_counts(change
     else:
         model(X).square().mean().backward()
     optimizer.step()
-    assert optimizer._run.monitor.steps == 1
+    assert optimizer.perturbed_steps == 1
     train(model, optimizer, 1)  # and no hook of the step before is left
-    assert optimizer._run.monitor.steps == 2
+    assert optimizer.perturbed_steps == 2
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 

@@ -189,7 +189,7 @@ def test_another_policy_judges_what_was_counted_and_goes_on():
     assert sum(frozen(optimizer)) == 3  # of the window that NeverFreeze closed after four steps
     assert [(r.disorder_task, r.conflict) for r in optimizer.scale_report()] == before
     train(model, optimizer, 3)  # the window goes on to step 9: five steps
-    compared = optimizer._run.monitor.judged.disorder_task * 5
+    compared = optimizer._step_state.tracker.last_statistics.disorder_task * 5
     torch.testing.assert_close(compared, compared.round())
     optimizer.freezing = AlternateFreeze(4)  # freezes after the second window, but two were judged
     assert frozen(optimizer) == [0] * 6
@@ -290,7 +290,7 @@ def test_what_is_assigned_is_kept_by_copies_and_shared_with_who_borrows_the_clas
 class Strict:
     """A policy of a user's own, with a setting."""
 
-    freeze, from_the_start = None, False
+    freeze, initially_frozen = None, False
 
     def __init__(self, window, least):
         self.window, self.least = window, least
@@ -336,10 +336,10 @@ def test_the_same_policy_in_another_process_keeps_its_mask(policy):
     # FreezeOnce's mask is not what one judgement gives; a policy of a user's own is another object in every process.
     model, optimizer = pair(POLICIES[policy])
     train(model, optimizer, 9)
-    mask = optimizer._run.monitor.frozen.clone()
+    mask = optimizer._step_state.tracker.frozen.clone()
     _, again = pair(copy.deepcopy(POLICIES[policy]))
     again.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert torch.equal(again._run.monitor.frozen, mask)
+    assert torch.equal(again._step_state.tracker.frozen, mask)
     assert mask.any()
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaqat_optim import SAGM, GAQATOptimizer
-from gaqat_optim.optim.state_guards import BufferGuard, put_back
+from gaqat_optim.optim.state_guards import BufferGuard, restore_buffers
 from training import assert_same, closure_of, linear, quantized_cnn, tensors, train
 
 LARGE = 2**18  # elements: a megabyte, of which no copy is made unasked
@@ -287,7 +287,7 @@ def test_a_quantizer_keeps_the_first_scale_of_a_pass_and_its_other_buffers_are_p
     quantizer.calls += 1
     quantizer.scale_range += 1
     changed = quantizer.scale_range.clone()
-    put_back(saved, "a pass")
+    restore_buffers(saved, "a pass")
     assert quantizer.calls == 0
     assert torch.equal(quantizer.scale_range, changed)
 

@@ -215,7 +215,7 @@ def test_steps_of_an_interval_are_due_no_second_pass():
         for _ in range(30):
             closure_of(model, optimizer)()
             optimizer.step()
-    assert (optimizer.steps, optimizer._run.without) == (31, 0)
+    assert (optimizer.steps, optimizer._step_state.steps_without_second_pass) == (31, 0)
 
 
 def test_steps_at_rate_zero_that_distributed_checkpoints_make_do_not_count():
@@ -223,4 +223,4 @@ def test_steps_at_rate_zero_that_distributed_checkpoints_make_do_not_count():
     optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model)
     for _ in range(30):
         optimizer.step()
-    assert (optimizer.steps, optimizer._run.without) == (0, 0)
+    assert (optimizer.steps, optimizer._step_state.steps_without_second_pass) == (0, 0)

@@ -142,7 +142,7 @@ def test_a_long_calibration_shows_its_progress_and_a_short_one_nothing(capsys, m
 
 def test_calibration_needs_no_progress_bar(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    assert quantize_model(mlp(), calibration=[X])[0].input_quantizer.is_set
+    assert quantize_model(mlp(), calibration=[X])[0].input_quantizer.is_initialized
 
 
 def test_a_layer_that_calibration_never_reaches_is_named():
@@ -161,10 +161,10 @@ def test_a_layer_that_calibration_never_reaches_is_named():
 def test_uncalibrated_scales_start_at_the_first_training_forward():
     calibrated = quantize_model(nn.Linear(8, 4), calibration=X)
     lazy = quantize_model(nn.Linear(8, 4))
-    assert not lazy.input_quantizer.is_set
+    assert not lazy.input_quantizer.is_initialized
     parameters = [id(p) for p in lazy.parameters()]
     lazy(X)
-    assert lazy.input_quantizer.is_set
+    assert lazy.input_quantizer.is_initialized
     assert torch.equal(lazy.input_quantizer.scale, calibrated.input_quantizer.scale)
     assert [id(p) for p in lazy.parameters()] == parameters  # none was created late
     scale = lazy.input_quantizer.scale.clone()

@@ -53,7 +53,7 @@ def test_compiled_training_is_eager_training_to_the_bit(model, training):
     torch._dynamo.reset()
     eager = copy.deepcopy(model.train(training))
     for quantizer in quantizers(eager):
-        quantizer.keeps_output = False  # Eager mode then takes gradients as a compiled graph does.
+        quantizer.save_output_for_backward = False  # Eager mode then takes gradients as a compiled graph does.
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for x in (sequences(4, 5), sequences(3, 7)):
         expected = parameters_and_gradients(eager, eager, x.clone().requires_grad_())

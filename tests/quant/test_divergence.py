@@ -105,12 +105,12 @@ def test_inputs_that_are_not_finite(name, bad):
 def test_one_quantizer(dtype, channels, scale):
     """The backward that keeps the output computes with Python's numbers; its result is that of the other one."""
     found = []
-    for keeps_output in (True, False):
+    for save_output_for_backward in (True, False):
         torch.manual_seed(0)
         v = torch.randn(3, 40, dtype=dtype, requires_grad=True)
         q = LSQQuantizer(4, signed=True, channels=channels, channel_axis=None if channels is None else 0)
         q.initialize(v.detach())
-        q.to(dtype).keeps_output = keeps_output
+        q.to(dtype).save_output_for_backward = save_output_for_backward
         with torch.no_grad():
             q.raw_scale[0] = scale
         q(v).square().sum().backward()

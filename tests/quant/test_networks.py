@@ -351,7 +351,9 @@ def test_compiles_to_one_graph_in_training_and_evaluation(name, original, quanti
     compiled, graphs = compile_counted(quantized, "eager" if name in TORCHVISION else "aot_eager")
     reference = copy.deepcopy(quantized)
     for _, quantizer in _quantizers(reference):
-        quantizer.keeps_output = False  # Eager mode then takes gradients of scales as the compiled graph does,
+        quantizer.save_output_for_backward = (
+            False  # Eager mode then takes gradients of scales as the compiled graph does,
+        )
     wanted = x.clone().requires_grad_(x.is_floating_point())  # and that of the first one, too.
     got = gradients(quantized.train(), lambda: compiled(x))
     # The same kernels in the same order: to the bit.

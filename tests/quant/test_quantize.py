@@ -369,6 +369,6 @@ def test_a_network_on_the_meta_device_takes_its_scales_from_a_state_dict():
     source = quantize_model(model, calibration=x).eval()
     with torch.device("meta"):
         empty = quantize_model(build("cnn")[0])
-    assert not any(q.is_set for q in empty.modules() if isinstance(q, LSQQuantizer))
+    assert not any(q.is_initialized for q in empty.modules() if isinstance(q, LSQQuantizer))
     empty.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(empty.eval()(x), source(x))

@@ -103,8 +103,8 @@ class ControlFlow(nn.Module):
 def test_pain_13_control_flow_breaks_tracing():
     """MQBench 253, 220, 230: nothing is traced, so a branch on data is no matter."""
     model = quantize_model(ControlFlow(), calibration=[torch.rand(16, 8), 10 * torch.rand(16, 8)])
-    assert model.small.input_quantizer.is_set
-    assert model.large.input_quantizer.is_set
+    assert model.small.input_quantizer.is_initialized
+    assert model.large.input_quantizer.is_initialized
     assert model.large.input_quantizer.scale > 5 * model.small.input_quantizer.scale
 
 

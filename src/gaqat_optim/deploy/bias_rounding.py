@@ -96,7 +96,7 @@ def rounding(
         gain: what a folded BatchNorm multiplies the scale by, float64, ``(channels,)``.
     """
     bias = bias.to(torch.float64)
-    if not all(q is not None and q.enabled and q.is_set for q in (weights, inputs)):
+    if not all(q is not None and q.enabled and q.is_initialized for q in (weights, inputs)):
         return torch.zeros_like(bias)
     assert weights is not None
     assert inputs is not None

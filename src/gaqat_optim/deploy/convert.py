@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quant.graph.output_quantizers import hooked_outputs, quantize_output
+from ..quant.graph.output_quantizers import modules_with_output_quantizer, quantize_output
 from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.attention import QuantMultiheadAttention
 from ..quant.nn.base import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
@@ -16,7 +16,7 @@ from .batchnorm_folding import Affine, following_norms
 from .bias_rounding import remove_rounding
 from .nn.attention import ROLES, DeployMultiheadAttention, projections
 from .nn.integer_parameters import activation_codes, operands
-from .nn.layers import DEPLOYED, DeployLayer, DeployLinear, QuantizedValues
+from .nn.layers import DEPLOYED, DeployLayer, DeployLinear, QuantDequant
 
 # Deployed as floating-point tables of the quantized values: a lookup computes nothing that integers would speed up.
 TABLES: dict[type, type[nn.Module]] = {QuantEmbedding: nn.Embedding, QuantEmbeddingBag: nn.EmbeddingBag}
@@ -74,7 +74,7 @@ def convert(model: nn.Module) -> nn.Module:
         Sequential(
           (0): DeployConv(
             4-bit weight (8, 3, 3, 3) per channel, int32 bias, BatchNorm folded, sums in float32, stride=(1, 1), ...
-            (input_quantizer): ActivationCodes(4 bits, unsigned, scale 0.0...)
+            (input_quantizer): ActivationQuantizer(4 bits, unsigned, scale 0.0...)
           )
           (1): Identity()
           (2): ReLU()
@@ -85,10 +85,10 @@ def convert(model: nn.Module) -> nn.Module:
     remove_rounding(model)  # What it adds is in the biases from here on.
     norms = following_norms(model)
     swapped: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in norms.values()}
-    for module in hooked_outputs(model):
+    for module in modules_with_output_quantizer(model):
         if module not in swapped:
             quantizer: Any = module.output_quantizer
-            swapped[quantizer] = QuantizedValues(activation_codes(quantizer, quantizer.name))
+            swapped[quantizer] = QuantDequant(activation_codes(quantizer, quantizer.name))
     with torch.no_grad():
         for name, module in model.named_modules():
             if type(module) in TABLES:
@@ -126,7 +126,7 @@ def _check(model: nn.Module) -> None:
         for what, value in layer.named_parameters(recurse=False):
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{shown!r} has a {what} that is not finite")
-    for module in hooked_outputs(model):
+    for module in modules_with_output_quantizer(model):
         quantizer = module.output_quantizer  # type: ignore[assignment]
         _check_quantizer(quantizer.name, quantizer)
 
@@ -134,7 +134,7 @@ def _check(model: nn.Module) -> None:
 def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:
     if not quantizer.enabled:
         raise ValueError(f"the quantizer {name!r} is switched off: convert outside of quantization_disabled")
-    if not quantizer.is_set:
+    if not quantizer.is_initialized:
         raise ValueError(
             f"the quantizer {name!r} has no scale yet: pass calibration= to quantize_model, or train for a step"
         )
@@ -166,7 +166,7 @@ def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
     bias: Any = layer.bias
     bias = None if bias is None else bias.detach()
     gain = None
-    weight = layer.by_channel(layer.weight.detach())
+    weight = layer.channels_first(layer.weight.detach())
     if norm is not None:
         affine = Affine.of(norm)
         gain, bias = affine.gain, affine.bias(bias)
@@ -175,7 +175,7 @@ def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
     parts = operands(name or "the model", weight, layer.weight_quantizer, bias, activation, gain)
     for part in ("codes", "float_weight"):
         if part in parts:
-            parts[part] = layer.from_channels(parts[part])
+            parts[part] = layer.from_channels_first(parts[part])
     deployed = DEPLOYED[type(layer)](
         layer, input_quantizer=activation, output_quantizer=output, folded=norm is not None, **parts
     )

@@ -18,7 +18,7 @@ LOWEST_OPSET = 21
 QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT = "gaqat.quantizer", "gaqat.weight_bits", "gaqat.weight_shift"
 
 
-def emitting() -> bool:
+def is_onnx_export() -> bool:
     """Whether a forward pass is being recorded for an ONNX graph, and has to write operators instead of computing."""
     # The first test alone holds for torch's older exporter too, which cannot take such operators: it records the
     # integer computation, in floating-point operators.
@@ -30,7 +30,7 @@ def zero_point(signed: bool) -> int:
     return 128 if signed else 0
 
 
-def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer: str) -> Tensor:
+def quantize_clip_dequantize(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer: str) -> Tensor:
     """QuantizeLinear -> Clip -> DequantizeLinear; the Clip only where the codes do not fill their container.
 
     The container is uint8 at any width, since runtimes have no kernels on narrower types. Signed codes lie around its
@@ -66,7 +66,7 @@ def emit_activation(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer
     )
 
 
-def emit_dequantize(
+def dequantize_constant(
     codes: Tensor, scale: Tensor, weight_bits: int | None = None, shift: int = 0, axis: int = 0
 ) -> Tensor:
     """DequantizeLinear of constant codes (int8 or int32), with zero points written out.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import Parameter
 
-from .scale_tracker import ScaleMonitor
+from .scale_tracker import ScaleTracker
 
 
 def process_group(model: nn.Module) -> dist.ProcessGroup | None:
@@ -26,10 +26,10 @@ def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 @torch.no_grad()
-def averaged_with_the_second_pass(
+def defer_all_reduce_to_second_pass(
     params: Iterable[Parameter],
     g_task: Mapping[Parameter, Tensor],
-    monitor: ScaleMonitor,
+    tracker: ScaleTracker,
     weight: float,
     group: dist.ProcessGroup | None,
 ) -> dict[Parameter, Tensor]:
@@ -38,7 +38,7 @@ def averaged_with_the_second_pass(
     Args:
         params: the parameters that may have a gradient, in one order on all ranks.
         g_task: the gradients of this rank alone. Another one may have used other parameters.
-        monitor: the scales; their gradients are few and needed apart, and are averaged here.
+        tracker: the scales; their gradients are few and needed apart, and are averaged here.
         weight: what g_task weighs relative to the gradient of the second pass.
         group: the ranks.
 
@@ -52,10 +52,10 @@ def averaged_with_the_second_pass(
     if any(hasattr(g, "full_tensor") for g in g_task.values()):
         raise ValueError("per_rank is for DistributedDataParallel: no rank of fully_shard has a gradient of its own")
     params = list(params)
-    values = monitor.gather(g_task, missing=0.0)
+    values = tracker.gather(g_task, missing=0.0)
     used = torch.tensor([p in g_task for p in params], dtype=torch.float32, device=values.device)
     means = mean_over_ranks(torch.cat([values, used]), group)
-    scales, used = monitor.split(means[: len(values)]), means[len(values) :]
+    scales, used = tracker.split(means[: len(values)]), means[len(values) :]
     # Only who lacks a gradient has to ask the device whether another rank has it.
     anywhere = [True] * len(params) if len(g_task) == len(params) else (used > 0).tolist()
     left = {}
@@ -69,7 +69,7 @@ def averaged_with_the_second_pass(
     return left
 
 
-def check_agreement(monitor: ScaleMonitor, group: dist.ProcessGroup) -> None:
+def assert_ranks_agree(tracker: ScaleTracker, group: dist.ProcessGroup) -> None:
     """A window must have looked the same on all ranks of ``group``, or their networks would drift apart.
 
     What it showed is compared, not the mask alone: a policy that freezes nothing would never disagree.
@@ -77,8 +77,8 @@ def check_agreement(monitor: ScaleMonitor, group: dist.ProcessGroup) -> None:
     Raises:
         RuntimeError: it has not; on every rank alike.
     """
-    seen = monitor.seen()
-    extremes = torch.stack([seen, -seen])
+    fingerprint = tracker.fingerprint()
+    extremes = torch.stack([fingerprint, -fingerprint])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     other = (extremes[0] != -extremes[1]).any(dim=0)
     if bool(other.any()):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself or, of a sharded one, all of it. Every rank of its mesh has to ask."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
-def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     """``value``, of the shape of ``like`` and the same on all ranks, laid out as ``like`` is."""
     if not hasattr(like, "full_tensor"):
         return value.to(like.device)
@@ -35,7 +35,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     for (_, is_half), group in groups.items():
         # In half precision the norm of finite values may be infinite.
         parts = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in group] if is_half else group
-        norms.append(whole(torch.nn.utils.get_total_norm(parts)))
+        norms.append(full_tensor(torch.nn.utils.get_total_norm(parts)))
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
 
 
@@ -45,5 +45,5 @@ def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     for x, y in zip(a, b, strict=True):
         dtype = torch.promote_types(x.dtype, torch.float32)
         product = x.to(dtype) * y.to(dtype).conj()
-        products.append(whole(product.sum()).real)
+        products.append(full_tensor(product.sum()).real)
     return torch.stack([p.to(products[0].device) for p in products]).sum()

@@ -32,7 +32,7 @@ class FreezePolicy(Protocol):
         """Which part is frozen; ``None`` for the task part where the step has one, else both."""
 
     @property
-    def from_the_start(self) -> bool:
+    def initially_frozen(self) -> bool:
         """Whether everything is frozen before the first judgement."""
 
     def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
@@ -52,7 +52,7 @@ class FreezePolicy(Protocol):
 class _Windowed:
     """What the policies that judge windows share."""
 
-    from_the_start: ClassVar[bool] = False
+    initially_frozen: ClassVar[bool] = False
     window: int = 100
     freeze: FreezeTarget | None = field(default=None, kw_only=True)
 
@@ -76,7 +76,7 @@ class NeverFreeze:
     """
 
     freeze: ClassVar[FreezeTarget | None] = None
-    from_the_start: ClassVar[bool] = False
+    initially_frozen: ClassVar[bool] = False
     window: int = 100
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class AlwaysFreeze(_Windowed):
         [True, True, True]
     """
 
-    from_the_start: ClassVar[bool] = True
+    initially_frozen: ClassVar[bool] = True
 
     def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
         return torch.ones_like(frozen)

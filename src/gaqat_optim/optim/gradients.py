@@ -12,23 +12,23 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from .perturbations import Perturbation
-from .scale_tracker import ScaleMonitor
+from .scale_tracker import ScaleTracker
 from .validation import check_radii, is_of_base
 
 Gradients = Mapping[Parameter, Tensor]
 
 
 @dataclass(frozen=True)
-class Reach:
+class Radius:
     """How far a parameter is displaced: by radius ``rho``, downhill if its group maximizes."""
 
     rho: float
     maximizes: bool
 
 
-def reaches(
-    base: torch.optim.Optimizer, perturbation: Perturbation, monitor: ScaleMonitor
-) -> dict[Parameter, Reach | None]:
+def radii_of(
+    base: torch.optim.Optimizer, perturbation: Perturbation, tracker: ScaleTracker
+) -> dict[Parameter, Radius | None]:
     """The reach of every parameter of ``base``; ``None`` if it stays, as in a group that sets its ``"rho"`` to 0.
 
     A ``"rho"`` that is the base's own, such as Adadelta's decay, is no radius. Whether the base maximizes, its own
@@ -38,14 +38,14 @@ def reaches(
         ValueError: the ``"rho"`` of a group is no radius.
     """
     check_radii(base)
-    found: dict[Parameter, Reach | None] = {}
-    stay = set() if perturbation.displaces_scales else set(monitor.scales.values())
+    found: dict[Parameter, Radius | None] = {}
+    stay = set() if perturbation.displaces_scales else set(tracker.scales.values())
     has_radii, has_maximize = not is_of_base(base, "rho"), is_of_base(base, "maximize")
     for group in base.param_groups:
         rho = group.get("rho", perturbation.rho) if has_radii else perturbation.rho
         maximizes = group.get("maximize", False) if has_maximize else getattr(base, "maximize", False)
-        reach = None if rho == 0 and has_radii and "rho" in group else Reach(rho, bool(maximizes))
-        found.update({p: None if p in stay else reach for p in group["params"]})
+        radius = None if rho == 0 and has_radii and "rho" in group else Radius(rho, bool(maximizes))
+        found.update({p: None if p in stay else radius for p in group["params"]})
     return found
 
 
@@ -72,23 +72,23 @@ def _shares_memory(g: Tensor) -> bool:
 
 
 @torch.no_grad()
-def displace(
+def perturb_parameters(
     perturbation: Perturbation,
-    reach: Mapping[Parameter, Reach],
+    radii: Mapping[Parameter, Radius],
     grads: Gradients,
     grad_scale: float | Tensor,
     names: Mapping[Parameter, str],
     saved: list[tuple[Parameter, Tensor]],
 ) -> None:
-    """Move the parameters of ``reach`` to where the second pass looks; ``saved`` takes up what they were."""
-    if not reach:
+    """Move the parameters of ``radii`` to where the second pass looks; ``saved`` takes up what they were."""
+    if not radii:
         return
-    params = list(reach)
-    rhos = [r.rho for r in reach.values()]
+    params = list(radii)
+    rhos = [r.rho for r in radii.values()]
     named = [names.get(p, "") for p in params]
     displacements = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale, named)
     displacements.reverse()
-    for p, r in reach.items():
+    for p, r in radii.items():
         # Each displacement goes as the copy comes: together they are never more than one copy of the model.
         displacement = displacements.pop()
         saved.append((p, p.detach().clone()))
@@ -126,14 +126,16 @@ def dropped_on_arrival(g_task: dict[Parameter, Tensor], params: Iterable[Paramet
 
 
 @torch.no_grad()
-def combine(perturbation: Perturbation, monitor: ScaleMonitor, g_task: Gradients, g_smooth: Gradients) -> None:
+def combine_gradients(
+    perturbation: Perturbation, tracker: ScaleTracker, g_task: Gradients, g_smooth: Gradients
+) -> None:
     """Write the combined gradients, frozen parts left out, to ``.grad``.
 
     A parameter with a gradient in one pass only uses the one that it has.
     """
     both = [p for p in g_task if p in g_smooth]
-    task = monitor.without_frozen("task", both, [g_task[p] for p in both])
-    smooth = monitor.without_frozen("smooth", both, [g_smooth[p] for p in both])
+    task = tracker.mask_frozen("task", both, [g_task[p] for p in both])
+    smooth = tracker.mask_frozen("smooth", both, [g_smooth[p] for p in both])
     for p, g in zip(both, perturbation.combine(task, smooth), strict=True):
         if g_smooth[p]._base is not None:  # DistributedDataParallel's buckets stay what .grad is a view of.
             g_smooth[p].copy_(g)
@@ -141,7 +143,7 @@ def combine(perturbation: Perturbation, monitor: ScaleMonitor, g_task: Gradients
             p.grad = g
     first = [p for p in g_task if p not in g_smooth]
     second = [p for p in g_smooth if p not in g_task]
-    for p, g in zip(first, monitor.without_frozen("task", first, [g_task[p] for p in first]), strict=True):
+    for p, g in zip(first, tracker.mask_frozen("task", first, [g_task[p] for p in first]), strict=True):
         p.grad = g
-    for p, g in zip(second, monitor.without_frozen("smooth", second, [g_smooth[p] for p in second]), strict=True):
+    for p, g in zip(second, tracker.mask_frozen("smooth", second, [g_smooth[p] for p in second]), strict=True):
         p.grad = g

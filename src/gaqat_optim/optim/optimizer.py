@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from typing_extensions import override
 
-from .distributed import check_agreement, process_group
+from .distributed import assert_ranks_agree, process_group
 from .freezing import DisorderFreeze, FreezePolicy, NeverFreeze
 from .perturbations import SAGM, Perturbation
 from .report import ScaleRecord
 from .rng_state import rng_states
-from .scale_tracker import ScaleMonitor, find_scales
+from .scale_tracker import ScaleTracker, find_scales
 from .second_pass import second_pass
-from .state_dict import Freezing, merge, policy_number, separate
-from .state_guards import gradient_versions, undone_on_failure
-from .step_state import Run
+from .state_dict import FreezingState, embed, extract, policy_number
+from .state_guards import gradient_versions, restore_on_error
+from .step_state import StepState
 from .validation import (
     check_arguments,
     check_interval,
@@ -112,7 +112,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         replay_rng: bool = False,
     ) -> None:
         # Not super().__init__: the groups and the state are the base's, by property.
-        self._without_hooks()
+        self._init_hook_registries()
         freezing = NeverFreeze() if freezing is None else freezing
         check_arguments(base, model, perturbation, freezing, interval)
         self._base = base
@@ -125,22 +125,22 @@ class GAQATOptimizer(OptimizerAroundBase):
         if self._chosen is not None:
             check_scales(model, self._chosen, found)
         check_trained(base, model, found, elsewhere=self._chosen == ())
-        monitor = ScaleMonitor(self._in_groups(found), freezing, perturbation.task_weight != 0)
-        self._run = Run(monitor, perturbation, interval)
+        tracker = ScaleTracker(self._in_groups(found), freezing, perturbation.task_weight != 0)
+        self._step_state = StepState(tracker, perturbation, interval)
 
     # -- settings ----------------------------------------------------------------------------------------------
 
     @property
     def perturbation(self) -> Perturbation:
         """Where the second pass looks. Another may be assigned between steps."""
-        return self._run.perturbation
+        return self._step_state.perturbation
 
     @perturbation.setter
     def perturbation(self, perturbation: Perturbation) -> None:
         self._check_between_passes("perturbation")
         check_method(perturbation, self.freezing)
-        self._run.perturbation = perturbation
-        self._run.monitor.has_task_part = perturbation.task_weight != 0
+        self._step_state.perturbation = perturbation
+        self._step_state.tracker.has_task_part = perturbation.task_weight != 0
 
     @property
     def freezing(self) -> FreezePolicy:
@@ -150,44 +150,44 @@ class GAQATOptimizer(OptimizerAroundBase):
         first, what it freezes from the start. The window that has begun ends where the number of perturbed steps is a
         multiple of the new length.
         """
-        return self._run.monitor.policy
+        return self._step_state.tracker.policy
 
     @freezing.setter
     def freezing(self, freezing: FreezePolicy | None) -> None:
         self._check_between_passes("freezing")
         freezing = NeverFreeze() if freezing is None else freezing
         check_method(self.perturbation, freezing)
-        self._run.monitor.judge_by(freezing)
+        self._step_state.tracker.judge_by(freezing)
 
     @property
     def interval(self) -> int:
         """Of how many steps one has a second pass: those whose number is a multiple of it."""
-        return self._run.interval
+        return self._step_state.interval
 
     @interval.setter
     def interval(self, interval: int) -> None:
         check_interval(interval)
-        self._run.interval = interval
+        self._step_state.interval = interval
 
     def _check_between_passes(self, name: str) -> None:
-        if self._run.in_second_pass:
+        if self._step_state.in_second_pass:
             raise RuntimeError(f"{name} cannot be replaced inside perturbed(): leave the with block first")
 
     @property
     def steps(self) -> int:
         """Number of steps made."""
-        return self._run.steps
+        return self._step_state.steps
 
     @property
     def perturbed_steps(self) -> int:
         """Number of steps made with a second pass, which are those that count in the windows."""
-        return self._run.monitor.steps
+        return self._step_state.tracker.steps
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base optimizer does. A second pass that no step has followed is forgotten."""
-        self._run.forget()
-        self._run.rng_at_zero_grad = rng_states(self.model) if self.replay_rng else None
+        self._step_state.forget()
+        self._step_state.rng_at_zero_grad = rng_states(self.model) if self.replay_rng else None
         self.base.zero_grad(set_to_none=set_to_none)
 
     @override
@@ -201,12 +201,15 @@ class GAQATOptimizer(OptimizerAroundBase):
         check_radius(self.base, param_group, len(self.base.param_groups))
         self.base.add_param_group(param_group)
         self._names.update({p: name for name, p in self.model.named_parameters()})
-        run = self._run
-        monitor = run.monitor.extended(self._in_groups(candidates))
-        if run.pending is not None:
-            task, smooth = run.pending
-            run.pending = run.monitor.rearranged(task, monitor), run.monitor.rearranged(smooth, monitor)
-        run.monitor = monitor
+        state = self._step_state
+        tracker = state.tracker.with_scales(self._in_groups(candidates))
+        if state.uncommitted_scale_grads is not None:
+            task, smooth = state.uncommitted_scale_grads
+            state.uncommitted_scale_grads = (
+                state.tracker.reindexed(task, tracker),
+                state.tracker.reindexed(smooth, tracker),
+            )
+        state.tracker = tracker
 
     def _in_groups(self, scales: Mapping[str, Parameter]) -> dict[str, Parameter]:
         """Those of ``scales`` that the base has, whether or not they need a gradient now."""
@@ -218,15 +221,15 @@ class GAQATOptimizer(OptimizerAroundBase):
 
         They are looked for where the number of modules has changed, and at the end of a window.
         """
-        run, monitored = self._run, self._run.monitor.scales
-        before, run.modules = run.modules, sum(1 for _ in self.model.modules())
-        if run.modules == before and not judged:
+        state, monitored = self._step_state, self._step_state.tracker.scales
+        before, state.module_count = state.module_count, sum(1 for _ in self.model.modules())
+        if state.module_count == before and not judged:
             return
         names = untrained_scales(self.base, self.model, find_scales(self.model, self._chosen))
         # fully_shard may have lent another object for one that is known.
-        new = [n for n in names if n not in run.told and not hasattr(monitored.get(n), "full_tensor")]
+        new = [n for n in names if n not in state.warned_of_scales and not hasattr(monitored.get(n), "full_tensor")]
         if new:
-            run.told.update(new)
+            state.warned_of_scales.update(new)
             warn_of_untrained(new)
 
     # -- a step ------------------------------------------------------------------------------------------------
@@ -253,49 +256,49 @@ class GAQATOptimizer(OptimizerAroundBase):
                 the closure raises comes through; parameters, buffers and the tensors that ``.grad`` held are then as
                 before the step.
         """
-        run = self._run
-        if run.in_second_pass:
+        state = self._step_state
+        if state.in_second_pass:
             raise RuntimeError("step() inside perturbed(): leave the with block first, it restores the parameters")
         loss: Any = None
         if closure is not None:
-            loss = self._closure_passes(closure)
+            loss = self._run_closure_twice(closure)
         if all(p.grad is None for group in self.base.param_groups for p in group["params"]):
-            run.forget()
-        if self.interval > 1 and run.pending is None:
-            run.monitor.leave_out_frozen_task()
-        with torch.no_grad(), run.monitor.held_where_frozen():
+            state.forget()
+        if self.interval > 1 and state.uncommitted_scale_grads is None:
+            state.tracker.zero_frozen_task_grads()
+        with torch.no_grad(), state.tracker.hold_frozen_scales():
             if self._needs_closure:
                 self.base.step(lambda: loss)
             else:
                 self.base.step()
         torch.clear_autocast_cache()  # It holds the weights as they were before the step.
-        run.rng_at_zero_grad = None
-        judged = run.count(self.base, due=self.perturbs, given=closure is not None)
+        state.rng_at_zero_grad = None
+        judged = state.record_step(self.base, second_pass_due=self.perturbs, has_closure=closure is not None)
         if judged and (group := process_group(self.model)) is not None:
-            check_agreement(run.monitor, group)
+            assert_ranks_agree(state.tracker, group)
         self._warn_of_new_scales(judged)
         return loss
 
-    def _closure_passes(self, closure: Callable[[], Any]) -> Any:
-        run = self._run
-        pending = run.pending
+    def _run_closure_twice(self, closure: Callable[[], Any]) -> Any:
+        state = self._step_state
+        before_step = state.uncommitted_scale_grads
         params = [p for group in self.base.param_groups for p in group["params"]]
         rng = rng_states(self.model) if self.replay_rng and self.perturbs else None
         try:
-            with undone_on_failure(params, run.buffers.save(self.model)), torch.enable_grad():
+            with restore_on_error(params, state.buffers.save(self.model)), torch.enable_grad():
                 before = gradient_versions(params)
                 with refuse_accumulation(params) if self.perturbs else nullcontext():
                     loss = closure()
-                if pending is not None and gradient_versions(params) == before:
+                if before_step is not None and gradient_versions(params) == before:
                     # After perturbed() a closure may have nothing left to compute: Lightning passes such a one.
                     return loss
-                run.pending = None
+                state.uncommitted_scale_grads = None
                 if self.perturbs:
                     # Of a pass that fails nothing is left: no need to hold g_task for it.
-                    with second_pass(self.base, self.model, run, self._names, rng=rng, holds_g_task=False):
+                    with second_pass(self.base, self.model, state, self._names, rng=rng, holds_g_task=False):
                         closure()
         except BaseException:
-            run.pending = pending
+            state.uncommitted_scale_grads = before_step
             raise
         return loss
 
@@ -321,14 +324,14 @@ class GAQATOptimizer(OptimizerAroundBase):
             ValueError: ``grad_scale`` is not positive and finite, or ``per_rank`` with a perturbation that needs both
                 averaged gradients (:class:`GSAM`) or under ``fully_shard``.
         """
-        rng = self._run.rng_at_zero_grad
+        rng = self._step_state.rng_at_zero_grad
         if self.replay_rng and rng is None:
             raise RuntimeError(
                 "replay_rng: perturbed() repeats the random numbers that were drawn since zero_grad(), which was not "
                 "called: call it on the optimizer directly before the first forward pass"
             )
         with second_pass(
-            self.base, self.model, self._run, self._names, rng=rng, grad_scale=grad_scale, per_rank=per_rank
+            self.base, self.model, self._step_state, self._names, rng=rng, grad_scale=grad_scale, per_rank=per_rank
         ):
             yield
 
@@ -336,7 +339,7 @@ class GAQATOptimizer(OptimizerAroundBase):
 
     def scale_report(self) -> list[ScaleRecord]:
         """One :class:`ScaleRecord` for each scale: of the last judged window, or the steps so far before the first."""
-        return self._run.monitor.report(self.model)
+        return self._step_state.tracker.report(self.model)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -347,9 +350,11 @@ class GAQATOptimizer(OptimizerAroundBase):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        run, monitor = self._run, self._run.monitor
-        freezing = Freezing(monitor.packed(), run.steps, monitor.steps, monitor.windows, policy_number(monitor.policy))
-        state_dict = merge(self.base.state_dict(), self.base.param_groups, freezing)
+        state, tracker = self._step_state, self._step_state.tracker
+        freezing = FreezingState(
+            tracker.state_tensors(), state.steps, tracker.steps, tracker.windows, policy_number(tracker.policy)
+        )
+        state_dict = embed(self.base.state_dict(), self.base.param_groups, freezing)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -368,19 +373,19 @@ class GAQATOptimizer(OptimizerAroundBase):
         state_dict = state_dict.copy()  # Hooks may write into it.
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        base, freezing = separate(state_dict, self.base.param_groups)
-        monitor = ScaleMonitor(self._run.monitor.scales, self.freezing, self.perturbation.task_weight != 0)
+        base, freezing = extract(state_dict, self.base.param_groups)
+        tracker = ScaleTracker(self._step_state.tracker.scales, self.freezing, self.perturbation.task_weight != 0)
         if freezing is not None:
-            monitor.unpack(freezing.scales, freezing.perturbed_steps, freezing.windows)
+            tracker.load_state_tensors(freezing.scales, freezing.perturbed_steps, freezing.windows)
             if freezing.policy != policy_number(self.freezing):
-                monitor.judge_by(self.freezing)
+                tracker.judge_by(self.freezing)
         self.base.load_state_dict(base)
-        self._run.forget()
-        self._run.monitor, self._run.steps = monitor, freezing.steps if freezing else 0
+        self._step_state.forget()
+        self._step_state.tracker, self._step_state.steps = tracker, freezing.steps if freezing else 0
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     @override
     def __repr__(self) -> str:
-        settings = f"{self.perturbation}, {self.freezing}, scales={len(self._run.monitor.scales)}"
+        settings = f"{self.perturbation}, {self.freezing}, scales={len(self._step_state.tracker.scales)}"
         return f"{type(self).__name__}({settings}, base={self.base})"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ..scale_names import is_scale_name
-from .dtensor import sharded_like, whole
+from .dtensor import distribute_like, full_tensor
 from .freezing import FreezePolicy, FreezeTarget
 from .report import ScaleRecord
-from .sign_statistics import SignWindow, WindowStatistics
+from .sign_statistics import SignCounters, WindowStatistics
 
 _GET_DEVICE: Callable[[Any], int] = Tensor.get_device  # Devices themselves take six times as long to tell apart.
 
@@ -38,7 +38,7 @@ def find_scales(
     return {name: p for name, p in named if p in wanted}
 
 
-class ScaleMonitor:
+class ScaleTracker:
     """Counts, judges and freezes the gradients of a set of scales.
 
     Args:
@@ -62,9 +62,9 @@ class ScaleMonitor:
 
     def _start_counting(self) -> None:
         count, device = sum(self.sizes), self.device
-        self.window = SignWindow.zeros(count, device)
-        self.judged = WindowStatistics(*torch.full((4, count), torch.nan, dtype=torch.float32, device=device))
-        self.frozen = torch.full((count,), self.policy.from_the_start, dtype=torch.bool, device=device)
+        self.window = SignCounters.zeros(count, device)
+        self.last_statistics = WindowStatistics(*torch.full((4, count), torch.nan, dtype=torch.float32, device=device))
+        self.frozen = torch.full((count,), self.policy.initially_frozen, dtype=torch.bool, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +72,7 @@ class ScaleMonitor:
         return next((p.device for p in self.scales.values()), torch.device("cpu"))
 
     @property
-    def target(self) -> FreezeTarget:
+    def frozen_part(self) -> FreezeTarget:
         """What is frozen."""
         return self.policy.freeze or ("task" if self.has_task_part else "both")
 
@@ -84,7 +84,7 @@ class ScaleMonitor:
     @property
     def may_freeze(self) -> bool:
         """Whether something may be frozen, as far as can be said without asking the device."""
-        return bool(self.scales) and (self.policy.from_the_start or self.has_judged)
+        return bool(self.scales) and (self.policy.initially_frozen or self.has_judged)
 
     def judge_by(self, policy: FreezePolicy) -> None:
         """Freeze by ``policy`` from now on.
@@ -94,9 +94,9 @@ class ScaleMonitor:
         multiple of the new length.
         """
         self.policy = policy
-        self.frozen = torch.full_like(self.frozen, policy.from_the_start)
+        self.frozen = torch.full_like(self.frozen, policy.initially_frozen)
         if self.has_judged:
-            self.frozen = policy.judge(self.judged, self.frozen, self.windows - 1)
+            self.frozen = policy.judge(self.last_statistics, self.frozen, self.windows - 1)
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class ScaleMonitor:
             if g is None:
                 parts.append(torch.full((size,), missing, dtype=torch.float32, device=device))
             else:
-                parts.append(whole(g).reshape(-1).to(device, torch.float32))
+                parts.append(full_tensor(g).reshape(-1).to(device, torch.float32))
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=device)
 
     def split(self, values: Tensor) -> dict[Parameter, Tensor]:
@@ -133,33 +133,31 @@ class ScaleMonitor:
         parts = torch.split(values, self.sizes)
         return {p: part.view(p.shape) for p, part in zip(self.scales.values(), parts, strict=True)}
 
-    def without_frozen(
-        self, part: FreezeTarget, params: Sequence[Parameter], grads: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
+    def mask_frozen(self, part: FreezeTarget, params: Sequence[Parameter], grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """``grads``, with zeros in the elements whose ``part`` ("task" or "smooth") is frozen."""
-        if not self.may_freeze or self.target not in (part, "both"):
+        if not self.may_freeze or self.frozen_part not in (part, "both"):
             return grads
         masks = self._masks()
         return [g.masked_fill(masks[p], 0.0) if p in masks else g for p, g in zip(params, grads, strict=True)]
 
     def _masks(self) -> dict[Parameter, Tensor]:
-        return {p: sharded_like(mask, p) for p, mask in self.split(self.frozen).items()}
+        return {p: distribute_like(mask, p) for p, mask in self.split(self.frozen).items()}
 
     @torch.no_grad()
-    def leave_out_frozen_task(self) -> None:
+    def zero_frozen_task_grads(self) -> None:
         """Zero the gradients of scales where the task part is frozen, for a step that has no other part."""
-        if self.may_freeze and self.target in ("task", "both"):
+        if self.may_freeze and self.frozen_part in ("task", "both"):
             for p, mask in self._masks().items():
                 if p.grad is not None:
                     p.grad.masked_fill_(mask, 0.0)
 
     @contextmanager
-    def held_where_frozen(self) -> Iterator[None]:
+    def hold_frozen_scales(self) -> Iterator[None]:
         """Within the block (the base's step), what is frozen with both parts does not move at all.
 
         A zero gradient alone would not do: momentum and weight decay move a parameter without one.
         """
-        if not self.may_freeze or self.target != "both":
+        if not self.may_freeze or self.frozen_part != "both":
             yield
             return
         before = {p: p.detach().clone() for p in self.scales.values()}
@@ -178,13 +176,13 @@ class ScaleMonitor:
         device = self.device
         if self.frozen.device != device:
             self._move(device)
-        self.window.observe(g_task.to(device), g_smooth.to(device))
+        self.window.update(g_task.to(device), g_smooth.to(device))
         self.steps += 1
         if self.steps % self.policy.window == 0:
-            self.judged = self.window.statistics()
-            self.frozen = self.policy.judge(self.judged, self.frozen, self.windows)
+            self.last_statistics = self.window.statistics()
+            self.frozen = self.policy.judge(self.last_statistics, self.frozen, self.windows)
             self.windows += 1
-            self.window.restart()
+            self.window.reset()
             return True
         return False
 
@@ -193,13 +191,13 @@ class ScaleMonitor:
         if self.frozen.is_meta:  # Nothing was counted there.
             self._start_counting()
             return
-        self.window = SignWindow.of_rows(row.to(device) for row in _values(self.window))
-        self.judged = WindowStatistics(*(value.to(device) for value in _values(self.judged)))
+        self.window = SignCounters.of_rows(row.to(device) for row in _values(self.window))
+        self.last_statistics = WindowStatistics(*(value.to(device) for value in _values(self.last_statistics)))
         self.frozen = self.frozen.to(device)
 
-    def seen(self) -> Tensor:
+    def fingerprint(self) -> Tensor:
         """What the last judged window showed and what is frozen, as one finite tensor of shape (rows, elements)."""
-        return torch.stack([*_values(self.judged), self.frozen.float()]).nan_to_num(-1.0)
+        return torch.stack([*_values(self.last_statistics), self.frozen.float()]).nan_to_num(-1.0)
 
     # -- reading and saving ------------------------------------------------------------------------------------
 
@@ -208,7 +206,7 @@ class ScaleMonitor:
         names = {name for name, _ in model.named_parameters()}
         if not self.scales:
             return []
-        statistics = self.judged if self.has_judged else self.window.statistics()
+        statistics = self.last_statistics if self.has_judged else self.window.statistics()
         table = torch.stack([*_values(statistics), self.frozen.float()])
         means = torch.stack([part.nanmean(dim=1) for part in torch.split(table, self.sizes, dim=1)]).tolist()
         records = []
@@ -218,59 +216,59 @@ class ScaleMonitor:
             owner = model.get_submodule(name.rpartition(".")[0])
             value = getattr(owner, "scale", p)  # The quantizer may learn a function of the scale, such as its log.
             value = value if isinstance(value, Tensor) and value.numel() == p.numel() else p
-            records.append(ScaleRecord(name, whole(value.detach()).float().mean().item(), *row))
+            records.append(ScaleRecord(name, full_tensor(value.detach()).float().mean().item(), *row))
         return records
 
-    def packed(self) -> dict[Parameter, Tensor]:
+    def state_tensors(self) -> dict[Parameter, Tensor]:
         """The state of each scale's elements as one float32 tensor of shape (rows, elements)."""
-        rows = [*_values(self.window), *_values(self.judged), self.frozen]
+        rows = [*_values(self.window), *_values(self.last_statistics), self.frozen]
         parts = torch.split(torch.stack([row.float() for row in rows]), self.sizes, dim=1)
         return {p: part.clone() for p, part in zip(self.scales.values(), parts, strict=True)}
 
-    def extended(self, scales: Mapping[str, Parameter]) -> ScaleMonitor:
+    def with_scales(self, scales: Mapping[str, Parameter]) -> ScaleTracker:
         """A monitor of ``scales`` that knows of each what this one knows; of the others, nothing yet."""
-        other = ScaleMonitor(scales, self.policy, self.has_task_part)
-        fresh = other.packed()
-        known = {p: state for p, state in self.packed().items() if p in fresh}
-        other.unpack({**fresh, **known}, self.steps, self.windows)
+        other = ScaleTracker(scales, self.policy, self.has_task_part)
+        fresh = other.state_tensors()
+        known = {p: state for p, state in self.state_tensors().items() if p in fresh}
+        other.load_state_tensors({**fresh, **known}, self.steps, self.windows)
         return other
 
-    def rearranged(self, values: Tensor, other: ScaleMonitor) -> Tensor:
+    def reindexed(self, values: Tensor, other: ScaleTracker) -> Tensor:
         """``values``, one for each scale element of this monitor, as those of ``other``; NaN where they are new."""
         return other.gather(self.split(values))
 
-    def unpack(self, packed: Mapping[Parameter, Tensor], steps: int, windows: int) -> None:
-        """Take up the state that :meth:`packed` gave, after ``steps`` perturbed steps and ``windows`` judged windows.
+    def load_state_tensors(self, state_tensors: Mapping[Parameter, Tensor], steps: int, windows: int) -> None:
+        """Take up what :meth:`state_tensors` gave, after ``steps`` perturbed steps and ``windows`` judged windows.
 
         A scale that needs no gradient may have none: torch's distributed checkpoints leave such out. It begins anew.
 
         Raises:
             ValueError: the state of a scale is missing or has another shape.
         """
-        fresh = {p: state for p, state in self.packed().items() if not p.requires_grad}
-        packed = {**fresh, **packed}
-        rows = len(fields(SignWindow)) + len(fields(WindowStatistics)) + 1
+        fresh = {p: state for p, state in self.state_tensors().items() if not p.requires_grad}
+        state_tensors = {**fresh, **state_tensors}
+        rows = len(fields(SignCounters)) + len(fields(WindowStatistics)) + 1
         for name, p in self.scales.items():
-            shape = tuple(packed[p].shape) if p in packed else None
+            shape = tuple(state_tensors[p].shape) if p in state_tensors else None
             if shape != (rows, p.numel()):
                 found = "no freezing state" if shape is None else f"freezing state of shape {shape}"
                 raise ValueError(f"the checkpoint has {found} for {name!r}, expected {(rows, p.numel())}")
         self.reset()
         if self.scales:
-            parts = [packed[p].to(self.device, torch.float32) for p in self.scales.values()]
+            parts = [state_tensors[p].to(self.device, torch.float32) for p in self.scales.values()]
             table = torch.cat(parts, dim=1).unbind()
-            count = len(fields(SignWindow))
-            self.window = SignWindow.of_rows(table[:count])
-            self.judged = WindowStatistics(*table[count:-1])
+            count = len(fields(SignCounters))
+            self.window = SignCounters.of_rows(table[:count])
+            self.last_statistics = WindowStatistics(*table[count:-1])
             self.frozen = table[-1] > 0
         self.steps, self.windows = steps, windows
 
 
 def _unless_zero(g: Tensor) -> Tensor:
     """``g``, or NaN if all of it is zero."""
-    g = whole(g)
+    g = full_tensor(g)
     return torch.where((g != 0).any(), g, torch.nan)
 
 
-def _values(record: SignWindow | WindowStatistics) -> list[Tensor]:
+def _values(record: SignCounters | WindowStatistics) -> list[Tensor]:
     return [getattr(record, f.name) for f in fields(record)]

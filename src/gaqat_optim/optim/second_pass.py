@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .distributed import averaged_with_the_second_pass, process_group
-from .gradients import combine, displace, dropped_on_arrival, first_gradients, reaches, restore
+from .distributed import defer_all_reduce_to_second_pass, process_group
+from .gradients import combine_gradients, dropped_on_arrival, first_gradients, perturb_parameters, radii_of, restore
 from .rng_state import replayed_rng
-from .state_guards import gradient_versions, running_statistics_kept
-from .step_state import Run
+from .state_guards import frozen_running_stats, gradient_versions
+from .step_state import StepState
 from .validation import check_apart, check_gradients, check_pass, check_second_pass
 
 
@@ -21,7 +21,7 @@ from .validation import check_apart, check_gradients, check_pass, check_second_p
 def second_pass(
     base: torch.optim.Optimizer,
     model: nn.Module,
-    run: Run,
+    state: StepState,
     names: Mapping[Parameter, str],
     *,
     rng: Sequence[Tensor] | None,
@@ -34,7 +34,7 @@ def second_pass(
     Args:
         base: the base optimizer, whose parameters have the gradients of the first pass.
         model: the network.
-        run: the state of the optimizer; it keeps what was seen of the scales until the step.
+        state: the state of the optimizer; it keeps what was seen of the scales until the step.
         names: qualified names of the parameters.
         rng: random states to draw from again; ``None`` to draw on.
         grad_scale: as in :meth:`GAQATOptimizer.perturbed`.
@@ -42,50 +42,50 @@ def second_pass(
         holds_g_task: give ``.grad`` back what it held if the block raises. Without it that is left to the caller, and
             a g_task that the step does not use is not held for it.
     """
-    if run.in_second_pass:
+    if state.in_second_pass:
         raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")
-    check_pass(run.perturbation, grad_scale, per_rank)
-    run.forget()
-    reach = reaches(base, run.perturbation, run.monitor)
-    owned = {p: p.grad for p in reach}
-    g_task = first = first_gradients(owned)
+    check_pass(state.perturbation, grad_scale, per_rank)
+    state.forget()
+    radii = radii_of(base, state.perturbation, state.tracker)
+    original_grads = {p: p.grad for p in radii}
+    g_task = first_pass_grads = first_gradients(original_grads)
     check_gradients(g_task, names)
-    saved: list[tuple[Parameter, Tensor]] = []
-    run.in_second_pass = True
+    saved_params: list[tuple[Parameter, Tensor]] = []
+    state.in_second_pass = True
     try:
-        displaced = {p: r for p in g_task if (r := reach[p]) is not None}
-        displace(run.perturbation, displaced, g_task, grad_scale, names, saved)
-        for p in reach:
+        radii_of_perturbed = {p: r for p in g_task if (r := radii[p]) is not None}
+        perturb_parameters(state.perturbation, radii_of_perturbed, g_task, grad_scale, names, saved_params)
+        for p in radii:
             p.grad = None
         if per_rank:
-            weight = run.perturbation.task_weight or 0.0
-            g_task = averaged_with_the_second_pass(reach, g_task, run.monitor, weight, process_group(model))
-        unneeded: set[Parameter] = set()
+            weight = state.perturbation.task_weight or 0.0
+            g_task = defer_all_reduce_to_second_pass(radii, g_task, state.tracker, weight, process_group(model))
+        dispensable: set[Parameter] = set()
         if not holds_g_task:
-            owned = {}
-            if run.perturbation.task_weight == 0:
-                unneeded = set(g_task) - set(run.monitor.scales.values())
-        before = gradient_versions(list(reach))
+            original_grads = {}
+            if state.perturbation.task_weight == 0:
+                dispensable = set(g_task) - set(state.tracker.scales.values())
+        before = gradient_versions(list(radii))
         with (
-            running_statistics_kept(model, run.buffers),
+            frozen_running_stats(model, state.buffers),
             replayed_rng(model, rng) if rng is not None else nullcontext(),
-            dropped_on_arrival(g_task, unneeded),
+            dropped_on_arrival(g_task, dispensable),
         ):
             yield
-        check_second_pass(before, gradient_versions(list(reach)))
-        restore(saved)
-        g_smooth = {p: p.grad for p in reach if p.grad is not None}
+        check_second_pass(before, gradient_versions(list(radii)))
+        restore(saved_params)
+        g_smooth = {p: p.grad for p in radii if p.grad is not None}
         check_apart(g_task, g_smooth, names)
-        task, smooth = run.monitor.observed(g_task, g_smooth)
-        seen = task / grad_scale, smooth / grad_scale
-        combine(run.perturbation, run.monitor, g_task, g_smooth)
-        run.leave_pending(seen, next(iter(g_smooth)))
+        task, smooth = state.tracker.observed(g_task, g_smooth)
+        scale_grads = task / grad_scale, smooth / grad_scale
+        combine_gradients(state.perturbation, state.tracker, g_task, g_smooth)
+        state.keep_until_step(scale_grads, next(iter(g_smooth)))
     except BaseException:
-        for p, g in owned.items():
-            if g is not None and g is not first[p]:
-                g.copy_(first[p])
+        for p, g in original_grads.items():
+            if g is not None and g is not first_pass_grads[p]:
+                g.copy_(first_pass_grads[p])
             p.grad = g
         raise
     finally:
-        restore(saved)
-        run.in_second_pass = False
+        restore(saved_params)
+        state.in_second_pass = False

@@ -1,6 +1,6 @@
 """Gradient disorder and conflict of scales, counted over a window of steps.
 
-``SignWindow`` is the state: counters for every scale element, kept on the device and updated for all of them at once,
+``SignCounters`` is the state: counters for every scale element, kept on the device and updated for all of them at once,
 by tensor operations only, so that nothing waits for the device. ``WindowStatistics`` is what a window showed.
 """
 
@@ -32,7 +32,7 @@ class WindowStatistics:
 
 
 @dataclass
-class SignWindow:
+class SignCounters:
     """Counters over the current window of perturbed steps, all float32 whatever torch's default is.
 
     Two gradients are compared where both exist: a step without one counts neither by itself nor for the step after it.
@@ -57,17 +57,17 @@ class SignWindow:
     sum_smooth: Tensor
 
     @classmethod
-    def zeros(cls, count: int, device: torch.device) -> SignWindow:
+    def zeros(cls, count: int, device: torch.device) -> SignCounters:
         """A window that has seen nothing, for ``count`` scale elements."""
         return cls.of_rows(torch.zeros(len(fields(cls)), count, dtype=torch.float32, device=device))
 
     @classmethod
-    def of_rows(cls, rows: Iterable[Tensor]) -> SignWindow:
+    def of_rows(cls, rows: Iterable[Tensor]) -> SignCounters:
         """The window of which ``rows`` are the fields, in their order, as float32."""
         named = zip(fields(cls), rows, strict=True)
         return cls(*(row > 0 if f.name.startswith("known_") else row.clone() for f, row in named))
 
-    def observe(self, g_task: Tensor, g_smooth: Tensor) -> None:
+    def update(self, g_task: Tensor, g_smooth: Tensor) -> None:
         """Count one perturbed step.
 
         Args:
@@ -100,7 +100,7 @@ class SignWindow:
             opposition=torch.where(self.pairs > 0, opposed.to(self.pairs.dtype), torch.nan),
         )
 
-    def restart(self) -> None:
+    def reset(self) -> None:
         """Begin the next window. What is known of the last step stays: the next one is compared with it."""
         for f in fields(self):
             if not f.name.startswith(("sign_", "known_")):

@@ -27,7 +27,7 @@ Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Freezing:
+class FreezingState:
     """What a state dict holds beside the base's part.
 
     Attributes:
@@ -53,7 +53,7 @@ def policy_number(policy: FreezePolicy) -> int:
     return zlib.crc32(described.encode())
 
 
-def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
+def embed(base: StateDict, groups: Groups, freezing: FreezingState) -> StateDict:
     """``base``, a state dict of the optimizer with these ``groups``, with ``freezing`` in it."""
     _check_form(base)
     ids = dict(_pairs(groups, base["param_groups"]))
@@ -66,8 +66,8 @@ def merge(base: StateDict, groups: Groups, freezing: Freezing) -> StateDict:
     return {**base, "state": state, "param_groups": [{**group, **numbers} for group in base["param_groups"]]}
 
 
-def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing | None]:
-    """The base's state dict, and what :func:`merge` put into it; ``None`` for a state dict of the base alone."""
+def extract(state_dict: StateDict, groups: Groups) -> tuple[StateDict, FreezingState | None]:
+    """The base's state dict, and what :func:`embed` put into it; ``None`` for a state dict of the base alone."""
     _check_form(state_dict)
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     # A base may keep what belongs to no parameter there too, under a name and as anything.
@@ -87,7 +87,7 @@ def separate(state_dict: StateDict, groups: Groups) -> tuple[StateDict, Freezing
         return base, None
     # Ids come from the saved groups, never from counting: distributed checkpoints use names for them.
     scales = {p: saved_state[i][_STATE] for p, i in _pairs(groups, saved_groups) if _STATE in saved_state.get(i, {})}
-    return base, Freezing(scales, *(int(saved_groups[0][key]) for key in _NUMBERS.values()))
+    return base, FreezingState(scales, *(int(saved_groups[0][key]) for key in _NUMBERS.values()))
 
 
 def _check_form(state_dict: StateDict) -> None:

@@ -79,7 +79,7 @@ class BufferGuard:
 
 
 @torch.no_grad()
-def put_back(saved: Sequence[SavedBuffer], what: str) -> None:
+def restore_buffers(saved: Sequence[SavedBuffer], what: str) -> None:
     """Undo what happened to buffers since they were saved.
 
     Values are written through ``.data``, which leaves the version as it is: a graph that has saved a buffer which
@@ -125,20 +125,20 @@ def gradient_versions(params: Sequence[Parameter]) -> list[tuple[int, int] | Non
 
 
 @contextmanager
-def undone_on_failure(params: Sequence[Parameter], saved: Sequence[SavedBuffer]) -> Iterator[None]:
+def restore_on_error(params: Sequence[Parameter], saved: Sequence[SavedBuffer]) -> Iterator[None]:
     """If the block raises, ``.grad`` of ``params`` holds the tensors it held, and buffers are as they were saved."""
     owned = [p.grad for p in params]
     try:
         yield
     except BaseException:
-        put_back(saved, "a step that failed")
+        restore_buffers(saved, "a step that failed")
         for p, g in zip(params, owned, strict=True):
             p.grad = g
         raise
 
 
 @contextmanager
-def running_statistics_kept(model: nn.Module, guard: BufferGuard) -> Iterator[None]:
+def frozen_running_stats(model: nn.Module, guard: BufferGuard) -> Iterator[None]:
     """Within the block, layers in training mode normalize by batch statistics and leave the running ones untouched.
 
     BatchNorm layers do so with ``track_running_stats=False``: unlike momentum 0, that counts no batches and is right
@@ -159,4 +159,4 @@ def running_statistics_kept(model: nn.Module, guard: BufferGuard) -> Iterator[No
     finally:
         for module in batch_norms:
             module.track_running_stats = True
-        put_back(saved, "the second pass")
+        restore_buffers(saved, "the second pass")

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import override
 
 
-def _of_base(name: str, doc: str) -> property:
+def _forwarded_to_base(name: str, doc: str) -> property:
     """A property onto the base's attribute: an alias would go stale when the base loads a state dict."""
     return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value), doc=doc)
 
@@ -44,14 +44,15 @@ def _of_other_loop(name: str) -> property:
 class OptimizerAroundBase(torch.optim.Optimizer):
     """Shows the groups, the state and the defaults of a base optimizer as its own.
 
-    A subclass sets ``_base`` and ``_model``, and calls :meth:`_without_hooks` where others call ``super().__init__``.
+    A subclass sets ``_base`` and ``_model``, and calls :meth:`_init_hook_registries` where others call
+    ``super().__init__``.
     """
 
     base: Any = _fixed("base", "The base optimizer.")
     model: Any = _fixed("model", "The network.")
-    param_groups: Any = _of_base("param_groups", "The base optimizer's parameter groups, the very list.")
-    state: Any = _of_base("state", "The base optimizer's state.")
-    defaults: Any = _of_base("defaults", "The base optimizer's defaults.")
+    param_groups: Any = _forwarded_to_base("param_groups", "The base optimizer's parameter groups, the very list.")
+    state: Any = _forwarded_to_base("state", "The base optimizer's state.")
+    defaults: Any = _forwarded_to_base("defaults", "The base optimizer's defaults.")
     # Of a base that has them, as those without a schedule; hasattr() says whether it does.
     train: Any = property(lambda self: self.base.train)
     eval: Any = property(lambda self: self.base.eval)
@@ -59,7 +60,7 @@ class OptimizerAroundBase(torch.optim.Optimizer):
     first_step: Any = _of_other_loop("first_step")
     second_step: Any = _of_other_loop("second_step")
 
-    def _without_hooks(self) -> None:
+    def _init_hook_registries(self) -> None:
         """What ``Optimizer.__init__`` sets beside groups and state."""
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
@@ -78,4 +79,4 @@ class OptimizerAroundBase(torch.optim.Optimizer):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._without_hooks()
+        self._init_hook_registries()

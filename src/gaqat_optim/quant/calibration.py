@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .isolation import detached_loader, random_states_kept
+from .isolation import copy_without_workers, isolate_rng
 from .lsq.quantizer import LSQQuantizer
 
 # A progress bar appears when calibration takes longer than this many seconds.
@@ -38,7 +38,7 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         ValueError: there are no batches, or an activation is not finite.
         TypeError: a batch is not of these kinds.
     """
-    waiting = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_set]
+    waiting = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
     seen: dict[LSQQuantizer, list[Tensor]] = {}
 
     def observe(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -60,7 +60,7 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
         for quantizer in was_enabled:
             quantizer.enabled = False
         count = 0
-        with torch.no_grad(), random_states_kept(batches, device):
+        with torch.no_grad(), isolate_rng(batches, device):
             for x in _inputs(batches):
                 model(x.to(device))
                 count += 1
@@ -96,7 +96,7 @@ def _is_untrained(norm: _BatchNorm) -> bool:
 
 def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     """The input tensor of each batch."""
-    for batch in [batches] if isinstance(batches, Tensor) else _with_progress(detached_loader(batches)):
+    for batch in [batches] if isinstance(batches, Tensor) else _with_progress(copy_without_workers(batches)):
         x = batch
         if isinstance(batch, Mapping):
             x = next(iter(batch.values()), None)

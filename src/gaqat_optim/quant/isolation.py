@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 
 @contextmanager
-def random_states_kept(batches: Iterable[Any], device: torch.device) -> Iterator[None]:
+def isolate_rng(batches: Iterable[Any], device: torch.device) -> Iterator[None]:
     """Within the block, drawing random numbers has no consequences after it.
 
     Kept are torch's generators (of the CPU and of ``device``), those of Python and numpy, which data augmentation
@@ -38,7 +38,7 @@ def random_states_kept(batches: Iterable[Any], device: torch.device) -> Iterator
             generator.set_state(state)
 
 
-def detached_loader(batches: Iterable[Any]) -> Iterable[Any]:
+def copy_without_workers(batches: Iterable[Any]) -> Iterable[Any]:
     """``batches`` or, of a ``DataLoader``, a copy: persistent workers and their place in the data stay out of it."""
     if not isinstance(batches, DataLoader):
         return batches

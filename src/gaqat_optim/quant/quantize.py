@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..scale_names import is_scale_name
 from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
-from .graph.output_quantizers import place_outputs
+from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule
@@ -32,9 +32,9 @@ def quantize_model(
     of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers are turned
     off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by exact type: a
     subclass keeps its own forward, in floating point, unless it is registered
-    (``gaqat_optim.quant.nn.base.quantizes``). Every other module, every hook and every key of the state dict stays; the
-    new keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales, and
-    call ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
+    (``gaqat_optim.register_quantized``). Every other module, every hook and every key of the state dict stays; the new
+    keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales, and call
+    ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
 
     Args:
         model: the network, usually trained in floating point. It is copied unless ``inplace``.
@@ -90,7 +90,7 @@ def quantize_model(
         for parent, slot, child in replaced:
             parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
-        moved = place_outputs(result)
+        moved = place_output_quantizers(result)
         flags = disable_fast_paths(result)  # Calibration runs in evaluation mode, where they are taken.
         if calibration is not None:
             calibrate(result, calibration)
@@ -141,7 +141,7 @@ def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Modul
 
 def _only_the_input(module: nn.Module, layer: LayerConfig) -> bool:
     """Whether nothing but the input would be quantized, in a module whose input is indices."""
-    return not QUANTIZED[type(module)].takes_codes and layer.weight_bits is None and layer.output_bits is None
+    return not QUANTIZED[type(module)].quantizes_input and layer.weight_bits is None and layer.output_bits is None
 
 
 def _quantized(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:

@@ -17,7 +17,7 @@ from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, s
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.nn.attention import DeployMultiheadAttention
 from gaqat_optim.deploy.nn.layers import DeployLayer, DeployLinear
-from gaqat_optim.deploy.onnx_export.verification import compare, far_inputs, recorded_codes
+from gaqat_optim.deploy.onnx_export.verification import compare, out_of_range_inputs, recorded_codes
 from gaqat_optim.deploy.packed.container import read, write
 from torchvision_import import import_torchvision
 
@@ -341,7 +341,7 @@ def test_onnxruntime_computes_what_convert_says(name, bits, tmp_path):
     assert report.integer_kernels == {"QGemm": count}
     flipped = 0
     for optimized in (False, True):
-        result = compare(deployed, proto, far_inputs(x), optimized=optimized)
+        result = compare(deployed, proto, out_of_range_inputs(x), optimized=optimized)
         assert result.top1_agreement >= 0.999
         assert result.code_flip_rate <= 5e-3
         flipped += result.flipped_codes
@@ -385,7 +385,7 @@ def test_torchvisions_vision_transformer(tmp_path):
     model = quantized(net, x)
     report = export_onnx(model, x[:1], tmp_path / "net.onnx")
     assert report.integer_kernels == {"QGemm": 13}
-    result = compare(convert(model), onnx.load(tmp_path / "net.onnx"), far_inputs(x))
+    result = compare(convert(model), onnx.load(tmp_path / "net.onnx"), out_of_range_inputs(x))
     assert (result.top1_agreement, result.code_flip_rate) == (1.0, pytest.approx(0, abs=1e-3))
 
 

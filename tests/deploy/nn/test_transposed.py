@@ -20,7 +20,7 @@ from deploy.onnx_runs import run as run_onnx
 from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.nn.layers import DeployConvTranspose, DeployLayer
-from gaqat_optim.deploy.onnx_export.verification import compare, far_inputs
+from gaqat_optim.deploy.onnx_export.verification import compare, out_of_range_inputs
 
 # What these networks leave in floating point, and traced or not, is the business of other tests.
 pytestmark = [
@@ -284,7 +284,7 @@ def test_onnxruntime_computes_what_convert_says(name, bits, tmp_path):
     assert report.integer_kernels["QLinearConv"] >= 1
     assert report.float_kernels["ConvTranspose"] == 2  # There is no integer kernel for it.
     for optimized in (False, True):
-        result = compare(deployed, proto, far_inputs(x), optimized=optimized)
+        result = compare(deployed, proto, out_of_range_inputs(x), optimized=optimized)
         assert result.top1_agreement == 1.0
         assert result.code_flip_rate <= 1e-3
     for level, batch, factor in itertools.product(LEVELS, (1, 33), (1, -50)):

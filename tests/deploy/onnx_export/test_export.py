@@ -15,10 +15,10 @@ from deploy.deploy_networks import CONFIGS, NETWORKS, cnn, images, randomize_nor
 from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.nn.layers import ActivationCodes, DeployLayer
+from gaqat_optim.deploy.nn.layers import ActivationQuantizer, DeployLayer
 from gaqat_optim.deploy.onnx_export.export import export_onnx
 from gaqat_optim.deploy.onnx_export.report import ExportReport
-from gaqat_optim.deploy.onnx_export.verification import far_inputs, tensors
+from gaqat_optim.deploy.onnx_export.verification import out_of_range_inputs, tensors
 
 
 def three_convolutions():
@@ -48,7 +48,7 @@ def test_onnxruntime_computes_what_convert_says(network, config, tmp_path):
     assert report.top1_agreement_unoptimized == 1.0
     assert report.code_flip_rate_unoptimized <= 1e-3
     inputs = [x, 8 * x, 8 * (x.mean() - x)]
-    assert all(torch.equal(a, b) for a, b in zip(far_inputs(x), inputs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(out_of_range_inputs(x), inputs, strict=True))
     # A code that flips moves the output by about a unit of the next layer.
     tolerance = 0.1 if report.code_flip_rate or report.code_flip_rate_unoptimized else 1e-5
     expected = run_torch(deployed, torch.cat(inputs))
@@ -67,12 +67,12 @@ def test_ties_are_rounded_the_same_way(output_bits, tmp_path):
     config = QuantConfig(3, 3, output_bits=output_bits, first_last_bits="same")
     deployed = convert(quantized(three_convolutions(), x, config))
     for module in deployed.modules():
-        if isinstance(module, ActivationCodes):
+        if isinstance(module, ActivationQuantizer):
             module.scale.copy_(module.scale.log2().round().exp2())
     for layer in deployed.modules():
         if isinstance(layer, DeployLayer):
             layer.weight_scale.copy_(layer.weight_scale.log2().round().exp2())
-            layer._derive()
+            layer._update_derived()
             layer.bias_codes.copy_((layer.bias_codes >> layer.shift) << layer.shift)
     report = export_onnx(deployed, x, tmp_path / "net.onnx")
     assert report.integer_kernels["QLinearConv"] >= 2

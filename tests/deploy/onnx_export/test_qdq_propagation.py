@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gaqat_optim.deploy.onnx_export.qdq_propagation import quantize_early
-from gaqat_optim.deploy.qdq import emit_activation
+from gaqat_optim.deploy.onnx_export.qdq_propagation import propagate_qdq
+from gaqat_optim.deploy.qdq import quantize_clip_dequantize
 
 
 class Net(nn.Module):
@@ -27,7 +27,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         y = self.before(x)
-        return self.after(emit_activation(y, self.scale, self.bits, self.signed, "q"))
+        return self.after(quantize_clip_dequantize(y, self.scale, self.bits, self.signed, "q"))
 
 
 def graph_of(net, x):
@@ -46,7 +46,7 @@ def _exported(net, x):
 def moved(proto):
     result = onnx.ModelProto()
     result.CopyFrom(proto)
-    quantize_early(result)
+    propagate_qdq(result)
     del result.graph.value_info[:]
     onnx.checker.check_model(result, full_check=True)
     return result
@@ -163,11 +163,11 @@ def test_a_sum_for_two_quantizers_is_two_sums_on_integers():
             self.relu = relu
 
         def forward(self, x):
-            a = emit_activation(x.tanh(), torch.tensor(0.01), 8, True, "a")
-            y = a + emit_activation(x.sin(), torch.tensor(0.02), 8, True, "b")
+            a = quantize_clip_dequantize(x.tanh(), torch.tensor(0.01), 8, True, "a")
+            y = a + quantize_clip_dequantize(x.sin(), torch.tensor(0.02), 8, True, "b")
             y = F.relu(y) if self.relu else y
-            q = emit_activation(y, torch.tensor(0.1), 4, True, "q")
-            return q, emit_activation(y, torch.tensor(0.3), 3, True, "r")
+            q = quantize_clip_dequantize(y, torch.tensor(0.1), 4, True, "q")
+            return q, quantize_clip_dequantize(y, torch.tensor(0.3), 3, True, "r")
 
     x = torch.randn(4, 3, 5, 5)
     for relu in (False, True):
@@ -190,12 +190,12 @@ def test_a_value_that_something_else_uses_stays():
     class Two(nn.Module):
         def forward(self, x):
             y = F.relu(x)
-            return emit_activation(y, torch.tensor(0.1), 4, True, "q"), y.exp()
+            return quantize_clip_dequantize(y, torch.tensor(0.1), 4, True, "q"), y.exp()
 
     class Output(nn.Module):
         def forward(self, x):
             y = F.relu(x)
-            return emit_activation(y, torch.tensor(0.1), 4, True, "q"), y
+            return quantize_clip_dequantize(y, torch.tensor(0.1), 4, True, "q"), y
 
     x = torch.randn(4, 3)
     for net in (Two(), Output()):

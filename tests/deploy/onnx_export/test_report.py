@@ -16,7 +16,7 @@ from gaqat_optim import QuantConfig, convert, export_onnx, quantization_summary
 from gaqat_optim.deploy.onnx_export import export as export
 from gaqat_optim.deploy.onnx_export.disagreement import disagreement
 from gaqat_optim.deploy.onnx_export.export import float_values
-from gaqat_optim.deploy.onnx_export.verification import Comparison, QuantizerFlips, compare, far_inputs, top1
+from gaqat_optim.deploy.onnx_export.verification import Comparison, QuantizerFlips, compare, out_of_range_inputs, top1
 
 NOT_THE_SAME = "onnxruntime does not compute the same as convert"
 
@@ -88,7 +88,7 @@ def test_the_comparison_sees_a_wrong_file(resnet, damage):
     model, path = resnet
     proto = onnx.load(path)
     damaged(proto, damage)
-    x = far_inputs(images(64))
+    x = out_of_range_inputs(images(64))
     right = compare(convert(model), onnx.load(path), x)
     wrong = compare(convert(model), proto, x)
     assert wrong.codes == right.codes > 100_000
@@ -98,7 +98,7 @@ def test_the_comparison_sees_a_wrong_file(resnet, damage):
 
 @pytest.mark.parametrize("damage", ["other scale", "other codes"])
 def test_a_wrong_file_is_a_warning_that_names_quantizers_and_figures(resnet, damage, tmp_path, monkeypatch):
-    model, right = resnet[0], export.shorten
+    model, right = resnet[0], export.shorten_names
 
     def damaging(proto):
         right(proto)
@@ -115,7 +115,7 @@ def test_a_wrong_file_is_a_warning_that_names_quantizers_and_figures(resnet, dam
 
 
 def test_a_file_without_the_bounds_of_its_codes_is_not_written(resnet, tmp_path, monkeypatch):
-    right = export.shorten
+    right = export.shorten_names
 
     def damaging(proto):
         right(proto)
@@ -214,7 +214,7 @@ def test_both_optimization_levels_are_compared(resnet, tmp_path):
         report = export_onnx(model, x, tmp_path / "net.onnx")
     proto = onnx.load(report.path)
     for optimized, suffix in ((True, ""), (False, "_unoptimized")):
-        alone = compare(convert(model), proto, far_inputs(x), optimized=optimized)
+        alone = compare(convert(model), proto, out_of_range_inputs(x), optimized=optimized)
         fields = (alone.max_abs_diff, alone.code_flip_rate, alone.top1_agreement)
         names = ("max_abs_diff", "code_flip_rate", "top1_agreement")
         assert tuple(getattr(report, name + suffix) for name in names) == fields
@@ -222,7 +222,8 @@ def test_both_optimization_levels_are_compared(resnet, tmp_path):
     assert report.max_abs_diff_unoptimized != report.max_abs_diff
     assert 0 < report.max_abs_diff_unoptimized < 1e-4
     assert report.max_abs_diff_unoptimized == max(
-        float((run(report.path, v, "as written") - run_torch(convert(model), v)).abs().max()) for v in far_inputs(x)
+        float((run(report.path, v, "as written") - run_torch(convert(model), v)).abs().max())
+        for v in out_of_range_inputs(x)
     )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gaqat_optim import GAQATOptimizer, QuantConfig, quantization_disabled, quantize_model
-from gaqat_optim.quant.graph.output_quantizers import hooked_outputs
+from gaqat_optim.quant.graph.output_quantizers import modules_with_output_quantizer
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 
 CONFIG = QuantConfig(4, 4, first_last_bits="same", output_bits=8)
@@ -312,7 +312,7 @@ def test_copies_pickles_state_dicts_and_compiled_graphs_have_them():
     float_model = nn.Sequential(conv(), nn.ReLU(), ResidualBlock())
     model = quantize_model(float_model, CONFIG, calibration=x).eval()
     expected = model(x)
-    assert len(list(hooked_outputs(model))) == 3
+    assert len(list(modules_with_output_quantizer(model))) == 3
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), expected)
         with torch.no_grad():

@@ -48,7 +48,7 @@ def _both_ways(request):
 def lsq_quantize(v, scale, qmin, qmax, grad_scale=1.0, channel_axis=None):
     if KEEPS_OUTPUT[0]:
         axis = None if channel_axis is None else channel_axis % v.dim()
-        return functional.quantized(v, scale, qmin, qmax, grad_scale, axis, keeps_output=True)
+        return functional.quantized(v, scale, qmin, qmax, grad_scale, axis, save_output_for_backward=True)
     return functional.lsq_quantize(v, scale, qmin, qmax, grad_scale=grad_scale, channel_axis=channel_axis)
 
 
@@ -408,7 +408,7 @@ def test_second_derivatives_are_refused_instead_of_wrong(through_module, of, axi
     if through_module:
         quantizer = LSQQuantizer(4, signed=True, channels=channels, channel_axis=axis, scale_domain="linear")
         quantizer.initialize(v, torch.full((channels or 1,), 0.25))
-        quantizer.keeps_output = KEEPS_OUTPUT[0]
+        quantizer.save_output_for_backward = KEEPS_OUTPUT[0]
         y, scale = quantizer(v), quantizer.raw_scale
     else:
         scale = torch.full((channels or 1,), 0.25, requires_grad=True)
@@ -466,7 +466,7 @@ def quantizers(draw, shapes=tuple(3 * SHAPES + EMPTY)):
         signed=draw(st.booleans()),
         channels=None if axis is None else shape[axis],
         channel_axis=axis,
-        batched=draw(st.booleans()),
+        axis0_is_batch=draw(st.booleans()),
         init=draw(st.sampled_from(["mse", "lsq"])),
         scale_domain=draw(st.sampled_from(["log", "linear"])),
     )
@@ -474,7 +474,7 @@ def quantizers(draw, shapes=tuple(3 * SHAPES + EMPTY)):
 
 def lsq_factor(quantizer, shape):
     """1 / sqrt(N Qp), N: elements for each scale, in one sample where axis 0 is a batch; at least 1."""
-    counted = shape[1:] if quantizer.batched and len(shape) > 1 else shape
+    counted = shape[1:] if quantizer.axis0_is_batch and len(shape) > 1 else shape
     elements = 1
     for size in counted:
         elements *= size
@@ -539,7 +539,7 @@ def test_initial_scales_are_finite_and_positive(dtype, content):
         v = v.to(dtype)
         quantizer.initialize(v)
         scale = quantizer.scale
-        assert quantizer.is_set
+        assert quantizer.is_initialized
         assert bool(quantizer.raw_scale.isfinite().all())
         assert bool(((scale > 0.9999e-12) & (scale < 1.0001e12)).all())  # the documented limits, and the error of exp
         zero = (per_scale(v.double().abs(), quantizer.channel_axis) == 0).flatten()
@@ -587,7 +587,7 @@ def test_initialisation_refuses_what_is_not_finite_and_stays_as_it_was(dtype):
     def check(pair, seed, was_set, open_sign):
         shape, quantizer = pair
         if open_sign:
-            quantizer = LSQQuantizer(quantizer.bits, batched=True)
+            quantizer = LSQQuantizer(quantizer.bits, axis0_is_batch=True)
         if was_set:
             quantizer.initialize(torch.ones(1), 0.125)
         before = {name: t.clone() for name, t in quantizer.state_dict().items()}
@@ -601,7 +601,7 @@ def test_initialisation_refuses_what_is_not_finite_and_stays_as_it_was(dtype):
         if not was_set:
             with pytest.raises(ValueError, match="cannot initialise"):
                 quantizer(v)  # the first training forward
-        assert (quantizer.is_set, quantizer.signed) == (was_set, sign)
+        assert (quantizer.is_initialized, quantizer.signed) == (was_set, sign)
         for name, t in quantizer.state_dict().items():
             same(t, before[name])
 
@@ -694,4 +694,4 @@ def test_a_given_scale_must_be_one(scale):
     quantizer = LSQQuantizer(4, signed=True)
     with pytest.raises(ValueError, match="must be positive and finite, got"):
         quantizer.initialize(torch.ones(3), scale)
-    assert not quantizer.is_set
+    assert not quantizer.is_initialized

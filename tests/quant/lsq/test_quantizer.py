@@ -34,7 +34,7 @@ def test_scale_gradient_carries_lsq_s_factor_and_the_domain_s(domain, inner):
 
 def test_activation_factor_does_not_depend_on_the_batch_size():
     # So micro-batches accumulate to the gradient of the whole batch, and DDP averages to it.
-    v, quantizer = torch.rand(8, 10), LSQQuantizer(4, signed=False, batched=True)
+    v, quantizer = torch.rand(8, 10), LSQQuantizer(4, signed=False, axis0_is_batch=True)
     quantizer.initialize(v)
     (quantizer(v).square().sum() / 8).backward()
     whole, quantizer.raw_scale.grad = quantizer.raw_scale.grad, None
@@ -88,7 +88,7 @@ def test_scale_is_at_least_float32_whatever_the_model_is_moved_to(dtype, domain)
 
 def test_sign_is_decided_by_the_first_training_batch():
     for v, signed, bounds in ((torch.rand(4, 5), False, (0, 15)), (torch.randn(4, 5), True, (-8, 7))):
-        quantizer = LSQQuantizer(4, batched=True)
+        quantizer = LSQQuantizer(4, axis0_is_batch=True)
         assert quantizer.signed is None
         quantizer(v)
         assert (quantizer.signed, quantizer.qmin, quantizer.qmax) == (signed, *bounds)
@@ -110,7 +110,7 @@ def test_initialize_refuses_values_that_determine_nothing(v):
     with pytest.raises(ValueError, match="cannot initialise"):
         quantizer.initialize(v)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), quantizer.state_dict().values(), strict=True))
-    assert not quantizer.is_set
+    assert not quantizer.is_initialized
 
 
 @pytest.mark.parametrize("prepare", [lambda q: None, lambda q: q.initialize(torch.rand(9))], ids=["unset", "set"])
@@ -118,14 +118,14 @@ def test_initialize_refuses_values_that_determine_nothing(v):
     "way", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), None], ids=["deepcopy", "pickle", "state"]
 )
 def test_copies_and_state_dicts_carry_everything(prepare, way):
-    quantizer = LSQQuantizer(3, batched=True)
+    quantizer = LSQQuantizer(3, axis0_is_batch=True)
     prepare(quantizer)
     if way is None:
-        other = LSQQuantizer(3, batched=True)
+        other = LSQQuantizer(3, axis0_is_batch=True)
         other.load_state_dict(quantizer.state_dict())  # strict
     else:
         other = way(quantizer)
-    assert (other.is_set, other.signed) == (quantizer.is_set, quantizer.signed)
+    assert (other.is_initialized, other.signed) == (quantizer.is_initialized, quantizer.signed)
     assert torch.equal(other.raw_scale, quantizer.raw_scale)
     v = torch.rand(2, 5)
     assert torch.equal(other(v), quantizer(v))

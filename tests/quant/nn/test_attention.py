@@ -314,7 +314,7 @@ def test_transformers_in_evaluation_are_what_was_trained(kind, batch_first, norm
     quantized = swap(model, only=only)
     x = sequence(batch_first)
     calibrate(quantized, x)
-    assert all(q.is_set for q in quantized.modules() if isinstance(q, LSQQuantizer))
+    assert all(q.is_initialized for q in quantized.modules() if isinstance(q, LSQQuantizer))
     trained = quantized.train()(x)
     quantized.eval(), model.eval()
     # A copy and a pickle stay off the fast path too.
@@ -443,11 +443,11 @@ def test_settings_reach_every_quantizer(separate):
         for name, q in quantizers.items():
             assert (q.scale_domain, q.init) == (domain, init)
             if "weight" in name:
-                assert (tuple(q.scale.shape), q.signed, q.bits, q.batched) == (shape, True, bits[0], False)
-                assert q.is_set
+                assert (tuple(q.scale.shape), q.signed, q.bits, q.axis0_is_batch) == (shape, True, bits[0], False)
+                assert q.is_initialized
             elif "output" not in name:
-                assert (tuple(q.scale.shape), q.signed, q.bits, q.batched) == ((1,), signed, bits[1], True)
-                assert not q.is_set
+                assert (tuple(q.scale.shape), q.signed, q.bits, q.axis0_is_batch) == ((1,), signed, bits[1], True)
+                assert not q.is_initialized
 
 
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
@@ -496,7 +496,7 @@ def test_quantize_model_takes_it_by_the_registry():
 
     x = torch.randn(N, L, E)
     net = quantize_model(Net(), QuantConfig(3, 4, first_last_bits="same", output_bits=8), calibration=x)
-    waiting = [q.name for q in net.modules() if isinstance(q, LSQQuantizer) and not q.is_set]
+    waiting = [q.name for q in net.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
     assert waiting == []
     names = {q.name for q in net.attention.modules() if isinstance(q, LSQQuantizer)}
     assert names == {f"attention.{name}" for name, _ in net.attention.quantizers()}

@@ -137,11 +137,11 @@ def test_a_class_that_computes_something_else_keeps_its_own_gradient(cls, monkey
 
 
 def squares_codes(module, args, output):
-    return output.square() if isinstance(module, LSQQuantizer) and module.batched else None
+    return output.square() if isinstance(module, LSQQuantizer) and module.axis0_is_batch else None
 
 
 def halves_input(module, args):
-    return args[0] / 2 if isinstance(module, LSQQuantizer) and module.batched else None
+    return args[0] / 2 if isinstance(module, LSQQuantizer) and module.axis0_is_batch else None
 
 
 HOOKS = {

@@ -32,7 +32,7 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(name):
     recompute_activations(other)
     for layer in model.modules():
         if getattr(layer, "_modules", {}).get("input_quantizer") is not None:
-            layer.input_quantizer.keeps_output = False  # Its use in backward adds up in another order.
+            layer.input_quantizer.save_output_for_backward = False  # Its use in backward adds up in another order.
     torch.manual_seed(1)
     y = model(x)
     torch.manual_seed(1)
@@ -81,7 +81,7 @@ def test_it_trains_and_survives_copies():
     model = quantize_model(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), CONFIG, calibration=x)
     recompute_activations(model)
     model = copy.deepcopy(model)
-    assert all(layer.recomputes for layer in (model[0], model[2]))
+    assert all(layer.recompute_input for layer in (model[0], model[2]))
     optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
     losses = []
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from ...quant.lsq.functional import integer_bounds
 from ...quant.nn.base import QuantizedModule
-from ...quant.summary.record import QuantRecord, packed_bytes
-from ..qdq import emit_activation, emit_dequantize, emitting, zero_point
+from ...quant.summary.record import QuantRecord, storage_bytes
+from ..qdq import dequantize_constant, is_onnx_export, quantize_clip_dequantize, zero_point
 
 # Integers of smaller magnitude are float32 numbers, and so are all sums of them that stay below it.
 _EXACT_IN_FLOAT32 = 2**24
 
 
-class ActivationCodes(nn.Module):
+class ActivationQuantizer(nn.Module):
     """Quantizes activations: ``clamp(round(x / scale), qmin, qmax)``, as float32 tensors of integers.
 
     Args:
@@ -26,7 +26,7 @@ class ActivationCodes(nn.Module):
         name: qualified name of the quantizer, under which an exported file has its codes.
 
     Example:
-        >>> ActivationCodes(torch.tensor(0.5), bits=2, signed=True)(torch.tensor([-9.0, 0.25, 0.75]))
+        >>> ActivationQuantizer(torch.tensor(0.5), bits=2, signed=True)(torch.tensor([-9.0, 0.25, 0.75]))
         tensor([-2.,  0.,  1.])
     """
 
@@ -44,8 +44,8 @@ class ActivationCodes(nn.Module):
 
     def dequantized(self, x: Tensor) -> Tensor:
         """The float32 values that the codes of ``x`` stand for."""
-        if emitting():
-            return emit_activation(x.to(torch.float32), self.scale, self.bits, self.signed, self.name)
+        if is_onnx_export():
+            return quantize_clip_dequantize(x.to(torch.float32), self.scale, self.bits, self.signed, self.name)
         codes: Tensor = self(x)
         return codes * self.scale
 
@@ -53,16 +53,16 @@ class ActivationCodes(nn.Module):
         return f"{self.bits} bits, {'signed' if self.signed else 'unsigned'}, scale {self.scale.item():.6g}"
 
 
-class QuantizedValues(nn.Module):
+class QuantDequant(nn.Module):
     """The output quantizer of a module that is no deployed layer: gives the values that the codes stand for.
 
     Example:
-        >>> values = QuantizedValues(ActivationCodes(torch.tensor(0.5), bits=2, signed=True))
+        >>> values = QuantDequant(ActivationQuantizer(torch.tensor(0.5), bits=2, signed=True))
         >>> values(torch.tensor([-9.0, 0.25, 0.75]))
         tensor([-1.0000,  0.0000,  0.5000])
     """
 
-    def __init__(self, quantizer: ActivationCodes) -> None:
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
 
@@ -103,8 +103,8 @@ class DeployLayer(nn.Module):
     bias_codes: Tensor | None
     float_bias: Tensor | None
     unit: Tensor | None
-    input_quantizer: ActivationCodes | None
-    output_quantizer: ActivationCodes | None
+    input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
 
     def __init__(
         self,
@@ -117,8 +117,8 @@ class DeployLayer(nn.Module):
         float_bias: Tensor | None = None,
         weight_bits: int | None = None,
         shift: int = 0,
-        input_quantizer: ActivationCodes | None = None,
-        output_quantizer: ActivationCodes | None = None,
+        input_quantizer: ActivationQuantizer | None = None,
+        output_quantizer: ActivationQuantizer | None = None,
         folded: bool = False,
     ) -> None:
         super().__init__()
@@ -131,20 +131,20 @@ class DeployLayer(nn.Module):
         self.register_buffer("unit", None, persistent=False)
         self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
         self.exact_in_float32 = True
-        self._take_geometry(source)
-        self._derive()
+        self._copy_hyperparameters(source)
+        self._update_derived()
         self.register_load_state_dict_post_hook(_derive_again)  # type: ignore[no-untyped-call]
 
     # -- what the kinds of layers differ in --------------------------------------------------------------------
 
-    def _take_geometry(self, source: Any) -> None:
+    def _copy_hyperparameters(self, source: Any) -> None:
         """Copy what the operation needs beside its operands."""
 
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The linear operation, on an input as :meth:`_arrange` returns it; further arguments are those of forward."""
+    def _linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The linear operation, on what :meth:`_prepare_input` returns; further arguments are those of forward."""
         raise NotImplementedError
 
-    def _arrange(self, x: Tensor) -> Tensor:
+    def _prepare_input(self, x: Tensor) -> Tensor:
         """The input in the form that the operation takes, before it is quantized."""
         return x
 
@@ -152,7 +152,7 @@ class DeployLayer(nn.Module):
         """The output in the form that belongs to the input ``x`` of the layer."""
         return y
 
-    def _spatial(self) -> int:
+    def _spatial_dims(self) -> int:
         """Number of axes behind the channels of the output."""
         raise NotImplementedError
 
@@ -166,7 +166,7 @@ class DeployLayer(nn.Module):
 
     def _emitted_weight(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The operators that give the weight from its codes, in an ONNX graph."""
-        return emit_dequantize(codes, scale, self.weight_bits, self.shift)
+        return dequantize_constant(codes, scale, self.weight_bits, self.shift)
 
     # -- what they have in common ------------------------------------------------------------------------------
 
@@ -213,22 +213,22 @@ class DeployLayer(nn.Module):
             activation_scale=None if activation is None else activation.scale.item(),
             output_bits=None if output is None else output.bits,
             weights=count,
-            bytes=packed_bytes(count, self.weight_bits, numbers),
+            bytes=storage_bytes(count, self.weight_bits, numbers),
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.folded and x.dim() != 2 + self._spatial():
+        if self.folded and x.dim() != 2 + self._spatial_dims():
             raise ValueError(
                 f"a BatchNorm was folded into this layer ({self.extra_repr()}), which is the same for inputs of "
-                f"{2 + self._spatial()} axes only; got an input of shape {tuple(x.shape)}"
+                f"{2 + self._spatial_dims()} axes only; got an input of shape {tuple(x.shape)}"
             )
-        if emitting():
-            y = self._emitted(self._arrange(x), *args, **kwargs)
+        if is_onnx_export():
+            y = self._emitted(self._prepare_input(x), *args, **kwargs)
         elif torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):  # It would round sums to half precision.
-                y = self._computed(self._arrange(x), *args, **kwargs)
+                y = self._computed(self._prepare_input(x), *args, **kwargs)
         else:
-            y = self._computed(self._arrange(x), *args, **kwargs)
+            y = self._computed(self._prepare_input(x), *args, **kwargs)
         y = self._restore(y, x)
         if self.output_quantizer is not None:
             y = self.output_quantizer.dequantized(y)
@@ -237,13 +237,13 @@ class DeployLayer(nn.Module):
     def _computed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.input_quantizer is None or self.codes is None:
             x = x.to(torch.float32) if self.input_quantizer is None else self.input_quantizer.dequantized(x)
-            return self._operate(x, self.weight, self.bias, *args, **kwargs)
+            return self._linear_op(x, self.weight, self.bias, *args, **kwargs)
         assert self.unit is not None
         # A GPU library may compute a convolution by a transform (Winograd, FFT) instead of a plain sum.
         plain = x.device.type != "cuda" and self.exact_in_float32
         dtype = torch.float32 if plain else torch.float64
         # Rounding changes an exact sum in nothing and removes what a transform leaves behind.
-        total = self._operate(self.input_quantizer(x).to(dtype), self.codes.to(dtype), None, *args, **kwargs).round()
+        total = self._linear_op(self.input_quantizer(x).to(dtype), self.codes.to(dtype), None, *args, **kwargs).round()
         if self.bias_codes is not None:
             total = total + self._along_channels(self.bias_codes.to(dtype))
         return total.to(torch.float32) * self._along_channels(self.unit)
@@ -254,20 +254,20 @@ class DeployLayer(nn.Module):
         if self.codes is not None and self.weight_scale is not None:
             weight = self._emitted_weight(self.codes, self.weight_scale)
         if self.bias_codes is not None and self.unit is not None:
-            bias = emit_dequantize(self.bias_codes, self.unit)
+            bias = dequantize_constant(self.bias_codes, self.unit)
         assert weight is not None
-        return self._operate(x, weight, bias, *args, **kwargs)
+        return self._linear_op(x, weight, bias, *args, **kwargs)
 
     def _along_channels(self, v: Tensor) -> Tensor:
-        return v.reshape(-1, *[1] * self._spatial()) if v.dim() else v
+        return v.reshape(-1, *[1] * self._spatial_dims()) if v.dim() else v
 
-    def _derive(self) -> None:
+    def _update_derived(self) -> None:
         """Set what follows from the buffers: the unit of the sum, and whether float32 holds the largest one."""
         if self.codes is None or self.input_quantizer is None:
             return
         assert self.weight_scale is not None
         self.unit = self.input_quantizer.scale * self.weight_scale
-        largest = largest_sum(self._by_channel(self.codes), self.input_quantizer.qmin, self.input_quantizer.qmax)
+        largest = max_accumulator(self._by_channel(self.codes), self.input_quantizer.qmin, self.input_quantizer.qmax)
         if self.bias_codes is not None:
             largest = largest + self.bias_codes.to(torch.float64).abs()
         self.exact_in_float32 = largest.max().item() < _EXACT_IN_FLOAT32
@@ -290,15 +290,15 @@ class DeployLayer(nn.Module):
 def _derive_again(layer: nn.Module, incompatible: Any) -> None:
     """After a state dict was loaded, the input's scale included."""
     assert isinstance(layer, DeployLayer)
-    layer._derive()
+    layer._update_derived()
 
 
-def largest_sum(codes: Tensor, qmin: int, qmax: int) -> Tensor:
+def max_accumulator(codes: Tensor, qmin: int, qmax: int) -> Tensor:
     """The largest magnitude that sum(a q) can have in each output channel: float64, shape ``(channels,)``.
 
     The codes have their output channels on axis 0.
 
-    >>> largest_sum(torch.tensor([[3, -4], [0, 1]], dtype=torch.int8), 0, 15)
+    >>> max_accumulator(torch.tensor([[3, -4], [0, 1]], dtype=torch.int8), 0, 15)
     tensor([105.,  15.], dtype=torch.float64)
     """
     return codes.to(torch.float64).abs().flatten(1).sum(1) * max(-qmin, qmax)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ...quant.lsq.quantizer import LSQQuantizer
-from .base import ActivationCodes, largest_sum
+from .base import ActivationQuantizer, max_accumulator
 
 _INT16_MAX, _INT32_MAX = 2**15 - 1, 2**31 - 1
 # The smallest normal float32.
 _SMALLEST = torch.finfo(torch.float32).tiny
 # A channel without weights has a bias of about this size: 22 bits of precision, and far from any overflow.
-_BIAS_ALONE = 2**22
+_BIAS_ONLY_CODE = 2**22
 
 
 def operands(
@@ -23,7 +23,7 @@ def operands(
     weight: Tensor,
     quantizer: LSQQuantizer | None,
     bias: Tensor | None,
-    activation: ActivationCodes | None,
+    activation: ActivationQuantizer | None,
     gain: Tensor | None = None,
 ) -> dict[str, Any]:
     """Weight and bias as a deployed layer takes them, the weight with its output channels on axis 0."""
@@ -40,7 +40,7 @@ def operands(
             shift = room(quantizer.bits, activation)
         if bias is not None:
             codes, scale = codes * 2**shift, scale * 2.0**-shift
-            codes, scale = _without_vanishing(shown, codes, scale, bias, activation)
+            codes, scale = _neutralize_degenerate_channels(shown, codes, scale, bias, activation)
         parts |= {"codes": codes, "weight_scale": scale, "weight_bits": quantizer.bits, "shift": shift}
         if bias is not None and activation is not None:
             parts["bias_codes"] = _round_to(bias, activation.scale * scale)
@@ -53,9 +53,9 @@ def _float32(v: Tensor) -> Tensor:
     return v.to(torch.float32, copy=True)
 
 
-def activation_codes(quantizer: LSQQuantizer, name: str) -> ActivationCodes:
+def activation_codes(quantizer: LSQQuantizer, name: str) -> ActivationQuantizer:
     """The deployed form of an activation's quantizer, under its qualified name."""
-    return ActivationCodes(_float32(quantizer.scale).reshape(()), quantizer.bits, bool(quantizer.signed), name)
+    return ActivationQuantizer(_float32(quantizer.scale).reshape(()), quantizer.bits, bool(quantizer.signed), name)
 
 
 def _codes(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _codes(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), _float32(scale if quantizer.channel_axis is not None else scale.reshape(()))
 
 
-def room(bits: int, activation: ActivationCodes) -> int:
+def room(bits: int, activation: ActivationQuantizer) -> int:
     """By how many binary digits codes of ``bits`` bits can be shifted up in 8 bits.
 
     Processors without an instruction for it add two products of activations and weights in 16 bits. Where narrow codes
@@ -89,12 +89,12 @@ def _round_to(v: Tensor, unit: Tensor) -> Tensor:
     return (v.to(torch.float64) / unit.to(torch.float64)).round().to(torch.int32)
 
 
-def _without_vanishing(
-    name: str, codes: Tensor, scale: Tensor, bias: Tensor, activation: ActivationCodes | None
+def _neutralize_degenerate_channels(
+    name: str, codes: Tensor, scale: Tensor, bias: Tensor, activation: ActivationQuantizer | None
 ) -> tuple[Tensor, Tensor]:
     """Codes and scale without the channels whose scale is too small to be a unit of their bias.
 
-    Such a channel gets codes of zero, and a scale in which its bias is an integer of :data:`_BIAS_ALONE`: what it
+    Such a channel gets codes of zero, and a scale in which its bias is an integer of :data:`_BIAS_ONLY_CODE`: what it
     computes is its bias. Gamma = 0 does that to a channel; so does a gamma at which the bias, beside the largest sum,
     does not fit into int32, which is a warning because there the weights did count for something.
     """
@@ -103,7 +103,7 @@ def _without_vanishing(
     vanishing = (unit < _SMALLEST).expand_as(size)
     too_large = torch.zeros_like(vanishing)
     if activation is not None:
-        room = _INT32_MAX - largest_sum(codes, activation.qmin, activation.qmax)
+        room = _INT32_MAX - max_accumulator(codes, activation.qmin, activation.qmax)
         too_large = ~vanishing & (size > unit * room.clamp(min=_INT32_MAX // 2))
     alone = vanishing | too_large
     if not bool(alone.any()):
@@ -116,7 +116,7 @@ def _without_vanishing(
             "scale, which is very small (a BatchNorm's gamma near zero?). They keep their bias and lose their weights",
             stacklevel=5,
         )
-    units = size / _BIAS_ALONE
+    units = size / _BIAS_ONLY_CODE
     replacement = torch.where(units > _SMALLEST * max(1.0, 1 / step.item()), units / step, 1.0).to(torch.float32)
     codes = codes.masked_fill(alone.reshape(-1, *[1] * (codes.dim() - 1)), 0)
     return codes, torch.where(alone, replacement, scale)

@@ -18,35 +18,35 @@ from ...quant.nn.base import (
     QuantizedModule,
     QuantLinear,
 )
-from .base import ActivationCodes, DeployLayer, QuantizedValues, largest_sum
+from .base import ActivationQuantizer, DeployLayer, QuantDequant, max_accumulator
 from .transposed import DeployConvTranspose
 
 __all__ = [
     "DEPLOYED",
-    "ActivationCodes",
+    "ActivationQuantizer",
     "DeployConv",
     "DeployConvTranspose",
     "DeployLayer",
     "DeployLinear",
-    "QuantizedValues",
-    "largest_sum",
+    "QuantDequant",
+    "max_accumulator",
 ]
 
 
 class DeployLinear(DeployLayer):
     """:class:`torch.nn.Linear` on integer codes."""
 
-    def _arrange(self, x: Tensor) -> Tensor:
+    def _prepare_input(self, x: Tensor) -> Tensor:
         # Runtimes have an integer kernel for the product of two matrices with a bias, and for little else.
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     def _restore(self, y: Tensor, x: Tensor) -> Tensor:
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def _spatial(self) -> int:
+    def _spatial_dims(self) -> int:
         return 0
 
 
@@ -57,22 +57,22 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: 
 class DeployConv(DeployLayer):
     """:class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` on integer codes."""
 
-    def _take_geometry(self, source: Any) -> None:
+    def _copy_hyperparameters(self, source: Any) -> None:
         self.stride, self.dilation, self.groups = source.stride, source.dilation, source.groups
         self.padding, self.padding_mode = source.padding, source.padding_mode
         self._pads = source._reversed_padding_repeated_twice
 
-    def _arrange(self, x: Tensor) -> Tensor:
+    def _prepare_input(self, x: Tensor) -> Tensor:
         # Zeros are code 0, and left to the convolution. Other paddings repeat values, the same before and after
         # quantization; before it, nothing comes between the codes and the integer kernel.
         return x if self.padding_mode == "zeros" else F.pad(x, self._pads, mode=self.padding_mode)
 
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _linear_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding if self.padding_mode == "zeros" else 0
         convolve = _CONVOLUTIONS[weight.dim()]
         return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _spatial(self) -> int:
+    def _spatial_dims(self) -> int:
         return len(self.stride)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ..qdq import emit_dequantize
+from ..qdq import dequantize_constant
 from .base import DeployLayer
 
 # By the number of axes of the weight.
@@ -25,20 +25,22 @@ class DeployConvTranspose(DeployLayer):
     rounding, and the layers around it run on integers.
     """
 
-    def _take_geometry(self, source: Any) -> None:
+    def _copy_hyperparameters(self, source: Any) -> None:
         self.stride, self.dilation, self.groups = source.stride, source.dilation, source.groups
         self.padding, self.output_padding, self.padding_mode = source.padding, source.output_padding, "zeros"
         self.kernel_size = source.kernel_size
 
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+    def _linear_op(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
+    ) -> Tensor:
         layer: Any = self  # The method is torch's, and takes its output_padding from the layer.
         padding = _ConvTransposeNd._output_padding(
-            layer, x, output_size, self.stride, self.padding, self.kernel_size, self._spatial(), self.dilation
+            layer, x, output_size, self.stride, self.padding, self.kernel_size, self._spatial_dims(), self.dilation
         )
         operation = _OPERATIONS[weight.dim()]
         return operation(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
-    def _spatial(self) -> int:
+    def _spatial_dims(self) -> int:
         return len(self.stride)
 
     def _by_channel(self, weight: Tensor) -> Tensor:
@@ -49,11 +51,11 @@ class DeployConvTranspose(DeployLayer):
 
     def _emitted_weight(self, codes: Tensor, scale: Tensor) -> Tensor:
         if scale.dim() == 0 or self.groups == 1:
-            return emit_dequantize(codes, scale, self.weight_bits, self.shift, axis=1)
+            return dequantize_constant(codes, scale, self.weight_bits, self.shift, axis=1)
         # The scale runs over two axes, the groups in axis 0 and the channels in axis 1, and DequantizeLinear takes one.
         # With a scale of 1 it gives the codes, exactly; the product with the scale is rounded once, as in it.
-        values = emit_dequantize(codes, torch.ones((), dtype=torch.float32), self.weight_bits, self.shift)
-        by_group = scale.reshape(self.groups, 1, -1, *[1] * self._spatial())
+        values = dequantize_constant(codes, torch.ones((), dtype=torch.float32), self.weight_bits, self.shift)
+        by_group = scale.reshape(self.groups, 1, -1, *[1] * self._spatial_dims())
         return (torch.unflatten(values, 0, (self.groups, -1)) * by_group).flatten(0, 1)
 
     def extra_repr(self) -> str:

@@ -14,17 +14,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...quant.summary.macs import by_widths, counted
+from ...quant.summary.macs import counted, macs_by_bits
 from ..convert import convert
-from ..nn.layers import ActivationCodes, DeployLayer
+from ..nn.layers import ActivationQuantizer, DeployLayer
 from ..qdq import LOWEST_OPSET, QUANTIZER
 from . import verification as checking
 from .derived_constants import derive_constants
 from .disagreement import disagreement
 from .exact_weights import make_exact
-from .graph_cleanup import keep_floating, keep_requantizations, name_products, own_weights, shorten, strip
+from .graph_cleanup import (
+    hide_dequantize_from_float_weights,
+    keep_requantizations,
+    name_products,
+    own_weights,
+    shorten_names,
+    strip,
+)
 from .kernel_placement import placement
-from .qdq_propagation import quantize_early
+from .qdq_propagation import propagate_qdq
 from .report import ExportReport
 from .saturation import inexact, saturating_products
 from .weight_storage import store_int4, store_planes
@@ -115,18 +122,18 @@ def export_onnx(
     deployed, sample = deployed.cpu().float(), sample.float() if sample.is_floating_point() else sample
     with torch.no_grad(), counted(deployed) as counts:
         output = deployed(sample)
-    macs = by_widths(deployed, {module: count // len(sample) for module, count in counts.items()})
+    macs = macs_by_bits(deployed, {module: count // len(sample) for module, count in counts.items()})
     proto = _exported(deployed, sample, opset, isinstance(output, Tensor))
     layer_of = name_products(proto, _layers(deployed))
     strip(proto)
-    quantize_early(proto)
+    propagate_qdq(proto)
     keep_requantizations(proto)
-    keep_floating(proto)
+    hide_dequantize_from_float_weights(proto)
     make_exact(proto)
     own_weights(proto)
     derive_constants(proto)
     _STORAGES[storage](proto)
-    shorten(proto)
+    shorten_names(proto)
     _verify(proto, type(deployed).__name__)
     saturating = saturating_products(proto)
     if saturating:
@@ -165,7 +172,7 @@ def float_values(deployed: nn.Module) -> int:
             own = [
                 v for v in (module.codes, module.float_weight, module.bias_codes, module.float_bias) if v is not None
             ]
-        elif isinstance(module, ActivationCodes):
+        elif isinstance(module, ActivationQuantizer):
             own = []
         else:
             own = [v for v in own if v.is_floating_point()]
@@ -233,7 +240,7 @@ def _exported(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool)
     assert program is not None
     proto = program.model_proto
     written = {entry.key for node in proto.graph.node for entry in node.metadata_props}
-    if QUANTIZER not in written and any(isinstance(module, ActivationCodes) for module in deployed.modules()):
+    if QUANTIZER not in written and any(isinstance(module, ActivationQuantizer) for module in deployed.modules()):
         # What torch falls back to where tracing fails is Dynamo, which records the arithmetic of the integers instead.
         raise RuntimeError(
             f"torch cannot export {type(deployed).__name__} but by Dynamo, which would write it in floating point. "
@@ -270,7 +277,9 @@ def _compared(
 ) -> tuple[dict[str, Any], list[str]]:
     """The fields of the report that need runs of the network, and what the user is to be warned of."""
     try:
-        optimized, plain, between = checking.compare_optimizations(deployed, proto, checking.far_inputs(sample))
+        optimized, plain, between = checking.compare_optimizations(
+            deployed, proto, checking.out_of_range_inputs(sample)
+        )
         placed = placement(deployed, proto, layer_of)
     except Exception as error:
         name = type(deployed).__name__

@@ -59,7 +59,7 @@ def strip(proto: Any) -> None:
         noted.doc_string = ""
 
 
-def keep_floating(proto: Any) -> None:
+def hide_dequantize_from_float_weights(proto: Any) -> None:
     """Keep in floating point the weights that are.
 
     Where a DequantizeLinear feeds a product with a constant weight in floating point, onnxruntime takes that for a wish
@@ -188,7 +188,7 @@ def _axes(name: str, stored: dict[str, Any], makers: dict[str, Any]) -> int:
     return len(stored[name].dims)
 
 
-def shorten(proto: Any) -> None:
+def shorten_names(proto: Any) -> None:
     """Give intermediate results short names, and no name to operators but products.
 
     What the exporter calls them takes more room in the file than a small layer.

@@ -15,10 +15,10 @@ import numpy as np
 from ..qdq import QUANTIZER
 
 # Operators whose result has the values of their (first) input, and which exist on uint8.
-_MOVING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
+_VALUE_PRESERVING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
 
 
-def quantize_early(proto: Any) -> None:
+def propagate_qdq(proto: Any) -> None:
     """Move every QuantizeLinear (with the Clip of its codes) as far up as that changes nothing, in place.
 
     - Relu or Clip, then quantization: quantization, and the clipping of its codes.
@@ -31,7 +31,7 @@ def quantize_early(proto: Any) -> None:
     An operator moves only if nothing else uses what it is moved across.
 
     Args:
-        proto: an ``onnx.ModelProto`` whose activations are quantized as ``emit_activation`` does.
+        proto: an ``onnx.ModelProto`` whose activations are quantized as ``quantize_clip_dequantize`` does.
     """
     graph = _Graph(proto.graph)
     for node in list(graph.nodes):
@@ -144,7 +144,7 @@ def _up(graph: _Graph, quantize: Any) -> bool:
         return False
     if above.op_type in ("Relu", "Clip"):
         return _clip_codes(graph, quantize, above)
-    if above.op_type in _MOVING:
+    if above.op_type in _VALUE_PRESERVING:
         _exchange(graph, quantize, above, [above.input[0]])
     elif above.op_type == "Concat":
         _exchange(graph, quantize, above, list(above.input))
@@ -232,7 +232,7 @@ def _down(graph: _Graph, dequantize: Any) -> bool:
             return False
         dequantize.output[0] = below.output[0]
         graph.nodes = [node for node in graph.nodes if node is not below]
-    elif below.op_type in _MOVING and below.input[0] == dequantize.output[0]:
+    elif below.op_type in _VALUE_PRESERVING and below.input[0] == dequantize.output[0]:
         name = graph.fresh(below.output[0])
         below.input[0], dequantize.input[0] = dequantize.input[0], name
         dequantize.output[0], below.output[0] = below.output[0], name

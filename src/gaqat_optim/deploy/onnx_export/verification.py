@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..nn.layers import ActivationCodes
+from ..nn.layers import ActivationQuantizer
 from ..qdq import QUANTIZER
 
 Codes = dict[str, list[NDArray[Any]]]
@@ -65,7 +65,7 @@ class Comparison:
 
 
 @dataclass
-class _Sums:
+class _Accumulator:
     """What a :class:`Comparison` is made of, while inputs are still to come."""
 
     difference: float = 0.0
@@ -104,10 +104,10 @@ def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized:
         inputs: batches.
         optimized: whether onnxruntime optimizes the graph, as it does by default, or runs it operator by operator.
     """
-    return compare_levels(deployed, proto, inputs, [optimized])[0]
+    return compare_optimization_levels(deployed, proto, inputs, [optimized])[0]
 
 
-def compare_levels(
+def compare_optimization_levels(
     deployed: nn.Module, proto: Any, inputs: list[Tensor], optimized: Sequence[bool]
 ) -> list[Comparison]:
     """:func:`compare` with and without optimizations, with one run in torch for all."""
@@ -126,8 +126,8 @@ def _compared(deployed: nn.Module, proto: Any, inputs: list[Tensor], optimized: 
     """One comparison for each level, and at the end that of the first level with the last one."""
     # Reading the codes keeps onnxruntime from some of its optimizations, so that the outputs are those of the file.
     sessions = [(_session(proto, level), *_session_with_codes(proto, level)) for level in optimized]
-    sums = [_Sums() for _ in (*sessions, None)]
-    offsets = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationCodes)}
+    sums = [_Accumulator() for _ in (*sessions, None)]
+    offsets = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationQuantizer)}
     count = len(proto.graph.output)
     for x in inputs:
         with torch.no_grad(), recorded_codes(deployed) as expected_codes:
@@ -148,13 +148,13 @@ def _compared(deployed: nn.Module, proto: Any, inputs: list[Tensor], optimized: 
 
 def drift(model: nn.Module, deployed: nn.Module, x: Tensor) -> Comparison:
     """How the outputs of two networks in torch differ on ``x``: without codes."""
-    sums = _Sums()
+    sums = _Accumulator()
     with torch.no_grad():
         sums.add_outputs([y.numpy() for y in tensors(model(x))], [y.numpy() for y in tensors(deployed(x))])
     return sums.result()
 
 
-def far_inputs(sample: Tensor) -> list[Tensor]:
+def out_of_range_inputs(sample: Tensor) -> list[Tensor]:
     """The sample and, where it is not of integers, inputs made from it that lie far beyond the clipping range."""
     if not sample.is_floating_point():
         return [sample]
@@ -167,10 +167,10 @@ def recorded_codes(deployed: nn.Module) -> Iterator[Codes]:
     codes: Codes = {}
 
     def record(quantizer: nn.Module, args: Any, output: Tensor) -> None:
-        assert isinstance(quantizer, ActivationCodes)
+        assert isinstance(quantizer, ActivationQuantizer)
         codes.setdefault(quantizer.name, []).append(output.detach().to(torch.int16).numpy())
 
-    hooks = [m.register_forward_hook(record) for m in deployed.modules() if isinstance(m, ActivationCodes)]
+    hooks = [m.register_forward_hook(record) for m in deployed.modules() if isinstance(m, ActivationQuantizer)]
     try:
         yield codes
     finally:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...quant.config import LayerConfig
-from ...quant.graph.output_quantizers import attach, detach, hooked_outputs
+from ...quant.graph.output_quantizers import attach, detach, modules_with_output_quantizer
 from ...quant.nn.attention import QuantMultiheadAttention, disable_fast_paths
 from ...quant.nn.base import QUANTIZED, QuantizedModule
 from ..convert import TABLES
 from ..nn.attention import ROLES, DeployMultiheadAttention, out_projection, projections
-from ..nn.layers import DEPLOYED, ActivationCodes, DeployLayer, QuantizedValues
+from ..nn.layers import DEPLOYED, ActivationQuantizer, DeployLayer, QuantDequant
 from .manifest import (
     Contents,
     PackedLayer,
@@ -30,8 +30,8 @@ from .manifest import (
 )
 from .save import packed_path
 
-_NOTHING = LayerConfig(None, None, "tensor", "auto", None, "mse", "log")
-_OTHER = "The file was saved from another architecture"
+_ALL_FLOAT = LayerConfig(None, None, "tensor", "auto", None, "mse", "log")
+_WRONG_ARCHITECTURE = "The file was saved from another architecture"
 
 
 def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -70,7 +70,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         Sequential(
           (0): DeployLinear(
             8-bit weight (4, 8) per channel, int32 bias, sums in float32
-            (input_quantizer): ActivationCodes(8 bits, unsigned, scale 0.0...)
+            (input_quantizer): ActivationQuantizer(8 bits, unsigned, scale 0.0...)
           )
         )
     """
@@ -83,17 +83,17 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     originals = _with_projections(contents, dict(modules_of(model)))
     _check_modules(contents, originals, stored)
     # A quantized layer in each place, as when the network was saved, and nowhere else.
-    result = _opened(contents, _empty_copy(model), originals)
+    result = _with_deployed_attention(contents, _empty_copy(model), originals)
     named = dict(modules_of(result))
     places = {named[name] for layer in contents.layers for name in layer.names}
     swapped: dict[nn.Module, nn.Module] = {}
     for module in named.values():
         if module in places and not isinstance(module, QuantizedModule):
-            swapped[module] = QUANTIZED[type(module)].from_float(module, _NOTHING)
+            swapped[module] = QUANTIZED[type(module)].from_float(module, _ALL_FLOAT)
         elif module not in places and isinstance(module, QuantizedModule):
             swapped[module] = _as_float(module)
     result = _swap(result, swapped)
-    for module in list(hooked_outputs(result)):
+    for module in list(modules_with_output_quantizer(result)):
         detach(module)
     disable_fast_paths(result)
     # Now the deployed layers, which take the geometry and the hooks of those.
@@ -104,12 +104,12 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         deployed = _deployed(layer, named[layer.names[0]], stored, device)
         for name in layer.names:
             if swapped.setdefault(named[name], deployed) is not deployed:
-                raise ValueError(f"{name!r} is another layer under another name in the network. {_OTHER}")
+                raise ValueError(f"{name!r} is another layer under another name in the network. {_WRONG_ARCHITECTURE}")
     result = _swap(result, swapped)
     for output in contents.outputs:
         site = dict(modules_of(result))[output.names[0]]
-        scale = stored[scale_name(output)].to(_place_of(model))
-        attach(site, QuantizedValues(ActivationCodes(scale, **output.quantizer)))
+        scale = stored[scale_name(output)].to(_default_device(model))
+        attach(site, QuantDequant(ActivationQuantizer(scale, **output.quantizer)))
     _separate_tables(result, contents)
     _fill(result, contents, {name: v for names, v in tensors_of(model) for name in names})
     return result.eval().requires_grad_(False)
@@ -126,17 +126,17 @@ def _with_projections(contents: Contents, modules: dict[str, nn.Module]) -> dict
             module = modules.get(name)
             if type(module) not in (nn.MultiheadAttention, QuantMultiheadAttention):
                 found = "no module" if module is None else f"a {type(module).__name__}"
-                raise ValueError(f"{name!r} is {found} in the network and attention in the file. {_OTHER}")
+                raise ValueError(f"{name!r} is {found} in the network and attention in the file. {_WRONG_ARCHITECTURE}")
             assert module is not None
             if attention_shape(module) != attention.shape:
                 shapes = f"{attention_shape(module)} in the network and {attention.shape} in the file"
-                raise ValueError(f"{name!r} has {shapes}. {_OTHER}")
+                raise ValueError(f"{name!r} has {shapes}. {_WRONG_ARCHITECTURE}")
             modules |= {join(name, role): linear for role, linear in projections(module).items()}
             modules[join(name, "out_proj")] = out_projection(module)
     return modules
 
 
-def _opened(contents: Contents, model: nn.Module, originals: dict[str, nn.Module]) -> nn.Module:
+def _with_deployed_attention(contents: Contents, model: nn.Module, originals: dict[str, nn.Module]) -> nn.Module:
     """The network with deployed attention layers, whose projections are still to be replaced."""
     named, swapped = dict(modules_of(model)), dict[nn.Module, nn.Module]()
     for attention in contents.attentions:
@@ -156,26 +156,31 @@ def _check_modules(contents: Contents, modules: dict[str, nn.Module], stored: di
             deployed = DEPLOYED.get(kind) if kind is not None else None
             if deployed is None or deployed.__name__ != layer.kind:
                 found = "no module" if module is None else f"a {type(module).__name__}"
-                raise ValueError(f"{name!r} is {found} in the network and a {layer.kind} in the file. {_OTHER}")
+                raise ValueError(
+                    f"{name!r} is {found} in the network and a {layer.kind} in the file. {_WRONG_ARCHITECTURE}"
+                )
             parts = parts_of(layer, stored)
             weight = parts["codes"] if "codes" in parts else parts["float_weight"]
             if module.weight.shape != weight.shape:
                 shapes = f"{tuple(module.weight.shape)} in the network and {tuple(weight.shape)} in the file"
-                raise ValueError(f"{name!r} has a weight of shape {shapes}. {_OTHER}")
+                raise ValueError(f"{name!r} has a weight of shape {shapes}. {_WRONG_ARCHITECTURE}")
             if geometry(module) != layer.geometry:
                 geometries = f"{geometry(module)} in the network and {layer.geometry} in the file"
-                raise ValueError(f"{name!r} has {geometries}. {_OTHER}")
+                raise ValueError(f"{name!r} has {geometries}. {_WRONG_ARCHITECTURE}")
             if not layer.folded and (module.bias is None) == ("bias_codes" in parts or "float_bias" in parts):
                 where = "the file" if module.bias is None else "the network"
-                raise ValueError(f"{name!r} has a bias only in {where}. {_OTHER}")
+                raise ValueError(f"{name!r} has a bias only in {where}. {_WRONG_ARCHITECTURE}")
     for output in contents.outputs:
         if not all(name in modules for name in output.names):
-            raise ValueError(f"{output.names[0]!r} has an output quantizer in the file, and is no module. {_OTHER}")
+            raise ValueError(
+                f"{output.names[0]!r} has an output quantizer in the file, and is no module. {_WRONG_ARCHITECTURE}"
+            )
     for name in contents.identities:
         if not isinstance(modules.get(name), nn.Identity | _BatchNorm):
             found = "no module" if name not in modules else f"a {type(modules[name]).__name__}"
             raise ValueError(
-                f"{name!r} is {found} in the network, and nothing or a folded BatchNorm in the file. {_OTHER}"
+                f"{name!r} is {found} in the network, and nothing or a folded BatchNorm in the file. "
+                f"{_WRONG_ARCHITECTURE}"
             )
 
 
@@ -188,7 +193,7 @@ def _empty_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _place_of(model: nn.Module) -> torch.device:
+def _default_device(model: nn.Module) -> torch.device:
     """Where an output quantizer's scale goes, which has no tensor of the network in its place."""
     return next((_device(v) for _, v in tensors_of(model)), torch.device("cpu"))
 
@@ -223,7 +228,7 @@ def _deployed(layer: PackedLayer, source: nn.Module, stored: dict[str, Tensor], 
         settings = getattr(layer, kind)
         if settings is not None:
             scale = stored[join(layer.names[0], f"{kind}.scale")].to(device)
-            parts[kind] = ActivationCodes(scale, **settings)
+            parts[kind] = ActivationQuantizer(scale, **settings)
     deployed = DEPLOYED[type(source)](
         source, weight_bits=layer.weight_bits, shift=layer.shift, folded=layer.folded, **parts
     )
@@ -256,20 +261,22 @@ def _fill(result: nn.Module, contents: Contents, originals: dict[str, Tensor]) -
     stored = {name for entry in contents.tensors for name in entry.names}
     for name in empty:
         if name not in stored:
-            raise ValueError(f"the file has no entry for {name!r}, which the network has. {_OTHER}")
+            raise ValueError(f"the file has no entry for {name!r}, which the network has. {_WRONG_ARCHITECTURE}")
     filled: set[int] = set()
     for entry in contents.tensors:
         v, targets = entry.tensor, dict[int, tuple[str, Tensor]]()
         for name in entry.names:
             if name not in empty:
-                raise ValueError(f"the file has an entry for {name!r}, which the network does not have. {_OTHER}")
+                raise ValueError(
+                    f"the file has an entry for {name!r}, which the network does not have. {_WRONG_ARCHITECTURE}"
+                )
             if name in originals:
                 targets[id(empty[name])] = name, empty[name]
                 if originals[name].shape != v.shape:
                     shapes = f"{tuple(originals[name].shape)} in the network and {tuple(v.shape)} in the file"
-                    raise ValueError(f"{name!r} has the shape {shapes}. {_OTHER}")
+                    raise ValueError(f"{name!r} has the shape {shapes}. {_WRONG_ARCHITECTURE}")
         for key, (name, target) in targets.items():
             if key in filled:
-                raise ValueError(f"{name!r} is another tensor under another name in the network. {_OTHER}")
+                raise ValueError(f"{name!r} is another tensor under another name in the network. {_WRONG_ARCHITECTURE}")
             filled.add(key)
             target.data = v.to(target.device)

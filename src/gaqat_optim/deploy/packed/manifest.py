@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...quant.nn.base import QuantizedModule
 from ..nn.attention import ROLES, SHAPE, DeployMultiheadAttention
-from ..nn.layers import ActivationCodes, DeployLayer, QuantizedValues
+from ..nn.layers import ActivationQuantizer, DeployLayer, QuantDequant
 from .container import Stored, read
 
 _PARTS = ("codes", "weight_scale", "float_weight", "bias_codes", "float_bias")
@@ -137,7 +137,7 @@ def outputs_of(deployed: nn.Module) -> list[PackedOutput]:
     """The output quantizers of modules that are no deployed layers."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in modules_of(deployed):
-        if isinstance(module._modules.get("output_quantizer"), QuantizedValues):
+        if isinstance(module._modules.get("output_quantizer"), QuantDequant):
             found.setdefault(module, []).append(name)
     return [PackedOutput(names, _settings(m.output_quantizer.quantizer) or {}) for m, names in found.items()]  # type: ignore[union-attr,arg-type]
 
@@ -177,7 +177,7 @@ def _described(layer: DeployLayer, names: list[str]) -> PackedLayer:
     )
 
 
-def _settings(quantizer: ActivationCodes | None) -> dict[str, Any] | None:
+def _settings(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
     return None if quantizer is None else {name: getattr(quantizer, name) for name in ("bits", "signed", "name")}
 
 

@@ -31,7 +31,7 @@ from .fx_trace import Trace, admit_child, trace
 _POSITIVE = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _CLIPPING = _POSITIVE | {nn.Hardtanh, F.hardtanh}
 # Operations that take a value where it is or the largest of some, and so give the same before and after a quantizer.
-_MOVING = {
+_VALUE_PRESERVING = {
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
@@ -39,7 +39,7 @@ _MOVING = {
     *(torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.cat),
     *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous"),
 }
-_PASSING = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
+_PASS_THROUGH = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
 # The BatchNorm for the number of axes that a layer's output has; torch's others take any number.
 _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
     QuantLinear: nn.BatchNorm1d,
@@ -58,7 +58,7 @@ def quantize_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> An
     return module.output_quantizer(output)  # type: ignore[operator]
 
 
-def hooked_outputs(model: nn.Module) -> Iterator[nn.Module]:
+def modules_with_output_quantizer(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that have a quantizer behind them by that hook, and are no quantized layers."""
     for module in model.modules():
         if quantize_output in module._forward_hooks.values():
@@ -104,11 +104,11 @@ def folded_norm(traced: Trace, node: torch.fx.Node) -> _BatchNorm | None:
     hooks = [*layer._forward_hooks.values(), *norm._forward_hooks.values(), *norm._forward_pre_hooks.values()]
     if of_other_axes or any(hook is not quantize_output for hook in hooks):
         return None
-    fits = norm.running_mean is not None and norm.num_features == layer.by_channel(layer.weight).shape[0]
+    fits = norm.running_mean is not None and norm.num_features == layer.channels_first(layer.weight).shape[0]
     return norm if fits else None
 
 
-def place_outputs(model: nn.Module) -> list[Callable[[], None]]:
+def place_output_quantizers(model: nn.Module) -> list[Callable[[], None]]:
     """Move the output quantizers of a network's layers to where they make integers of floating point.
 
     Each layer of a network that was just swapped has its output quantizer directly behind it, if its settings ask for
@@ -165,7 +165,7 @@ class _Placement:
         if None not in users and len(users) <= (1 if node in self.traced.modules else 2):
             return
         for position in range(len(chain) - 1, -1, -1):
-            site = self._site(chain[position])
+            site = self._host_module(chain[position])
             if site is not None:
                 clips = chain[position + 1] if position + 1 < len(chain) else None
                 quantizer = self._new(like, site, positive=clips is not None and self._kind(clips) in _POSITIVE)
@@ -174,7 +174,7 @@ class _Placement:
                 else:
                     attach(site, quantizer)
                     self.changes.append(partial(detach, site))
-                self._mark([*chain[position:]], like)
+                self._mark_quantized([*chain[position:]], like)
                 return
 
     def _chain(self, node: torch.fx.Node) -> list[torch.fx.Node]:
@@ -184,7 +184,7 @@ class _Placement:
             user = next(iter(chain[-1].users))
             module = self.traced.modules.get(user)
             is_folded = len(chain) == 1 and module is not None and module is folded_norm(self.traced, node)
-            if user.all_input_nodes != [chain[-1]] or not (is_folded or self._kind(user) in _PASSING):
+            if user.all_input_nodes != [chain[-1]] or not (is_folded or self._kind(user) in _PASS_THROUGH):
                 break
             chain.append(user)
         return chain
@@ -196,13 +196,13 @@ class _Placement:
             layer = self.traced.modules.get(user)
             if isinstance(layer, QuantizedModule):
                 found.add(layer if layer._modules.get("input_quantizer") is not None else None)
-            elif self._kind(user) in _MOVING | _CLIPPING:
+            elif self._kind(user) in _VALUE_PRESERVING | _CLIPPING:
                 found |= self._users(user)
             else:
                 found.add(None)
         return found
 
-    def _site(self, node: torch.fx.Node) -> nn.Module | None:
+    def _host_module(self, node: torch.fx.Node) -> nn.Module | None:
         """The innermost module that returns the value of ``node``, is called nowhere else, and takes a child."""
         for module in self.traced.returned_by.get(node, []):
             if isinstance(module, QuantizedModule):
@@ -223,11 +223,11 @@ class _Placement:
         parents = {m for m in returning if m._modules and not isinstance(m, QuantizedModule) and self._is_free(m)}
         return admit_child(self.model, parents, "output_quantizer")
 
-    def _mark(self, values: list[torch.fx.Node], like: LSQQuantizer) -> None:
+    def _mark_quantized(self, values: list[torch.fx.Node], like: LSQQuantizer) -> None:
         """Note that ``values`` are quantized, and so what is made of them by moving alone."""
         for value in values:
             self.quantized[value] = like
-            self._mark([user for user in value.users if self._kind(user) in _MOVING], like)
+            self._mark_quantized([user for user in value.users if self._kind(user) in _VALUE_PRESERVING], like)
 
     def _kind(self, node: torch.fx.Node) -> Any:
         """What a node calls: a function, the name of a method, or the type of a module."""
@@ -237,7 +237,7 @@ class _Placement:
         quantizer = LSQQuantizer(
             like.bits,
             signed=False if positive else None,
-            batched=True,
+            axis0_is_batch=True,
             init=like.init,
             scale_domain=like.scale_domain,
             device=like.raw_scale.device,

@@ -56,12 +56,12 @@ def gradients(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    flat = (in_memory_order(a), in_memory_order(b)) if a.stride() == b.stride() else (None, None)
+    flat = (flat_view(a), flat_view(b)) if a.stride() == b.stride() else (None, None)
     a, b = (x.reshape(-1) if y is None else y for x, y in zip((a, b), flat, strict=True))
     return torch.dot(a, b)
 
 
-def in_memory_order(x: Tensor) -> Tensor | None:
+def flat_view(x: Tensor) -> Tensor | None:
     """A view of ``x`` as a vector, its axes in any order (channels last, say); ``None`` where it has gaps."""
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))

@@ -110,13 +110,13 @@ def quantized(
     qmax: int,
     grad_scale: float,
     channel_axis: int | None,
-    keeps_output: bool = False,
+    save_output_for_backward: bool = False,
 ) -> Tensor:
     """:func:`lsq_quantize` of arguments that are right.
 
-    With ``keeps_output``, backward uses the result, which is faster; it must not be changed in place then.
+    With ``save_output_for_backward``, backward uses the result, which is faster; it must not be changed in place then.
     """
-    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, keeps_output)  # type: ignore[no-any-return,no-untyped-call]
+    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, save_output_for_backward)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
@@ -124,7 +124,7 @@ def compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(v.dtype, scale.dtype), torch.float32)
 
 
-def _along_axis(scale: Tensor, ndim: int, channel_axis: int | None) -> Tensor:
+def _broadcast(scale: Tensor, ndim: int, channel_axis: int | None) -> Tensor:
     """View ``scale`` so that it broadcasts against a tensor of ``ndim`` axes."""
     if channel_axis is None:
         return scale.reshape(())
@@ -142,7 +142,7 @@ def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
     return (a * b).sum(others) if others else a * b
 
 
-class NotTwice(torch.autograd.Function):
+class RefuseDoubleBackward(torch.autograd.Function):
     """``grad`` itself; its derivative by anything in ``of``, which it depends on, is an error.
 
     Not ``once_differentiable``: that looks at the incoming gradient alone, not at v and scale, and torch.func gets
@@ -181,7 +181,7 @@ class _LSQ(torch.autograd.Function):
         if channel_axis is None and (found := quantized_in_pieces(v, scale, qmin, qmax)) is not None:
             return found
         dtype = compute_dtype(v, scale)
-        s = _along_axis(scale.to(dtype), v.dim(), channel_axis)
+        s = _broadcast(scale.to(dtype), v.dim(), channel_axis)
         u = v.to(dtype) / s
         result: Tensor
         if torch.compiler.is_compiling():
@@ -193,8 +193,8 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis, keeps_output = inputs
-        if keeps_output and takes(v, scale):
+        v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis, save_output_for_backward = inputs
+        if save_output_for_backward and takes(v, scale):
             # The layer behind keeps the output for its own backward: it costs no memory to keep it here too.
             ctx.save_for_backward(v, scale, output)
         else:
@@ -211,7 +211,7 @@ class _LSQ(torch.autograd.Function):
             of_scale = (total * ctx.grad_scale).view(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
         grads = [of_v, of_scale]
         if torch.is_grad_enabled():  # create_graph=True, or torch.func
-            grads = [None if g is None else NotTwice.apply(g, grad, v, scale) for g in grads]  # type: ignore[no-untyped-call]
+            grads = [None if g is None else RefuseDoubleBackward.apply(g, grad, v, scale) for g in grads]  # type: ignore[no-untyped-call]
         return (*grads, *[None] * 5)
 
 
@@ -221,7 +221,7 @@ def _gradients(
     """The gradients of v, and of the scale without g."""
     dtype = compute_dtype(v, scale)
     grad = grad.to(dtype)
-    u = (v.to(dtype) / _along_axis(scale.to(dtype), v.dim(), channel_axis)).clamp_(qmin, qmax)
+    u = (v.to(dtype) / _broadcast(scale.to(dtype), v.dim(), channel_axis)).clamp_(qmin, qmax)
     # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
     grad_v = torch.ops.aten.hardtanh_backward(grad, u, qmin, qmax)
     return grad_v, _dot(grad, u.round(), channel_axis) - _dot(grad_v, u, channel_axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu_backward import in_memory_order, takes
+from .cpu_backward import flat_view, takes
 
 # 512 KiB of float32: what a core's own cache holds on most processors, and enough work for four calls of operators.
 PIECE = 2**17
@@ -24,11 +24,11 @@ def quantized_in_pieces(v: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tenso
     """
     if not takes(v, scale) or v.numel() < WORTHWHILE:
         return None
-    flat, s = in_memory_order(v), scale.reshape(())
+    flat, s = flat_view(v), scale.reshape(())
     if flat is None:
         return None
     result = torch.empty_like(v)  # in the memory order of v
-    to = in_memory_order(result)
+    to = flat_view(result)
     assert to is not None
     for piece, of_result in zip(torch.split(flat, PIECE), torch.split(to, PIECE), strict=True):
         torch.div(piece, s, out=of_result).clamp_(qmin, qmax).round_().mul_(s)

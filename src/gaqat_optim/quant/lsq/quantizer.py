@@ -16,7 +16,7 @@ from .scale_init import initial_scale
 
 # How far a scale may go from its initial value, either way. No network needs more; and from much further away it would
 # not come back: the gradient of log(s) is proportional to s, and vanishes with it.
-_REACH = 1024.0
+_MAX_DRIFT = 1024.0
 _SMALLEST, _LARGEST = 1e-12, 1e12
 
 
@@ -54,7 +54,7 @@ class LSQQuantizer(nn.Module):
         signed: whether codes can be negative; ``None`` leaves that to :meth:`initialize`.
         channels: how many scales; ``None`` for one in all, of shape ``(1,)``.
         channel_axis: the axis of the input that ``channels`` counts; needs ``channels``.
-        batched: whether axis 0 of the input is a batch (activations), which g then leaves out.
+        axis0_is_batch: whether axis 0 of the input is a batch (activations), which g then leaves out.
         init: ``"mse"`` or ``"lsq"``, the initial value that :meth:`initialize` computes.
         scale_domain: ``"log"`` or ``"linear"``.
         device: where the parameter is created.
@@ -85,7 +85,7 @@ class LSQQuantizer(nn.Module):
         signed: bool | None = None,
         channels: int | None = None,
         channel_axis: int | None = None,
-        batched: bool = False,
+        axis0_is_batch: bool = False,
         init: str = "mse",
         scale_domain: str = "log",
         device: torch.device | str | None = None,
@@ -97,13 +97,13 @@ class LSQQuantizer(nn.Module):
             raise ValueError("channels and channel_axis go together: give both, or neither for one scale in all")
         self.bits = bits
         self.channel_axis = channel_axis
-        self.batched = batched
+        self.axis0_is_batch = axis0_is_batch
         self.init = init
         self.scale_domain = scale_domain
         self.enabled = True
         # For backward, which is faster with it: where a layer alone gets it, and keeps it anyway. Elsewhere it may be
         # changed in place.
-        self.keeps_output = False
+        self.save_output_for_backward = False
         self.name = ""
         self._sharded = False
         start = torch.zeros(channels or 1, dtype=torch.float32, device=device)  # log(1)
@@ -153,7 +153,7 @@ class LSQQuantizer(nn.Module):
         return self._signed
 
     @property
-    def is_set(self) -> bool:
+    def is_initialized(self) -> bool:
         """Whether the scale has its initial value."""
         return self._range is not None
 
@@ -181,7 +181,7 @@ class LSQQuantizer(nn.Module):
     def extra_repr(self) -> str:
         sign = {True: "signed", False: "unsigned", None: "sign by calibration"}[self._signed]
         where = "per tensor" if self.channel_axis is None else f"per channel of axis {self.channel_axis}"
-        unset = "" if self.is_set else ", not calibrated"
+        unset = "" if self.is_initialized else ", not calibrated"
         return f"{self.bits} bits, {sign}, {where}, {self.scale_domain} scale{unset}"
 
     # -- its value ---------------------------------------------------------------------------------------------
@@ -216,13 +216,13 @@ class LSQQuantizer(nn.Module):
         if scale is None:
             bounds = integer_bounds(self.bits, signed)
             scale = initial_scale(v, *bounds, self.channel_axis, self.init)
-            if self.batched:  # Weights are the same on all ranks, batches are not.
+            if self.axis0_is_batch:  # Weights are the same on all ranks, batches are not.
                 scale = _mean_over_ranks(scale)
         raw = torch.as_tensor(scale, dtype=torch.float32).clamp(_SMALLEST, _LARGEST)
         self.raw_scale.copy_(raw.log() if self.scale_domain == "log" else raw)
         self._signed = signed
         self.scale_is_signed.fill_(signed)
-        self.scale_range.copy_(torch.stack([raw.min() / _REACH, raw.max() * _REACH]))
+        self.scale_range.copy_(torch.stack([raw.min() / _MAX_DRIFT, raw.max() * _MAX_DRIFT]))
         self._read_buffers()
 
     def forward(self, v: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class LSQQuantizer(nn.Module):
             self.initialize(v.detach())
         # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
         if torch.is_grad_enabled() and not _is_exporting():
-            factor, raw = self.gradient_factor(v), self.raw_scale
+            factor, raw = self.grad_scale_for(v), self.raw_scale
             with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
                 raw.clamp_(low, min(high, torch.finfo(raw.dtype).max))
@@ -245,13 +245,13 @@ class LSQQuantizer(nn.Module):
         else:
             factor, scale = 1.0, self.scale
         qmin, qmax = integer_bounds(self.bits, self._decided_sign())
-        if self.keeps_output:
-            return quantized(v, scale, qmin, qmax, factor, self.channel_axis, keeps_output=True)
+        if self.save_output_for_backward:
+            return quantized(v, scale, qmin, qmax, factor, self.channel_axis, save_output_for_backward=True)
         return lsq_quantize(v, scale, qmin, qmax, grad_scale=factor, channel_axis=self.channel_axis)
 
-    def gradient_factor(self, v: Tensor) -> float:
+    def grad_scale_for(self, v: Tensor) -> float:
         """LSQ's g for values like ``v``."""
-        sizes = v.shape[1:] if self.batched and v.dim() > 1 else v.shape
+        sizes = v.shape[1:] if self.axis0_is_batch and v.dim() > 1 else v.shape
         count = math.prod(sizes) // self.raw_scale.numel()
         return 1.0 / math.sqrt(max(count, 1) * self.qmax)
 
@@ -273,7 +273,7 @@ class LSQQuantizer(nn.Module):
             self._signed = bool(self.scale_is_signed)
 
 
-def is_plain(quantizer: LSQQuantizer) -> bool:
+def is_unmodified(quantizer: LSQQuantizer) -> bool:
     """Whether ``quantizer`` does LSQ on its input and nothing else: no class of a user's, and no hooks.
 
     A hook may change the input or the output, or ask for the gradient of either.

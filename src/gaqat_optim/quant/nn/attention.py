@@ -13,10 +13,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..config import LayerConfig
 from ..lsq.quantizer import LSQQuantizer
 from .attention_functional import ROLES, attend
-from .base import QuantizedModule, QuantLinear, quantizes
+from .base import QuantizedModule, QuantLinear, register_quantized
 
 
-@quantizes(nn.MultiheadAttention)
+@register_quantized(nn.MultiheadAttention)
 class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` with quantized projections.
 
@@ -55,11 +55,11 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
                 of_weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds).train(module.training)
             if layer.activation_bits is not None:
                 signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
-                of_input = LSQQuantizer(layer.activation_bits, signed=signed, batched=True, **kinds)
+                of_input = LSQQuantizer(layer.activation_bits, signed=signed, axis0_is_batch=True, **kinds)
                 of_input.train(module.training)
             for quantizer in (of_weight, of_input):
                 if quantizer is not None:
-                    quantizer.keeps_output = True
+                    quantizer.save_output_for_backward = True
             setattr(quantized, f"{role}_weight_quantizer", of_weight)
             setattr(quantized, f"{role}_quantizer", of_input)
         return quantized

@@ -56,7 +56,7 @@ def attend(
         raise ValueError(f"query, key and value must all have 3 axes, or 2 without a batch; their shapes: {shapes}")
     if is_causal and attn_mask is None:
         raise RuntimeError("is_causal says that attn_mask is causal: it needs attn_mask")  # torch's own condition
-    batched = query.dim() == 3
+    is_batched = query.dim() == 3
     dtype = query.dtype
 
     # Samples first, where a quantizer looks for them.
@@ -87,12 +87,12 @@ def attend(
         y = weights @ v
         if average_attn_weights:
             weights = weights.mean(dim=1)
-        if not batched:
+        if not is_batched:
             weights = weights.squeeze(0)
     else:
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
     y = layer.out_proj(y.transpose(1, 2).flatten(2))
-    if not batched:
+    if not is_batched:
         y = y.squeeze(0)
     elif not layer.batch_first:
         y = y.transpose(0, 1).contiguous()  # as torch's is: it may be viewed

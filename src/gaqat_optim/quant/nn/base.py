@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LayerConfig
-from ..lsq.quantizer import LSQQuantizer, is_plain
-from ..summary.record import QuantRecord, packed_bytes
+from ..lsq.quantizer import LSQQuantizer, is_unmodified
+from ..summary.record import QuantRecord, storage_bytes
 from .input_scale_gradient import with_scale_gradient
 from .saved import quantized_again
 
@@ -22,7 +22,7 @@ Q = TypeVar("Q", bound="type[QuantizedModule]")
 QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
 
 
-def quantizes(*types: type[nn.Module]) -> Callable[[Q], Q]:
+def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
     """Register a class as the quantized version of a module type, for :func:`quantize_model` to swap by.
 
     The class derives from :class:`QuantizedModule` and from the type, and says in ``compute`` what the layer does with
@@ -37,7 +37,7 @@ def quantizes(*types: type[nn.Module]) -> Callable[[Q], Q]:
         >>> class Cosine(nn.Linear):
         ...     def forward(self, x):
         ...         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1))
-        >>> @quantizes(Cosine)
+        >>> @register_quantized(Cosine)
         ... class QuantCosine(QuantizedModule, Cosine):
         ...     def compute(self, x, weight):
         ...         return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=1))
@@ -61,8 +61,8 @@ class QuantizedModule(nn.Module):
     Parameter objects of the float layer, under their old names, so that optimizers, tied weights and state dicts go on.
     """
 
-    takes_codes: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
-    recomputes: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
+    quantizes_input: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
+    recompute_input: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
 
     weight: Tensor
     weight_quantizer: LSQQuantizer | None
@@ -78,19 +78,19 @@ class QuantizedModule(nn.Module):
             quantized.__dict__[registry] = module.__dict__[registry].copy()
         device = quantized.weight.device
         kinds = {"init": layer.init, "scale_domain": layer.scale_domain, "device": device}
-        per_channel = {"channels": quantized.by_channel(quantized.weight).shape[0], "channel_axis": 0}
+        per_channel = {"channels": quantized.channels_first(quantized.weight).shape[0], "channel_axis": 0}
         weight = activation = output = None
         if layer.weight_bits is not None:
             granularity = per_channel if layer.weight_granularity == "channel" else {}
             weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds)  # type: ignore[arg-type]
-        if layer.activation_bits is not None and cls.takes_codes:
+        if layer.activation_bits is not None and cls.quantizes_input:
             signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
-            activation = LSQQuantizer(layer.activation_bits, signed=signed, batched=True, **kinds)  # type: ignore[arg-type]
+            activation = LSQQuantizer(layer.activation_bits, signed=signed, axis0_is_batch=True, **kinds)  # type: ignore[arg-type]
         if layer.output_bits is not None:
-            output = LSQQuantizer(layer.output_bits, batched=True, **kinds)  # type: ignore[arg-type]
+            output = LSQQuantizer(layer.output_bits, axis0_is_batch=True, **kinds)  # type: ignore[arg-type]
         for quantizer in (weight, activation):
             if quantizer is not None:
-                quantizer.keeps_output = True
+                quantizer.save_output_for_backward = True
         quantized.weight_quantizer, quantized.input_quantizer, quantized.output_quantizer = weight, activation, output
         quantized.train(module.training)
         return quantized
@@ -105,24 +105,24 @@ class QuantizedModule(nn.Module):
     def initialize_weight(self) -> None:
         """Set the scales of the weight from its values."""
         if self.weight_quantizer is not None and not self.weight.is_meta:  # else by a state dict, or in training
-            self.weight_quantizer.initialize(self.by_channel(self.weight))
+            self.weight_quantizer.initialize(self.channels_first(self.weight))
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
         if self.weight_quantizer is None:
             return self.weight
-        return self.from_channels(self.weight_quantizer(self.by_channel(self.weight)))
+        return self.from_channels_first(self.weight_quantizer(self.channels_first(self.weight)))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
         quantizer = self.input_quantizer
         x = quantizer(input) if quantizer is not None else input
         weight = self.quantized_weight()
         eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
-        known = eager and is_plain(quantizer)  # type: ignore[arg-type]  # x is LSQ's of the input
+        known = eager and is_unmodified(quantizer)  # type: ignore[arg-type]  # x is LSQ's of the input
         # Where only the scale before a convolution learns, there is a shorter way to its gradient.
         product = self.product() if known and x.requires_grad and not input.requires_grad else None
         x = x.detach() if product is not None else x
-        with quantized_again(quantizer, input, x) if known and self.recomputes else nullcontext():  # type: ignore[arg-type]
+        with quantized_again(quantizer, input, x) if known and self.recompute_input else nullcontext():  # type: ignore[arg-type]
             y = self.compute(x, weight, *args, **kwargs)
         if product is not None:
             y = with_scale_gradient(y, quantizer, input, weight, product)  # type: ignore[arg-type]
@@ -146,13 +146,13 @@ class QuantizedModule(nn.Module):
             activation_scale=_mean_scale(activation),
             output_bits=None if output is None else output.bits,
             weights=count,
-            bytes=packed_bytes(count, bits, scales + biases),
+            bytes=storage_bytes(count, bits, scales + biases),
         )
 
     @torch.no_grad()
     def _signal_to_noise(self) -> float | None:
         """Of the weight, in decibel: infinite where it is represented exactly, NaN for zeros."""
-        if self.weight_quantizer is None or not self.weight_quantizer.is_set:
+        if self.weight_quantizer is None or not self.weight_quantizer.is_initialized:
             return None
         weight = self.weight.double()
         noise = (self.quantized_weight().double() - weight).square().sum()
@@ -168,20 +168,20 @@ class QuantizedModule(nn.Module):
         """:meth:`compute` without its bias, if it is linear in the input and its gradient worth a shorter way."""
         return None
 
-    def by_channel(self, weight: Tensor) -> Tensor:
+    def channels_first(self, weight: Tensor) -> Tensor:
         """The weight with its output channels on axis 0, where the quantizer looks for them."""
         return weight
 
-    def from_channels(self, weight: Tensor) -> Tensor:
-        """The inverse of :meth:`by_channel`."""
+    def from_channels_first(self, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`channels_first`."""
         return weight
 
 
 def _mean_scale(quantizer: LSQQuantizer | None) -> float | None:
-    return quantizer.scale.mean().item() if quantizer is not None and quantizer.is_set else None
+    return quantizer.scale.mean().item() if quantizer is not None and quantizer.is_initialized else None
 
 
-@quantizes(nn.Linear)
+@register_quantized(nn.Linear)
 class QuantLinear(QuantizedModule, nn.Linear):
     """:class:`torch.nn.Linear` on a quantized input and weight."""
 
@@ -207,17 +207,17 @@ class _QuantConv(QuantizedModule):
         return lambda x, weight: self._conv_forward(x, weight, None)  # type: ignore[operator]
 
 
-@quantizes(nn.Conv1d)
+@register_quantized(nn.Conv1d)
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """:class:`torch.nn.Conv1d` on a quantized input and weight."""
 
 
-@quantizes(nn.Conv2d)
+@register_quantized(nn.Conv2d)
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """:class:`torch.nn.Conv2d` on a quantized input and weight."""
 
 
-@quantizes(nn.Conv3d)
+@register_quantized(nn.Conv3d)
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """:class:`torch.nn.Conv3d` on a quantized input and weight."""
 
@@ -240,50 +240,50 @@ class _QuantConvTranspose(QuantizedModule):
         y: Tensor = type(self).operation(x, weight, *arguments)
         return y
 
-    def by_channel(self, weight: Tensor) -> Tensor:
+    def channels_first(self, weight: Tensor) -> Tensor:
         groups: Any = self.groups
         return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
-    def from_channels(self, weight: Tensor) -> Tensor:
-        return self.by_channel(weight)  # Exchanging the two axes within each group is its own inverse.
+    def from_channels_first(self, weight: Tensor) -> Tensor:
+        return self.channels_first(weight)  # Exchanging the two axes within each group is its own inverse.
 
 
-@quantizes(nn.ConvTranspose1d)
+@register_quantized(nn.ConvTranspose1d)
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
     """:class:`torch.nn.ConvTranspose1d` on a quantized input and weight."""
 
     operation = staticmethod(F.conv_transpose1d)
 
 
-@quantizes(nn.ConvTranspose2d)
+@register_quantized(nn.ConvTranspose2d)
 class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
     """:class:`torch.nn.ConvTranspose2d` on a quantized input and weight."""
 
     operation = staticmethod(F.conv_transpose2d)
 
 
-@quantizes(nn.ConvTranspose3d)
+@register_quantized(nn.ConvTranspose3d)
 class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
     """:class:`torch.nn.ConvTranspose3d` on a quantized input and weight."""
 
     operation = staticmethod(F.conv_transpose3d)
 
 
-@quantizes(nn.Embedding)
+@register_quantized(nn.Embedding)
 class QuantEmbedding(QuantizedModule, nn.Embedding):
     """:class:`torch.nn.Embedding` with a quantized weight, one scale a row. Its input are indices, and stay so."""
 
-    takes_codes = False
+    quantizes_input = False
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
-@quantizes(nn.EmbeddingBag)
+@register_quantized(nn.EmbeddingBag)
 class QuantEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
     """:class:`torch.nn.EmbeddingBag` with a quantized weight, one scale a row. Its input are indices, and stay so."""
 
-    takes_codes = False
+    quantizes_input = False
 
     def compute(
         self, x: Tensor, weight: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None

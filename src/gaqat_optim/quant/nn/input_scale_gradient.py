@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lsq.functional import NotTwice, compute_dtype
+from ..lsq.functional import RefuseDoubleBackward, compute_dtype
 from ..lsq.quantizer import LSQQuantizer
 
 
@@ -32,7 +32,7 @@ def with_scale_gradient(
         weight: the layer's weight, as it computed with it.
         product: A, as a function of input and weight.
     """
-    settings = quantizer.qmin, quantizer.qmax, quantizer.gradient_factor(v)
+    settings = quantizer.qmin, quantizer.qmax, quantizer.grad_scale_for(v)
     return _ScaleOfInput.apply(y, quantizer.scale, v, weight, product, *settings)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -57,7 +57,7 @@ class _ScaleOfInput(torch.autograd.Function):
             total = torch.dot(y.reshape(-1).to(dtype), grad.reshape(-1).to(dtype)) / scale.reshape(())
             of_scale = (total * factor).reshape(scale.shape).to(scale.dtype)
         if torch.is_grad_enabled():
-            of_scale = NotTwice.apply(of_scale, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+            of_scale = RefuseDoubleBackward.apply(of_scale, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return (grad, of_scale, *[None] * 6)
 
 

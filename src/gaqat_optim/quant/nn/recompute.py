@@ -35,6 +35,6 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> None:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layers")
     for layer in layers:
-        layer.recomputes = enabled
+        layer.recompute_input = enabled
         if layer._modules.get("input_quantizer") is not None:
-            layer.input_quantizer.keeps_output = not enabled  # type: ignore[union-attr]
+            layer.input_quantizer.save_output_for_backward = not enabled  # type: ignore[union-attr]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from ..isolation import random_states_kept
+from ..isolation import isolate_rng
 from ..lsq.quantizer import LSQQuantizer
-from .record import Recorded
+from .record import Summarizable
 
 FLOAT = "float"
 
@@ -45,7 +45,7 @@ def counted(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
     counter = _Counter()
     handles = []
     for module in model.modules():
-        if isinstance(module, Recorded):
+        if isinstance(module, Summarizable):
             handles.append(module.register_forward_pre_hook(counter.enter))
             handles.append(module.register_forward_hook(counter.leave))
     try:
@@ -70,7 +70,7 @@ def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | N
         model.eval()
         for quantizer in was_enabled:
             quantizer.enabled = False
-        with torch.no_grad(), random_states_kept((), device), counted(model) as found:
+        with torch.no_grad(), isolate_rng((), device), counted(model) as found:
             model(sample.to(device))
     finally:
         for module, training in was_training.items():
@@ -83,7 +83,7 @@ def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | N
     return {module: count // len(sample) for module, count in found.items()}
 
 
-def by_widths(model: nn.Module, counts: Mapping[nn.Module | None, int]) -> dict[str, int]:
+def macs_by_bits(model: nn.Module, counts: Mapping[nn.Module | None, int]) -> dict[str, int]:
     """The sums over the layers of the same widths, the largest first.
 
     Args:
@@ -93,7 +93,7 @@ def by_widths(model: nn.Module, counts: Mapping[nn.Module | None, int]) -> dict[
     sums: Counter[str] = Counter()
     for module in dict.fromkeys([*model.modules(), None]):
         if counts.get(module):
-            record = module.quant_record("") if isinstance(module, Recorded) else None
+            record = module.quant_record("") if isinstance(module, Summarizable) else None
             sums[FLOAT if record is None else widths(record.weight_bits, record.activation_bits)] += counts[module]
     return dict(sums.most_common())
 

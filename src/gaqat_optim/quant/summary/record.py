@@ -45,7 +45,7 @@ class QuantRecord:
 
 
 @runtime_checkable
-class Recorded(Protocol):
+class Summarizable(Protocol):
     """A layer that a summary lists: a quantized one, or what it becomes when it is converted."""
 
     def quant_record(self, name: str) -> QuantRecord:
@@ -53,10 +53,10 @@ class Recorded(Protocol):
         ...
 
 
-def packed_bytes(weights: int, bits: int | None, numbers: int) -> int:
+def storage_bytes(weights: int, bits: int | None, numbers: int) -> int:
     """The bytes of weights of ``bits`` bits, or in float32, and of ``numbers`` further values of four bytes.
 
-    >>> packed_bytes(10, 3, numbers=2), packed_bytes(10, None, numbers=2)
+    >>> storage_bytes(10, 3, numbers=2), storage_bytes(10, None, numbers=2)
     (14, 48)
     """
     return (4 * weights if bits is None else bits * -(-weights // 8)) + 4 * numbers

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from .macs import FLOAT, by_widths, multiply_accumulates
-from .record import QuantRecord, Recorded
+from .macs import FLOAT, macs_by_bits, multiply_accumulates
+from .record import QuantRecord, Summarizable
 
 
 class QuantSummary(list[QuantRecord]):
@@ -80,11 +80,11 @@ def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> Quan
     records, left = [], []
     for name, module in model.named_modules():
         macs = None if counts is None else counts.get(module, 0)
-        if isinstance(module, Recorded):
+        if isinstance(module, Summarizable):
             records.append(replace(module.quant_record(name), macs=macs))
         elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             left.append(f"{name or 'the model'} ({type(module).__name__})")
-    return QuantSummary(records, left, None if counts is None else by_widths(model, counts))
+    return QuantSummary(records, left, None if counts is None else macs_by_bits(model, counts))
 
 
 def listed(macs: Mapping[str, int]) -> str:
