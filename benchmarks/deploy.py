@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gaqat_optim import QuantConfig, export_onnx, quantize_model
-from gaqat_optim.deploy import latencies
+from gaqat_optim.deploy.benchmark import latencies
 
 SIZE = 224
 OURS = {

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from gaqat_optim.quant.nn.recompute import recompute_activations
+from gaqat_optim import recompute_activations
 from networks import Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
 from peers import OURS, PEERS, network_of
 from timing import Table, Times, command, interleaved, on_gpu, ratio

@@ -24,8 +24,8 @@ from gaqat_optim import (
     QuantConfig,
     param_groups,
     quantize_model,
+    rounded_biases,
 )
-from gaqat_optim.deploy import rounded_biases
 
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor], float]

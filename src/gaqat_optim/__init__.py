@@ -1,29 +1,42 @@
 """Low-bit quantization-aware training under a sharpness-aware objective (GAQAT, arXiv 2412.05551)."""
 
-from .deploy.convert import convert
-from .deploy.onnx_export.export import export_onnx
-from .deploy.onnx_export.report import ExportReport
-from .deploy.packed.load import load_packed
-from .deploy.packed.save import save_packed
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .optim.freezing import (
     AlternateFreeze,
     AlwaysFreeze,
     ConflictFreeze,
     DisorderFreeze,
     FreezeOnce,
+    FreezePolicy,
     NeverFreeze,
     OppositionFreeze,
     RandomFreeze,
 )
 from .optim.optimizer import GAQATOptimizer
-from .optim.perturbations import ASAM, GSAM, SAGM, SAM
+from .optim.perturbations import ASAM, GSAM, SAGM, SAM, Perturbation
 from .optim.report import ScaleRecord, plot_conflict
+from .optim.sign_statistics import WindowStatistics
 from .quant.config import QuantConfig
 from .quant.lsq.functional import lsq_quantize
 from .quant.lsq.quantizer import LSQQuantizer
-from .quant.quantize import param_groups, quantization_disabled, quantize_model
+from .quant.nn.base import QuantizedModule, register_quantized
+from .quant.nn.recompute import recompute_activations
+from .quant.quantize import param_groups, quantization_disabled, quantize_model, scale_parameters
 from .quant.summary.record import QuantRecord
 from .quant.summary.table import quantization_summary
+
+if TYPE_CHECKING:
+    from .deploy.benchmark import benchmark_onnx
+    from .deploy.bias_rounding import rounded_biases
+    from .deploy.convert import convert
+    from .deploy.onnx_export.export import export_onnx
+    from .deploy.onnx_export.report import ExportReport
+    from .deploy.packed.load import load_packed
+    from .deploy.packed.save import save_packed
 
 __all__ = [
     "ASAM",
@@ -36,14 +49,19 @@ __all__ = [
     "DisorderFreeze",
     "ExportReport",
     "FreezeOnce",
+    "FreezePolicy",
     "GAQATOptimizer",
     "LSQQuantizer",
     "NeverFreeze",
     "OppositionFreeze",
+    "Perturbation",
     "QuantConfig",
     "QuantRecord",
+    "QuantizedModule",
     "RandomFreeze",
     "ScaleRecord",
+    "WindowStatistics",
+    "benchmark_onnx",
     "convert",
     "export_onnx",
     "load_packed",
@@ -53,5 +71,31 @@ __all__ = [
     "quantization_disabled",
     "quantization_summary",
     "quantize_model",
+    "recompute_activations",
+    "register_quantized",
+    "rounded_biases",
     "save_packed",
+    "scale_parameters",
 ]
+
+# Training does without deployment, which is loaded when one of its names is first used.
+_MODULE_OF = {
+    "ExportReport": "onnx_export.report",
+    "benchmark_onnx": "benchmark",
+    "convert": "convert",
+    "export_onnx": "onnx_export.export",
+    "load_packed": "packed.load",
+    "rounded_biases": "bias_rounding",
+    "save_packed": "packed.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".deploy.{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaqat_optim import QuantConfig, quantize_model
-from gaqat_optim.deploy import rounded_biases
+from gaqat_optim import QuantConfig, quantize_model, rounded_biases
 from torchvision_import import import_torchvision
 
 CLASSES = 4

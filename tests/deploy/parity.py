@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gaqat_optim.deploy import qdq, rounded_biases
+from gaqat_optim import rounded_biases
+from gaqat_optim.deploy import qdq
 from gaqat_optim.deploy.nn.layers import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export.verification import tensors
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer

@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from gaqat_optim import export_onnx, quantize_model
-from gaqat_optim.deploy import Benchmark, Latency, benchmark, benchmark_onnx, latencies
+from gaqat_optim.deploy import benchmark
+from gaqat_optim.deploy.benchmark import Benchmark, Latency, benchmark_onnx, latencies
 
 
 def identity(path, shape=("batch", 3), kind=TensorProto.FLOAT, name="input", opset=21):

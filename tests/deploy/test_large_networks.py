@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from deploy.large_networks import CONFIGS, NETWORKS, batch, trained
-from gaqat_optim import convert, export_onnx
-from gaqat_optim.deploy import rounded_biases
+from gaqat_optim import convert, export_onnx, rounded_biases
 from gaqat_optim.deploy.onnx_export.verification import compare_optimization_levels, top1
 
 SOAK = "SOAK_NETWORKS" in os.environ

@@ -14,9 +14,9 @@ from gaqat_optim import (
     convert,
     quantization_summary,
     quantize_model,
+    recompute_activations,
 )
 from gaqat_optim.deploy.bias_rounding import rounded_biases
-from gaqat_optim.quant.nn.recompute import recompute_activations
 from networks import NETWORKS, build
 
 CONFIGS = {

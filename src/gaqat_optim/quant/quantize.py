@@ -208,3 +208,15 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, scale_lr: float
         if scale_lr is not None:
             groups[1]["lr"] = scale_lr
     return groups
+
+
+def scale_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The scales of ``model`` by qualified name, as the parameters that are learned: log(s), or s.
+
+    Example:
+        >>> import torch
+        >>> net = quantize_model(torch.nn.Linear(2, 1), calibration=torch.rand(8, 2))
+        >>> list(scale_parameters(net))
+        ['weight_quantizer.lsq_log_scale', 'input_quantizer.lsq_log_scale']
+    """
+    return {name: p for name, p in model.named_parameters() if is_scale_name(name)}

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gaqat_optim import GAQATOptimizer, QuantConfig, lsq_quantize, quantize_model
-from gaqat_optim.quant.nn.recompute import recompute_activations
+from gaqat_optim import GAQATOptimizer, QuantConfig, lsq_quantize, quantize_model, recompute_activations
 from networks import NETWORKS, build
 
 # Through what quantizes an input: all but those whose only layers are attention projections and embeddings.
