@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import CONFIGS, NETWORKS, cnn, images, randomize_norms, trained
-from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
+from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.deploy.check import far_inputs, tensors
 from gaqat_optim.deploy.convert import convert
@@ -240,7 +240,7 @@ def test_a_weight_in_floating_point_stays_there(case, tmp_path):
 
 
 @pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}")
-@pytest.mark.parametrize("opset", [22, 23])
+@pytest.mark.parametrize("opset", [22, pytest.param(23, marks=NEEDS_OPSET_23)])
 def test_a_later_opset(opset, tmp_path):
     x = images(8)
     report = export_onnx(trained("cnn", CONFIGS["W4A4"]), x, tmp_path / "net.onnx", opset=opset)
