@@ -323,7 +323,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 
 class NeedsTheBatch(nn.Module):
-    """Networks that cannot be one graph for every batch size."""
+    """Networks that cannot be one graph for every batch size, or for all values."""
 
     def __init__(self, way):
         super().__init__()
@@ -337,6 +337,8 @@ class NeedsTheBatch(nn.Module):
             return y if len(x) == 4 else y + 1
         if self.way == "another rank":
             return y.squeeze(0)
+        if self.way == "one value":
+            return y if bool(x.max() < 1e6) else y + 1
         return (y > 0).nonzero() if bool((x > 0).all()) else y
 
 
@@ -346,6 +348,7 @@ class NeedsTheBatch(nn.Module):
         ("one batch", "cannot export NeedsTheBatch for any batch size: .* 4 only"),
         ("a branch", "cannot export NeedsTheBatch for any batch size: .* 4 only"),
         ("another rank", "graph of NeedsTheBatch that is not valid: InferenceError"),
+        ("one value", "torch cannot export NeedsTheBatch: GuardOnDataDependentSymNode"),
         ("the values", "torch cannot export NeedsTheBatch: GuardOnDataDependentSymNode"),
     ],
 )
