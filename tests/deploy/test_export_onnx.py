@@ -401,3 +401,21 @@ print(convert(quantize_model(torch.nn.Linear(4, 2), calibration=x))(x).shape)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([8, 2])\n"
+
+
+class TracedByDynamoAlone(nn.Module):
+    """As code that torch's non-strict tracing refuses, and Dynamo takes."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            raise ValueError("cannot be traced like this")
+        return x
+
+
+def test_a_network_that_only_dynamo_can_trace_is_no_float_file(tmp_path):
+    x = torch.rand(8, 6)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), TracedByDynamoAlone(), nn.Linear(6, 3))
+    model = quantize_model(model, QuantConfig(4, 4), calibration=x)
+    with pytest.raises(RuntimeError, match=r"floating point.*strict=False\) says what stops"):
+        export_onnx(model, x, tmp_path / "net.onnx")
+    assert not any(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from . import check as checking
 from .convert import convert
 from .derived import derive_constants
 from .disagreement import disagreement
-from .emit import LOWEST_OPSET
+from .emit import LOWEST_OPSET, QUANTIZER
 from .exact_weights import make_exact
 from .graph import keep_floating, keep_requantizations, name_products, own_weights, shorten, strip
 from .layers import ActivationCodes, DeployLayer
@@ -236,7 +236,15 @@ def _exported(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool)
     except Exception as error:
         raise RuntimeError(f"torch cannot export {type(deployed).__name__}: {_cause(error)}") from error
     assert program is not None
-    return program.model_proto
+    proto = program.model_proto
+    written = {entry.key for node in proto.graph.node for entry in node.metadata_props}
+    if QUANTIZER not in written and any(isinstance(module, ActivationCodes) for module in deployed.modules()):
+        # What torch falls back to where tracing fails is Dynamo, which records the arithmetic of the integers instead.
+        raise RuntimeError(
+            f"torch cannot export {type(deployed).__name__} but by Dynamo, which would write it in floating point. "
+            "torch.export.export(convert(model), (sample,), strict=False) says what stops the other way"
+        )
+    return proto
 
 
 def _cause(error: BaseException) -> str:
