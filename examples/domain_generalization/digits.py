@@ -36,6 +36,7 @@ FONTS = (
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
     *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"),
 )
+NEW_FONT = "cmti10"  # came with matplotlib 3.11, which needs Python 3.11
 COPIES = 3  # printed: renderings of each digit in each font
 
 Array = NDArray[np.float32]
@@ -130,7 +131,10 @@ def _printed_masks(rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     masks, labels = [], []
     for name in FONTS:
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), size=60)
+        path = folder / f"{name}.ttf"
+        if name == NEW_FONT and not path.exists():
+            continue
+        font = ImageFont.truetype(str(path), size=60)
         for digit in range(CLASSES):
             page = Image.new("L", (64, 64))
             ImageDraw.Draw(page).text((32, 32), str(digit), fill=255, font=font, anchor="mm")

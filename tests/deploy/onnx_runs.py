@@ -1,6 +1,8 @@
 """What the tests of exported files share: quantized networks, and runs of a file in onnxruntime."""
 
+import onnx
 import onnxruntime
+import pytest
 import torch
 
 from deploy.deploy_networks import randomize_norms
@@ -13,6 +15,7 @@ LEVELS = {
     "as written": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "optimized": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+NEEDS_OPSET_23 = pytest.mark.skipif(onnx.defs.onnx_opset_version() < 23, reason="this onnx has no opset 23")
 
 
 def quantized(model, x, config=W4A4):

@@ -14,7 +14,10 @@ from distributed.processes import PERTURBATIONS, assert_close, assert_same_bits,
 from gaqat_optim import DisorderFreeze, GAQATOptimizer
 from gaqat_optim.scale_names import is_scale_name
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which one process is told
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # which one process is told
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # what torch 2.8 tells itself
+]
 
 
 @pytest.fixture(scope="module")

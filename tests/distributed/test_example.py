@@ -27,7 +27,8 @@ def test_two_processes_learn_the_digits(tmp_path, options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    printed = re.fullmatch(r"2 processes: accuracy (\d\.\d+), \d+ scales with something frozen\n", run.stdout)
+    # gloo of torch 2.8 prints lines of its own before.
+    printed = re.search(r"^2 processes: accuracy (\d\.\d+), \d+ scales with something frozen\n\Z", run.stdout, re.M)
     assert printed, run.stdout
     assert float(printed[1]) > 0.8
 

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, NeverFreeze
 from integrations import loops
 
+# What torch 2.8 warns of where Brevitas calls it.
+pytestmark = pytest.mark.filterwarnings("ignore:Named tensors and all their associated APIs:UserWarning")
+
 STEPS = 8  # of a window: so many that no scale changes its sign at each of them
 
 

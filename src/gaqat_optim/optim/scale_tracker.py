@@ -149,7 +149,7 @@ class ScaleTracker:
         if self.may_freeze and self.frozen_part in ("task", "both"):
             for p, mask in self._masks().items():
                 if p.grad is not None:
-                    p.grad.masked_fill_(mask, 0.0)
+                    p.grad.copy_(p.grad.masked_fill(mask, 0.0))  # torch 2.8 has no masked_fill_ of sharded ones
 
     @contextmanager
     def hold_frozen_scales(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT
+from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT
 from deploy.onnx_runs import run as run_onnx
 from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.convert import convert
@@ -353,6 +353,7 @@ def test_onnxruntime_computes_what_convert_says(name, bits, tmp_path):
         assert (y - z).abs().max() <= (0.1 if flipped else 1e-5) * y.abs().max()
 
 
+@NEEDS_OPSET_23
 def test_opset_with_an_attention_operator_of_its_own(tmp_path):
     model, x, count = made("vit")
     report = export_onnx(model, x[:4], tmp_path / "net.onnx", opset=23)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import CONFIGS, NETWORKS, cnn, images, randomize_norms, trained
-from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
+from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.nn.layers import ActivationQuantizer, DeployLayer
@@ -240,7 +240,7 @@ def test_a_weight_in_floating_point_stays_there(case, tmp_path):
 
 
 @pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}")
-@pytest.mark.parametrize("opset", [22, 23])
+@pytest.mark.parametrize("opset", [22, pytest.param(23, marks=NEEDS_OPSET_23)])
 def test_a_later_opset(opset, tmp_path):
     x = images(8)
     report = export_onnx(trained("cnn", CONFIGS["W4A4"]), x, tmp_path / "net.onnx", opset=opset)
@@ -323,7 +323,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 
 class NeedsTheBatch(nn.Module):
-    """Networks that cannot be one graph for every batch size."""
+    """Networks that cannot be one graph for every batch size, or for all values."""
 
     def __init__(self, way):
         super().__init__()
@@ -337,6 +337,8 @@ class NeedsTheBatch(nn.Module):
             return y if len(x) == 4 else y + 1
         if self.way == "another rank":
             return y.squeeze(0)
+        if self.way == "one value":
+            return y if bool(x.max() < 1e6) else y + 1
         return (y > 0).nonzero() if bool((x > 0).all()) else y
 
 
@@ -346,6 +348,7 @@ class NeedsTheBatch(nn.Module):
         ("one batch", "cannot export NeedsTheBatch for any batch size: .* 4 only"),
         ("a branch", "cannot export NeedsTheBatch for any batch size: .* 4 only"),
         ("another rank", "graph of NeedsTheBatch that is not valid: InferenceError"),
+        ("one value", "torch cannot export NeedsTheBatch: GuardOnDataDependentSymNode"),
         ("the values", "torch cannot export NeedsTheBatch: GuardOnDataDependentSymNode"),
     ],
 )

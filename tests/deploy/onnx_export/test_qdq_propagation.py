@@ -53,7 +53,10 @@ def moved(proto):
 
 
 def kinds(proto):
-    return [node.op_type for node in proto.graph.node]
+    """The operators on values, without those of torch 2.8 that compute a shape for a Reshape."""
+    nodes = proto.graph.node
+    shapes = {node.input[1] for node in nodes if node.op_type == "Reshape"}
+    return [node.op_type for node in nodes if node.op_type != "Shape" and node.output[0] not in shapes]
 
 
 def outputs(proto, x, *, codes=False):
@@ -79,11 +82,21 @@ class Call(nn.Module):
         return self.function(x)
 
 
+LIMIT = torch.tensor(0.52)
 BEFORE = {
     "relu": (F.relu, ["QuantizeLinear", "Clip", "DequantizeLinear"]),
     "relu6": (F.relu6, ["QuantizeLinear", "Clip", "DequantizeLinear"]),
     "clip with a lower bound": (lambda x: x.clamp(min=-0.7), ["QuantizeLinear", "Clip", "DequantizeLinear"]),
     "clip": (lambda x: F.hardtanh(x, -0.31, 0.52), ["QuantizeLinear", "Clip", "DequantizeLinear"]),
+    "minimum": (lambda x: torch.minimum(x, LIMIT), ["QuantizeLinear", "Clip", "DequantizeLinear"]),
+    "minimum of a channel": (
+        lambda x: torch.minimum(x, LIMIT * torch.ones(4, 1, 1)),
+        ["Min", "QuantizeLinear", "Clip", "DequantizeLinear"],
+    ),
+    "minimum of two": (
+        lambda x: torch.minimum(x, x.sigmoid()),
+        ["Sigmoid", "Min", "QuantizeLinear", "Clip", "DequantizeLinear"],
+    ),
     "max pooling": (lambda x: F.max_pool2d(x, 3, 2, 1), ["QuantizeLinear", "Clip", "MaxPool", "DequantizeLinear"]),
     "relu and pooling": (
         lambda x: F.max_pool2d(F.relu(x), 2).flatten(1),

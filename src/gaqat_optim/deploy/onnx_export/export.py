@@ -221,6 +221,7 @@ def _exported(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool)
     """The ``onnx.ModelProto`` that torch makes of a converted network, its weights as INT8."""
     if len(sample) == 1:
         sample = torch.cat([sample, sample])  # A size of 1 would be taken for a constant.
+    shapes = ({0: torch.export.Dim("batch", min=2)},)  # torch 2.9 refuses a range with 1 in it
     try:
         with warnings.catch_warnings():
             # The exporter copies one of torch's own structures, which warns of a use that torch itself makes of it.
@@ -233,8 +234,12 @@ def _exported(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool)
                 opset_version=opset,
                 input_names=["input"],
                 output_names=["output"] if one_output else None,
-                dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),  # torch 2.9 refuses a range with 1 in it
+                dynamic_shapes=shapes,
             )
+            if getattr(program, "_capture_strategy", None) == "TorchExportDraftExportStrategy":
+                # What torch 2.8 cannot export, it records with each decision as the sample's values have it.
+                torch.export.export(deployed, (sample,), dynamic_shapes=shapes, strict=False)  # says why
+                raise RuntimeError("what torch makes of it holds for the values of the sample alone")
     except Exception as error:
         raise RuntimeError(f"torch cannot export {type(deployed).__name__}: {_cause(error)}") from error
     assert program is not None

@@ -21,7 +21,7 @@ _VALUE_PRESERVING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "U
 def propagate_qdq(proto: Any) -> None:
     """Move every QuantizeLinear (with the Clip of its codes) as far up as that changes nothing, in place.
 
-    - Relu or Clip, then quantization: quantization, and the clipping of its codes.
+    - Relu, Clip or Min with a constant, then quantization: quantization, and the clipping of its codes.
     - MaxPool, or a move of values, then quantization: the other way round, on uint8.
     - Concat, then quantization: each operand quantized.
     - A sum, then two quantizations: the sum twice, each with a quantization. onnxruntime makes one operator of such.
@@ -142,7 +142,7 @@ def _up(graph: _Graph, quantize: Any) -> bool:
     above = graph.makers.get(quantize.input[0])
     if above is None or graph.only_user(above.output[0]) is not quantize or len(above.output) != 1:
         return False
-    if above.op_type in ("Relu", "Clip"):
+    if above.op_type in ("Relu", "Clip", "Min"):
         return _clip_codes(graph, quantize, above)
     if above.op_type in _VALUE_PRESERVING:
         _exchange(graph, quantize, above, [above.input[0]])
@@ -164,7 +164,12 @@ def _clip_codes(graph: _Graph, quantize: Any, clip: Any) -> bool:
     """Clip codes instead of the values that they are made of."""
     scale, zero = graph.constant(quantize.input[1]), graph.constant(quantize.input[2])
     bounds = [0.0, np.inf] if clip.op_type == "Relu" else [-np.inf, np.inf]
-    for i, name in enumerate(clip.input[1:]):
+    names = clip.input[1:]
+    if clip.op_type == "Min":  # of torch 2.8's relu6
+        if len(names) != 1 or np.ndim(graph.constant(names[0])) > 0:
+            return False
+        names = ["", *names]
+    for i, name in enumerate(names):
         if name and graph.constant(name) is None:
             return False
         bounds[i] = float(graph.constant(name)) if name else bounds[i]
