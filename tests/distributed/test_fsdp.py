@@ -71,8 +71,8 @@ def test_clipping_after_the_block(two):
     model = quantized()
     norms = train_clipped(model, optimizer_for(model), *data())
     assert min(norms) > 0.05  # all of them were clipped
-    # torch 2.8 adds the 1e-6 of clip_grad_norm_ to each rank's part of the norm.
-    assert_close(two["fsdp clipping"][0], (whole(model), norms), 1e-8)
+    # torch 2.8 adds the 1e-6 of clip_grad_norm_ to each rank's part of the norm: up to 2e-7 in a parameter here.
+    assert_close(two["fsdp clipping"][0], (whole(model), norms), 1e-6)
 
 
 @pytest.mark.parametrize(
