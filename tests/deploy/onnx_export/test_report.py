@@ -104,7 +104,7 @@ def test_a_wrong_file_is_a_warning_that_names_quantizers_and_figures(resnet, dam
         right(proto)
         damaged(proto, damage)
 
-    monkeypatch.setattr(export, "shorten", damaging)
+    monkeypatch.setattr(export, "shorten_names", damaging)
     report, messages = exported(model, images(64), tmp_path / "net.onnx")
     (text,) = [message for message in messages if NOT_THE_SAME in message]
     assert report.code_flip_rate_unoptimized > 1e-3
@@ -121,7 +121,7 @@ def test_a_file_without_the_bounds_of_its_codes_is_not_written(resnet, tmp_path,
         right(proto)
         damaged(proto, "no clip")
 
-    monkeypatch.setattr(export, "shorten", damaging)
+    monkeypatch.setattr(export, "shorten_names", damaging)
     with pytest.raises(RuntimeError, match=r"not exact .* 'blocks\.0\.conv1': inputs up to 255 times two weights"):
         export_onnx(resnet[0], images(64), tmp_path / "net.onnx")
 
