@@ -55,13 +55,13 @@ def step(batch: int, width: int, depth: int) -> Callable[[], object]:
     return lambda: [optimizer.step(closure) for _ in range(3)]
 
 
-def monitor_of(count: int, window: int) -> ScaleTracker:
+def tracker_of(count: int, window: int) -> ScaleTracker:
     scales = {f"scale{i}": torch.nn.Parameter(torch.ones(1)) for i in range(count)}
     return ScaleTracker(scales, DisorderFreeze(window=window), True)
 
 
 def bookkeeping(count: int, window: int, steps: int = 10) -> Callable[[], object]:
-    tracker = monitor_of(count, window)
+    tracker = tracker_of(count, window)
     task, smooth = ({p: torch.randn_like(p) for p in tracker.scales.values()} for _ in range(2))
     return lambda: [tracker.commit(tracker.gather(task), tracker.gather(smooth)) for _ in range(steps)]
 
@@ -72,7 +72,7 @@ def over_windows(window: int) -> Callable[[], object]:
 
 
 def state_bytes(window: int) -> Ratio:
-    tracker = monitor_of(100, window)
+    tracker = tracker_of(100, window)
     return Ratio(sum(t.nbytes for t in tracker.state_tensors().values()), spread=None, digits=0)
 
 

@@ -50,7 +50,7 @@ def test_every_step_is_the_twin_s(case):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_of_the_registry_changes_what_is_frozen(policy):
-    # Without this, the cases above could agree on masks that never freeze or never thaw anything.
+    # Without this, the cases above could agree on masks that never freeze or never unfreeze anything.
     _, _, twin = build("sagm", policy, "sgd-momentum")
     masks = {tuple(twin.frozen.values())}
     for number in range(20):

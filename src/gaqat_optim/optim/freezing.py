@@ -108,7 +108,7 @@ class AlwaysFreeze(_Windowed):
 
 @dataclass(frozen=True)
 class DisorderFreeze(_Windowed):
-    """GAQAT's rule: every ``window`` perturbed steps, freeze the scales whose gradient disorder is low, thaw the rest.
+    """GAQAT's rule: every ``window`` perturbed steps, freeze the scales of low gradient disorder, unfreeze the rest.
 
     The disorder of a gradient is the fraction of steps in which its sign flips. A g_task of low disorder keeps pushing
     one way and may hold a g_smooth that pushes the other way in balance; without it the scale goes where flatness
@@ -163,7 +163,7 @@ class DisorderFreeze(_Windowed):
 
 @dataclass(frozen=True)
 class FreezeOnce(DisorderFreeze):
-    """The rule of :class:`DisorderFreeze` without thawing: what is frozen once stays frozen.
+    """The rule of :class:`DisorderFreeze` without unfreezing: what is frozen once stays frozen.
 
     With scales in the linear domain and a large learning rate this has ended in collapse; it is here to be compared
     with.

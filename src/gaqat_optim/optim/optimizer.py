@@ -221,13 +221,13 @@ class GAQATOptimizer(OptimizerAroundBase):
 
         They are looked for where the number of modules has changed, and at the end of a window.
         """
-        state, monitored = self._step_state, self._step_state.tracker.scales
+        state, tracked = self._step_state, self._step_state.tracker.scales
         before, state.module_count = state.module_count, sum(1 for _ in self.model.modules())
         if state.module_count == before and not judged:
             return
         names = untrained_scales(self.base, self.model, find_scales(self.model, self._chosen))
         # fully_shard may have lent another object for one that is known.
-        new = [n for n in names if n not in state.warned_of_scales and not hasattr(monitored.get(n), "full_tensor")]
+        new = [n for n in names if n not in state.warned_of_scales and not hasattr(tracked.get(n), "full_tensor")]
         if new:
             state.warned_of_scales.update(new)
             warn_of_untrained(new)

@@ -168,7 +168,7 @@ class ScaleTracker:
     # -- counting ----------------------------------------------------------------------------------------------
 
     def commit(self, g_task: Tensor, g_smooth: Tensor) -> bool:
-        """Count one perturbed step; at the end of a window, judge it and freeze and thaw for the next.
+        """Count one perturbed step; at the end of a window, judge it and freeze and unfreeze for the next.
 
         Returns:
             Whether a window ended.
@@ -226,7 +226,7 @@ class ScaleTracker:
         return {p: part.clone() for p, part in zip(self.scales.values(), parts, strict=True)}
 
     def with_scales(self, scales: Mapping[str, Parameter]) -> ScaleTracker:
-        """A monitor of ``scales`` that knows of each what this one knows; of the others, nothing yet."""
+        """A tracker of ``scales`` that knows of each what this one knows; of the others, nothing yet."""
         other = ScaleTracker(scales, self.policy, self.has_task_part)
         fresh = other.state_tensors()
         known = {p: state for p, state in self.state_tensors().items() if p in fresh}
@@ -234,7 +234,7 @@ class ScaleTracker:
         return other
 
     def reindexed(self, values: Tensor, other: ScaleTracker) -> Tensor:
-        """``values``, one for each scale element of this monitor, as those of ``other``; NaN where they are new."""
+        """``values``, one for each scale element of this tracker, as those of ``other``; NaN where they are new."""
         return other.gather(self.split(values))
 
     def load_state_tensors(self, state_tensors: Mapping[Parameter, Tensor], steps: int, windows: int) -> None:

@@ -85,7 +85,7 @@ class StepState:
             has_closure: whether the step was given a closure.
 
         Returns:
-            Whether a window of the monitor ended.
+            Whether a window of the tracker ended.
         """
         judged = False
         if self.uncommitted_scale_grads is not None:
