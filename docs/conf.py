@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import gaqat_optim
+import gaqat_optim.integrations
 
 project = "gaqat-optim"
 author = "The gaqat-optim authors"
@@ -59,12 +60,12 @@ if os.environ.get("DOCS_INTERSPHINX") or os.environ.get("READTHEDOCS"):
 
 # `sphinx-build -n`: every reference to a public name of this package must resolve. Other projects' names cannot without
 # their inventories, and what is not public has no page.
-_public = "|".join(gaqat_optim.__all__)
-nitpick_ignore_regex = [(r"py:.*", rf"(?!gaqat_optim\.(?:{_public})\b).*")]
+_public = "|".join([*gaqat_optim.__all__, *gaqat_optim.integrations.__all__])
+nitpick_ignore_regex = [(r"py:.*", rf"(?!gaqat_optim\.(?:integrations\.)?(?:{_public})\b).*")]
 # Because typehints_fixup_module_name is a function, which Sphinx cannot keep between builds.
 suppress_warnings = ["config.cache"]
 
-# The pages use {testcode}. The examples in docstrings, which the API page shows, are run by pytest, in their modules.
+# The pages use {testcode}. The examples in docstrings, which the API pages show, are run by pytest, in their modules.
 doctest_test_doctest_blocks = ""
 doctest_default_flags = 0
 doctest_global_setup = "import torch; _ = torch.manual_seed(0)"
