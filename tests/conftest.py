@@ -1,7 +1,4 @@
-"""Settings for all tests: one thread and one seed, so that a run repeats to the bit; one hypothesis profile.
-
-And a torchvision that can be imported.
-"""
+"""Settings for all tests: one thread and one seed, so that a run repeats to the bit, and one hypothesis profile."""
 
 import hypothesis
 import pytest
@@ -11,7 +8,7 @@ from torchvision_import import import_torchvision
 
 hypothesis.settings.register_profile(
     "suite",
-    deadline=None,  # a machine may be slow; no test judges time
+    deadline=None,  # no test depends on the speed of the machine
     derandomize=True,  # the same examples in every run: a failure in CI is a failure here
     max_examples=100,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
@@ -30,7 +27,7 @@ def _repeatable():
 
 @pytest.fixture(scope="session")
 def torchvision() -> None:
-    """Makes `import torchvision` work, whether or not its compiled part does; without the package, skips."""
+    """Makes `import torchvision` work beside any build of torch. Skips the test if torchvision is not installed."""
     try:
         import_torchvision()
     except ModuleNotFoundError:

@@ -1,17 +1,19 @@
-"""Leave-one-domain-out studies of low-bit training: what the scripts beside this folder have in common.
+"""Leave-one-domain-out studies of low-bit training: the code that the scripts beside this folder share.
 
-Every study holds one domain out, trains on the others with each method, and measures on the domain it never saw.
+A study holds one domain out, trains on the others with each method, and measures accuracy on the held-out domain.
 
-    digits          four domains of digits from files that ship with scikit-learn and matplotlib
-    networks        the small residual network for them
-    folders         DomainBed's image folders (PACS, DomainNet)
-    study           methods, mini-batches, training, evaluation, model selection
-    digit_study     one cell of the digit study: a held-out domain with one seed
-    vision          torchvision, beside any torch
-    resnet          ResNet-50 from ImageNet weights
-    imagenet_study  the study with it on image folders
-    conflict        the two gradients of every scale, recorded and drawn
-    deployment      the trained network as an ONNX file, measured in onnxruntime
-    report          records, table, and what a difference means at this number of runs
-    options         what the command lines have in common
+    study               methods, mini-batches, training, evaluation, model selection
+    report              results.json, the table, and what a difference means at this number of runs
+    options             the command line
+    conflict            both gradients of every scale, recorded and drawn
+    deployment          the trained network as an ONNX file, run in onnxruntime
+
+    digit_study         the digit study: one held-out domain with one seed
+    digit_domains       its four domains, from files inside scikit-learn and matplotlib
+    small_resnet        its network
+
+    image_folder_study  the study on PACS and DomainNet
+    image_folders       their images, in DomainBed's layout
+    resnet50            their network, from ImageNet weights
+    torchvision_import  torchvision beside any build of torch
 """

@@ -1,8 +1,8 @@
-"""Where the two gradients of a scale disagree: recording them step by step, and the picture.
+"""Where the two gradients of a scale disagree: a recorder of every step, and its plot.
 
-The recorder is also an example of the optimizer's explicit protocol. After the first backward pass `.grad` is the
-gradient of the task; inside `optimizer.perturbed()`, after the second one, it is the gradient at the perturbed point;
-only when the block ends are the two combined and frozen.
+The recorder also shows the optimizer's explicit form. After the first backward pass `.grad` is the gradient of the
+task. Inside `optimizer.perturbed()`, after the second backward pass, it is the gradient at the perturbed parameters.
+When the block ends, the optimizer combines the two and freezes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy
 
 from gaqat_optim import GAQATOptimizer
 
+Floats = NDArray[np.float64]
+
 
 @dataclass
 class ConflictRecorder:
@@ -25,61 +27,62 @@ class ConflictRecorder:
 
     Attributes:
         names: the scales, in the order of the columns below.
-        task, smooth: for each step one gradient per scale (of per-channel scales their sum).
-        frozen: for each step, whether the scale (or a channel of it) was frozen in it.
-        disorder_task, disorder_smooth: for each step, what the optimizer reported after it: the disorder of the last
-            judged window, and in the first window of the steps so far.
+        task, smooth: for each step, the two gradients of each scale (per-channel scales: their sum).
+        frozen: for each step, whether the scale or one of its channels was frozen.
+        disorder_task, disorder_smooth: for each step, the disorder that the optimizer reported after it: of the last
+            full window, or in the first window of the steps so far.
     """
 
     names: list[str] = field(default_factory=list)
-    task: list[NDArray[np.float64]] = field(default_factory=list)
-    smooth: list[NDArray[np.float64]] = field(default_factory=list)
+    task: list[Floats] = field(default_factory=list)
+    smooth: list[Floats] = field(default_factory=list)
     frozen: list[NDArray[np.bool_]] = field(default_factory=list)
-    disorder_task: list[NDArray[np.float64]] = field(default_factory=list)
-    disorder_smooth: list[NDArray[np.float64]] = field(default_factory=list)
+    disorder_task: list[Floats] = field(default_factory=list)
+    disorder_smooth: list[Floats] = field(default_factory=list)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-        """One optimizer step by the explicit protocol."""
+        """One optimizer step in the explicit form."""
         if not isinstance(optimizer, GAQATOptimizer):
             raise TypeError(f"conflict needs the two passes of a GAQATOptimizer, not {type(optimizer).__name__}")
-        self.names = [record.name for record in optimizer.scale_report()]
-        # The judgement of the last window holds for this step; what this step may change holds from the next one on.
-        frozen = [record.frozen > 0 for record in optimizer.scale_report()]
+        # Read before the step: what the step changes is frozen from the next step on.
+        report = optimizer.scale_report()
+        self.names = [record.name for record in report]
+        self.frozen.append(np.array([record.frozen > 0 for record in report]))
 
         optimizer.zero_grad()
         loss = cross_entropy(model(x), y)
         loss.backward()
-        task = self._gradients(model)
+        self.task.append(self._scale_gradients(model))
         with optimizer.perturbed():
             cross_entropy(model(x), y).backward()
-            smooth = self._gradients(model)
+            self.smooth.append(self._scale_gradients(model))
         optimizer.step()
 
         report = optimizer.scale_report()
-        self.task.append(task)
-        self.smooth.append(smooth)
-        self.frozen.append(np.array(frozen))
         self.disorder_task.append(np.array([float(record.disorder_task) for record in report]))
         self.disorder_smooth.append(np.array([float(record.disorder_smooth) for record in report]))
         return loss.item()
 
-    def most_conflicting(self, count: int) -> list[int]:
-        """The scales (their columns) whose two gradients had opposite signs in the most steps."""
-        opposed = np.mean(np.sign(self.task) * np.sign(self.smooth) < 0, axis=0)
-        return np.argsort(-opposed, kind="stable")[:count].tolist()
+    def opposed(self) -> Floats:
+        """For each scale, the fraction of steps in which its two gradients had opposite signs."""
+        return np.mean(np.sign(self.task) * np.sign(self.smooth) < 0, axis=0)
 
-    def _gradients(self, model: nn.Module) -> NDArray[np.float64]:
+    def most_conflicting(self, count: int) -> list[int]:
+        """The columns of the scales that were opposed in the most steps."""
+        return np.argsort(-self.opposed(), kind="stable")[:count].tolist()
+
+    def _scale_gradients(self, model: nn.Module) -> Floats:
         parameters = dict(model.named_parameters())
         gradients = [parameters[name].grad for name in self.names]
         return np.array([0.0 if gradient is None else gradient.sum().item() for gradient in gradients])
 
 
 def save_conflict_plot(recorder: ConflictRecorder, path: str | Path, *, threshold: float, count: int = 3) -> None:
-    """For the most conflicting scales: the cumulative gradients above, their disorder below, frozen windows shaded.
+    """Plot the most conflicting scales: cumulative gradients above, disorder below, frozen windows shaded.
 
     Args:
-        recorder: of a finished run.
-        path: the picture.
+        recorder: the recorder of a finished run.
+        path: the file of the plot.
         threshold: the disorder below which the run froze, drawn as a line.
         count: how many scales.
     """
@@ -88,15 +91,14 @@ def save_conflict_plot(recorder: ConflictRecorder, path: str | Path, *, threshol
     columns = recorder.most_conflicting(count)
     figure = Figure(figsize=(4.2 * len(columns), 5), layout="constrained")
     panels = figure.subplots(2, len(columns), sharex=True, squeeze=False)
-    task, smooth = np.array(recorder.task), np.array(recorder.smooth)
-    steps = np.arange(1, len(task) + 1)
+    steps = np.arange(1, len(recorder.task) + 1)
+    opposed = recorder.opposed()
     for (above, below), column in zip(panels.T, columns, strict=True):
-        opposed = np.mean(np.sign(task[:, column]) * np.sign(smooth[:, column]) < 0)
-        above.plot(steps, task[:, column].cumsum(), label="g_task")
-        above.plot(steps, smooth[:, column].cumsum(), label="g_smooth")
-        above.axhline(0, color="black", linewidth=0.5)
         quantizer = recorder.names[column].rpartition(".")[0]
-        above.set_title(f"{quantizer}\nopposed in {opposed:.0%} of the steps", fontsize=8)
+        above.set_title(f"{quantizer}\nopposed in {opposed[column]:.0%} of the steps", fontsize=8)
+        above.plot(steps, np.array(recorder.task)[:, column].cumsum(), label="g_task")
+        above.plot(steps, np.array(recorder.smooth)[:, column].cumsum(), label="g_smooth")
+        above.axhline(0, color="black", linewidth=0.5)
         below.step(steps, np.array(recorder.disorder_task)[:, column], where="post", label="g_task")
         below.step(steps, np.array(recorder.disorder_smooth)[:, column], where="post", label="g_smooth")
         below.axhline(threshold, color="black", linewidth=0.5, linestyle="dashed")

@@ -1,104 +1,123 @@
-"""What the command lines of the examples have in common: lists of names and numbers that are checked on entry."""
+"""The command line of the studies: lists of names, checked numbers, and the `Settings` that they make."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 
-from .study import METHODS
-
-
-def whole(lowest: int, highest: int | None = None) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `lowest` to `highest`."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if number < lowest or (highest is not None and number > highest):
-            bounds = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {number}")
-        return number
-
-    return parse
+from .study import METHODS, Settings
 
 
-def real(lowest: float, highest: float = float("inf")) -> Callable[[str], float]:
-    """A type for argparse: a number from `lowest` to `highest`."""
+def number(kind: type[int] | type[float], lowest: float, highest: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: an `int` or a `float` from `lowest` to `highest`."""
 
     def parse(text: str) -> float:
         try:
-            number = float(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not lowest <= number <= highest:
-            bounds = f"at least {lowest:g}" if highest == float("inf") else f"from {lowest:g} to {highest:g}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {number:g}")
-        return number
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not lowest <= value <= highest:
+            bounds = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
 
     return parse
 
 
-def choice_of(known: Iterable[str], what: str) -> Callable[[str], list[str]]:
-    """A type for argparse: one name or several with commas between them, each of them known."""
-    names = list(known)
+def names(choices: Iterable[str], kind: str) -> Callable[[str], list[str]]:
+    """A type for argparse: one of the choices, or several with commas between them."""
+    choices = list(choices)
 
     def parse(text: str) -> list[str]:
-        found = [name for name in text.split(",") if name]
-        unknown = [name for name in found if name not in names]
-        if unknown or not found:
-            problem = f"unknown {what}: {', '.join(unknown)}" if unknown else f"no {what} given"
-            raise argparse.ArgumentTypeError(f"{problem} (choose from {', '.join(names)})")
-        return found
+        chosen = [name for name in text.split(",") if name]
+        unknown = [name for name in chosen if name not in choices]
+        if unknown or not chosen:
+            problem = f"unknown {kind}: {', '.join(unknown)}" if unknown else f"no {kind} given"
+            raise argparse.ArgumentTypeError(f"{problem} (choose from {', '.join(choices)})")
+        return chosen
 
     return parse
 
 
-def seed_list(text: str) -> list[int]:
-    """A type for argparse: one seed or several with commas between them."""
-    return [whole(0)(part) for part in text.split(",")]
+def seeds(text: str) -> list[int]:
+    """A type for argparse: one seed, or several with commas between them."""
+    return [int(number(int, 0)(seed)) for seed in text.split(",")]
 
 
-class Gather(argparse.Action):
-    """Joins the lists that the words of an option give into one list, each item once: `a b,c` gives a, b, c."""
+class JoinLists(argparse.Action):
+    """Joins the lists of an option into one, each item once: `a b,c a` gives a, b, c."""
 
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        setattr(namespace, self.dest, list(dict.fromkeys(item for value in values for item in value)))
+        setattr(namespace, self.dest, list(dict.fromkeys(item for items in values for item in items)))
+
+
+# Field of `Settings`: its option, the option's type, and its help.
+TRAINING_OPTIONS = {
+    "bits": ("--bits", number(int, 2, 8), "bits of weights and activations, 2 to 8; first and last layer have 8"),
+    "steps": ("--steps", number(int, 1), "steps of quantized training"),
+    "fp32_steps": ("--fp32-steps", number(int, 1), "fp32 steps before all methods"),
+    "flat_steps": ("--flat-steps", number(int, 1), "sharpness-aware fp32 steps of the flat start"),
+    "every": ("--eval-every", number(int, 1), "steps between two source validations"),
+    "batch_size": ("--batch-size", number(int, 1), "images per source domain and step"),
+    "learning_rate": ("--lr", number(float, 0), "learning rate of Adam"),
+    "weight_decay": ("--weight-decay", number(float, 0), "weight decay of Adam"),
+    "rho": ("--rho", number(float, 0), "radius of the perturbation"),
+    "alpha": ("--alpha", number(float, 0), "alpha of SAGM"),
+    "window": ("--window", number(int, 2), "steps in a disorder window"),
+    "threshold": ("--threshold", number(float, 0, 1), "disorder below which GAQAT freezes a scale's task gradient"),
+    "holdout": ("--holdout", number(float, 0.01, 0.9), "part of each source domain that selects the model"),
+}
 
 
 def add_study_options(
-    parser: argparse.ArgumentParser, *, targets: Iterable[str], default_targets: Iterable[str], seeds: Iterable[int]
+    parser: argparse.ArgumentParser, *, domains: Iterable[str], targets: Iterable[str], first_seeds: Iterable[int]
 ) -> None:
-    """Add `--targets`, `--seeds` and `--methods`."""
-    targets = list(targets)
+    """Add `--targets`, `--seeds` and `--methods`; `targets` and `first_seeds` are defaults."""
+    lists = {"nargs": "+", "action": JoinLists}
+    domains, targets, first_seeds = list(domains), list(targets), list(first_seeds)
     parser.add_argument(
         "--targets",
-        nargs="+",
-        action=Gather,
-        type=choice_of(targets, "target"),
-        default=list(default_targets),
+        **lists,
+        type=names(domains, "target"),
+        default=targets,
         metavar="DOMAIN",
-        help=f"held-out domains, from: {', '.join(targets)} (default: {' '.join(default_targets)})",
+        help=f"held-out domains, from: {', '.join(domains)} (default: {' '.join(targets)})",
     )
     parser.add_argument(
         "--seeds",
-        nargs="+",
-        action=Gather,
-        type=seed_list,
-        default=list(seeds),
+        **lists,
+        type=seeds,
+        default=first_seeds,
         metavar="SEED",
-        help="the seeds; each gives its own data, start and order of batches "
-        f"(default: {' '.join(str(seed) for seed in seeds)})",
+        help=f"a seed decides data, initial weights and order of batches (default: {' '.join(map(str, first_seeds))})",
     )
     parser.add_argument(
         "--methods",
-        nargs="+",
-        action=Gather,
-        type=choice_of(METHODS, "method"),
+        **lists,
+        type=names(METHODS, "method"),
         default=list(METHODS),
         metavar="METHOD",
-        help="what to compare, from: "
+        help="methods to compare, from: "
         + ", ".join(f"{name} ({method.title})" for name, method in METHODS.items())
         + " (default: all). Differences are taken to lsq.",
     )
+
+
+def add_training_options(parser: argparse.ArgumentParser, defaults: Mapping[str, float | None]) -> None:
+    """Add the option of each field of `Settings` in `defaults`; a default of None means as many as `--steps`."""
+    for field, default in defaults.items():
+        option, kind, meaning = TRAINING_OPTIONS[field]
+        default_text = "as many as --steps" if default is None else "%(default)s"
+        parser.add_argument(
+            option, dest=field, type=kind, default=default, metavar="N", help=f"{meaning} (default: {default_text})"
+        )
+
+
+def settings_from(options: argparse.Namespace, *, cosine: bool = False) -> Settings:
+    """The settings that the options describe; a field without an option keeps its default."""
+    values = {field.name: getattr(options, field.name) for field in fields(Settings) if hasattr(options, field.name)}
+    for field in ("fp32_steps", "flat_steps"):
+        values[field] = values[field] or options.steps
+    return Settings(**values, cosine=cosine)

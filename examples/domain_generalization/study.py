@@ -1,12 +1,13 @@
-"""The training code that every example shares: the methods, mini-batches, training, evaluation and model selection.
+"""The training code of every study: methods, mini-batches, training, evaluation and model selection.
 
 All methods of a cell (one held-out domain, one seed) are *paired*: they start from the same fp32 checkpoint and see the
-same batches in the same order, so that the difference between two methods is not the difference between two shuffles.
+same batches in the same order. So the difference between two methods is not the difference between two shuffles.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,7 +31,7 @@ from gaqat_optim import (
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor], float]
 
-# The phases of a cell. Each draws its batches from a seed of its own, the same for all methods.
+# The phases of a cell. Each draws its batches from its own seed, the same for all methods.
 ERM, FLAT, CALIBRATION, QUANTIZED = range(4)
 
 
@@ -39,10 +40,10 @@ class Method:
     """One row of the table.
 
     Attributes:
-        title: the name that people see.
-        two_passes: train with `GAQATOptimizer` (SAGM); without it, with the plain base optimizer.
-        freezing: let `DisorderFreeze` freeze scale gradients; without it, `NeverFreeze`.
-        flat_start: more fp32 steps with the same two-pass optimizer before quantization.
+        title: its name in the table.
+        two_passes: train with `GAQATOptimizer` (SAGM), otherwise with the base optimizer alone.
+        freezing: freeze scale gradients with `DisorderFreeze`, otherwise with `NeverFreeze`.
+        flat_start: before quantization, train more fp32 steps with the same two-pass optimizer.
     """
 
     title: str
@@ -61,16 +62,16 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Every number of a study, and what results.json records of it; a method ignores what it does not use.
+    """Every number of a study, as results.json records it. A method ignores what it does not use.
 
     Attributes:
-        bits: width of weights and activations; first and last layer have `first_last_bits`.
+        bits: bits of weights and activations; first and last layer have `first_last_bits`.
         steps, fp32_steps, flat_steps: optimizer steps of quantized training, of the fp32 start, of the flat start.
         every: steps between two evaluations on the source hold-outs.
         batch_size: images per source domain in a step.
-        cosine: learning rate from its value to zero along a cosine in each phase; otherwise constant.
+        cosine: decay the learning rate to zero along a cosine in each phase, otherwise keep it constant.
         window, threshold: of `DisorderFreeze`.
-        holdout: fraction of each source domain that is kept for model selection.
+        holdout: fraction of each source domain that selects the model.
         weight_granularity: "tensor", one scale for each weight tensor, as in the papers on LSQ and GAQAT.
     """
 
@@ -93,19 +94,19 @@ class Settings:
     weight_granularity: str = "tensor"
 
     def quantization(self) -> QuantConfig:
-        """The quantization these settings describe."""
+        """The quantization that these settings describe."""
         return QuantConfig(
             weight_bits=self.bits,
             activation_bits=self.bits,
-            weight_granularity="tensor" if self.weight_granularity == "tensor" else "channel",
+            weight_granularity=self.weight_granularity,  # type: ignore[arg-type]
             first_last_bits=self.first_last_bits,
         )
 
 
 def build_optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.optim.Optimizer:
-    """Adam for LSQ; for the others the same Adam in a `GAQATOptimizer`. The model may still be unquantized.
+    """Adam for LSQ, and the same Adam inside a `GAQATOptimizer` for the others. The model may still be unquantized.
 
-    These are the two lines that a training script needs: the base optimizer as ever, and the wrapper around it.
+    A training script needs these two lines: its own base optimizer, and the wrapper around it.
     """
     groups = param_groups(model, weight_decay=settings.weight_decay)
     base = torch.optim.Adam(groups, lr=settings.learning_rate)
@@ -124,7 +125,7 @@ def closure_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, 
         loss.backward()
         return loss
 
-    loss: Any = optimizer.step(closure)  # torch's annotation says float; it is what the closure returned
+    loss: Any = optimizer.step(closure)  # torch's annotation says float, but the closure's tensor comes back
     return loss.item()
 
 
@@ -134,27 +135,29 @@ class Trained:
 
     Attributes:
         last: the model after the last step.
-        selected: a copy of the model at the evaluation with the best source-validation accuracy; the first of equals.
-        validation: that accuracy, in percent.
-        selected_step: the step of that evaluation.
+        selected: a copy of the model at the best source validation, the first one among equals.
+        validation: the accuracy at that validation, in percent.
+        selected_step: the step of that validation.
+        seconds: the time of the run, flat start included.
     """
 
     last: nn.Module
     selected: nn.Module
     validation: float
     selected_step: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What all phases and all methods of a cell have in common.
+    """The setting that all phases and all methods of a cell share.
 
     Attributes:
         settings: the numbers.
-        stream: gives the endless batches of a phase, from the beginning, always in the same order.
-        validate: percent of right answers on the source hold-outs.
-        train_mode: puts a model into training mode (a study with frozen BatchNorm does more than `model.train()`).
-        progress: called after every step with its loss.
+        stream: returns the endless batches of a phase, from the first one, always in the same order.
+        validate: returns the accuracy on the source hold-outs, in percent.
+        train_mode: puts a model into training mode; a study with frozen BatchNorm does more than `model.train()`.
+        progress: called with the loss after every step.
     """
 
     settings: Settings
@@ -173,8 +176,8 @@ class Trainer:
         select: bool = False,
         step: Step = closure_step,
     ) -> Trained:
-        """Train `model` in place for `steps` steps; with `select`, keep its best state on the source hold-outs."""
-        # To the scheduler a GAQATOptimizer is an optimizer like any other.
+        """Train `model` in place for `steps` steps. With `select`, keep the model of the best source validation."""
+        # A GAQATOptimizer takes a scheduler like any other optimizer.
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps) if self.settings.cosine else None
         batches = self.stream(phase)
         best = Trained(model, model, float("-inf"), steps)
@@ -191,16 +194,17 @@ class Trainer:
         return best
 
     def erm(self, model: nn.Module) -> nn.Module:
-        """The fp32 checkpoint from which all methods start: plain training with the base optimizer, in place."""
+        """Train the fp32 checkpoint from which all methods start, in place, with the base optimizer alone."""
         self.fit(model, build_optimizer(model, METHODS["lsq"], self.settings), ERM, self.settings.fp32_steps)
         return model
 
     def quantized(self, checkpoint: nn.Module, method: Method, *, step: Step = closure_step) -> Trained:
         """Quantize a copy of the fp32 checkpoint and train it by `method`; `step` does each quantized step.
 
-        It trains with biases as they are deployed, and both models that come back go on computing with them: what is
-        measured with these is what their files compute.
+        It trains with the biases of the deployed network, and both models that it returns keep computing with them. So
+        their accuracy is the accuracy of their files.
         """
+        start = time.perf_counter()
         model = copy.deepcopy(checkpoint)
         if method.flat_start:
             self.fit(model, build_optimizer(model, method, self.settings), FLAT, self.settings.flat_steps)
@@ -209,48 +213,54 @@ class Trainer:
         optimizer = build_optimizer(model, method, self.settings)
         with rounded_biases(model):
             trained = self.fit(model, optimizer, QUANTIZED, self.settings.steps, select=True, step=step)
-            return replace(trained, last=copy.deepcopy(model))  # A copy that is made here keeps the rounding.
+            last = copy.deepcopy(model)  # a copy made inside the block keeps the rounding
+        return replace(trained, last=last, seconds=time.perf_counter() - start)
 
 
 def cell_steps(settings: Settings, methods: Sequence[str]) -> int:
-    """How many optimizer steps one cell with these methods takes, for a progress bar."""
+    """How many optimizer steps one cell takes with these methods, for a progress bar."""
     flat = sum(METHODS[name].flat_start for name in methods)
     return settings.fp32_steps + flat * settings.flat_steps + len(methods) * settings.steps
 
 
 def predictions(model: nn.Module, images: Tensor, batch_size: int = 200) -> Tensor:
-    """The class that the model gives each image; the model is left in evaluation mode."""
+    """The class that the model predicts for each image. The model stays in evaluation mode."""
     model.eval()
     with torch.no_grad():
         return torch.cat([model(chunk).argmax(dim=1) for chunk in images.split(batch_size)])
 
 
+def percent_equal(predicted: Tensor, expected: Tensor) -> float:
+    """The percentage of equal entries."""
+    return 100 * (predicted == expected).double().mean().item()
+
+
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent of images whose class the model gets right."""
-    return 100 * (predictions(model, images) == labels).double().mean().item()
+    """The accuracy of the model on these images, in percent."""
+    return percent_equal(predictions(model, images), labels)
 
 
 def split_indices(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """A random split of `range(count)` into (train, hold-out): `fraction` of it is held out, but at least one."""
+    """A random split of `range(count)` into (training, hold-out). The hold-out has `fraction` of it, at least one."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = max(1, int(fraction * count))
-    return order[held:], order[:held]
+    held_out = max(1, int(fraction * count))
+    return order[held_out:], order[:held_out]
 
 
 def endless_indices(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random batches of indices for ever: a new permutation whenever the last one is used up, none left out."""
-    waiting = torch.empty(0, dtype=torch.int64)
+    """Random batches of indices without end: one permutation after the other, nothing left out."""
+    queue = torch.empty(0, dtype=torch.int64)
     while True:
-        while len(waiting) < batch_size:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
 
 
 def endless_batches(domains: Sequence[Batch], batch_size: int, seed: int) -> Iterator[Batch]:
-    """Mini-batches of `batch_size` images from each domain, concatenated; the order is a function of `seed` alone."""
+    """Mini-batches of `batch_size` images from each domain, concatenated. `seed` alone decides their order."""
     generator = torch.Generator().manual_seed(seed)
     streams = [endless_indices(len(labels), batch_size, generator) for _, labels in domains]
     while True:
-        picked = [(x[index], y[index]) for (x, y), index in zip(domains, map(next, streams), strict=True)]
-        yield torch.cat([x for x, _ in picked]), torch.cat([y for _, y in picked])
+        samples = [(x[index], y[index]) for (x, y), index in zip(domains, map(next, streams), strict=True)]
+        yield torch.cat([x for x, _ in samples]), torch.cat([y for _, y in samples])

@@ -10,17 +10,17 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from domain_generalization import digits
-from domain_generalization.networks import small_resnet
+from domain_generalization import digit_domains
+from domain_generalization.small_resnet import small_resnet
 
 
 @pytest.fixture(scope="module")
-def domains() -> dict[str, digits.Domain]:
-    return digits.load_domains(seed=3)
+def domains() -> dict[str, digit_domains.Domain]:
+    return digit_domains.load_domains(seed=3)
 
 
-def test_four_domains_with_images_in_range_and_every_digit(domains: dict[str, digits.Domain]) -> None:
-    assert tuple(domains) == digits.DOMAINS == ("handwritten", "printed", "blended", "sketch")
+def test_four_domains_with_images_in_range_and_every_digit(domains: dict[str, digit_domains.Domain]) -> None:
+    assert tuple(domains) == digit_domains.DOMAINS == ("handwritten", "printed", "blended", "sketch")
     for images, labels in domains.values():
         assert images.shape == (len(labels), 3, 32, 32)
         assert images.dtype == torch.float32
@@ -32,8 +32,8 @@ def test_four_domains_with_images_in_range_and_every_digit(domains: dict[str, di
         assert labels.unique().tolist() == list(range(10))
 
 
-def test_the_same_seed_gives_the_same_images_and_another_seed_gives_others(domains: dict[str, digits.Domain]) -> None:
-    again, other = digits.load_domains(seed=3), digits.load_domains(seed=4)
+def test_the_seed_decides_the_images(domains: dict[str, digit_domains.Domain]) -> None:
+    again, other = digit_domains.load_domains(seed=3), digit_domains.load_domains(seed=4)
     for name, (images, labels) in domains.items():
         assert torch.equal(images, again[name].images)
         assert torch.equal(labels, again[name].labels)
@@ -44,25 +44,25 @@ def test_loading_leaves_the_global_generators_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    digits.load_domains(seed=0)
+    digit_domains.load_domains(seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])
 def test_no_handwritten_image_is_in_two_domains(seed: int) -> None:
-    thirds = digits.handwritten_thirds(seed)
+    thirds = digit_domains.handwritten_thirds(seed)
     assert set(thirds) == {"handwritten", "blended", "sketch"}
     together = np.concatenate(list(thirds.values()))
     assert len(together) == len(np.unique(together)) == len(load_digits().target)
     assert {len(third) for third in thirds.values()} == {599}
 
 
-def test_domains_are_made_from_their_thirds(domains: dict[str, digits.Domain]) -> None:
-    for name, third in digits.handwritten_thirds(seed=3).items():
+def test_domains_are_made_from_their_thirds(domains: dict[str, digit_domains.Domain]) -> None:
+    for name, third in digit_domains.handwritten_thirds(seed=3).items():
         assert domains[name].labels.tolist() == load_digits().target[third].tolist()
 
 
-def test_domains_look_as_they_are_described(domains: dict[str, digits.Domain]) -> None:
+def test_domains_look_as_they_are_described(domains: dict[str, digit_domains.Domain]) -> None:
     def grey(images: torch.Tensor) -> bool:
         return torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
 
@@ -78,28 +78,28 @@ def test_domains_look_as_they_are_described(domains: dict[str, digits.Domain]) -
     assert domains["printed"].images.amin(dim=(1, 2, 3)).max() < 0.5
 
 
-def test_blurred_copies_are_smooth_and_keep_brightness(domains: dict[str, digits.Domain]) -> None:
+def test_blurred_copies_are_smooth_and_keep_brightness(domains: dict[str, digit_domains.Domain]) -> None:
     images = domains["printed"].images[:20]
-    copies = digits.blurred(images)
+    copies = digit_domains.blurred(images)
     assert copies.shape == images.shape
     assert copies.dtype == images.dtype
-    assert torch.equal(copies, digits.blurred(images))
+    assert torch.equal(copies, digit_domains.blurred(images))
     assert copies.diff(dim=3).abs().mean() < 0.8 * images.diff(dim=3).abs().mean()
     torch.testing.assert_close(copies.mean(), images.mean(), atol=0.01, rtol=0)
 
 
-def test_noisy_copies_follow_their_seed_and_stay_in_range(domains: dict[str, digits.Domain]) -> None:
+def test_noisy_copies_follow_their_seed_and_stay_in_range(domains: dict[str, digit_domains.Domain]) -> None:
     images = domains["sketch"].images[:20]
-    copies = digits.noisy(images, seed=1)
-    assert torch.equal(copies, digits.noisy(images, seed=1))
-    assert not torch.equal(copies, digits.noisy(images, seed=2))
+    copies = digit_domains.noisy(images, seed=1)
+    assert torch.equal(copies, digit_domains.noisy(images, seed=1))
+    assert not torch.equal(copies, digit_domains.noisy(images, seed=2))
     assert not torch.equal(copies, images)
     assert copies.min() >= 0
     assert copies.max() <= 1
 
 
-def test_the_sample_picture_is_written(domains: dict[str, digits.Domain], tmp_path: Path) -> None:
-    digits.save_samples(domains, tmp_path / "samples.png")
+def test_the_sample_picture_is_written(domains: dict[str, digit_domains.Domain], tmp_path: Path) -> None:
+    digit_domains.save_samples(domains, tmp_path / "samples.png")
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from domain_generalization import conflict, digit_study, digits, study
+from domain_generalization import conflict, digit_domains, digit_study, study
 from gaqat_optim import GAQATOptimizer, LSQQuantizer
 
 SETTINGS = study.Settings(
@@ -97,8 +97,8 @@ def test_a_split_is_disjoint_complete_and_follows_its_seed() -> None:
 
 def test_the_held_out_domain_is_in_no_part_of_the_training_data() -> None:
     domains = {
-        name: digits.Domain(torch.full((10, 1), float(number)), torch.full((10,), number))
-        for number, name in enumerate(digits.DOMAINS)
+        name: digit_domains.Domain(torch.full((10, 1), float(number)), torch.full((10,), number))
+        for number, name in enumerate(digit_domains.DOMAINS)
     }
     training, holdouts = digit_study.split_sources(domains, "blended", 0.2, seed=0)
     for part, size in ((training, 8), (holdouts, 2)):

@@ -49,7 +49,7 @@ def test_paired_difference_pairs_by_cell_not_by_order() -> None:
     assert difference.error == pytest.approx(math.sqrt(2 / 3))
     # Student's t with 3 degrees of freedom: 1 - 2/pi (x / (1 + x^2) + atan x) with x = t / sqrt 3, here sqrt 2.
     x = 2 / math.sqrt(2 / 3) / math.sqrt(3)
-    assert difference.chance == pytest.approx(1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x)))
+    assert difference.p_value == pytest.approx(1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x)))
 
 
 def test_cells_without_a_partner_do_not_count() -> None:
@@ -66,7 +66,7 @@ def test_cells_without_a_partner_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("accuracies", "expected"),
     [
-        ([44.0, 46.0, 50.0, 56.0], "GAQAT +2.0 +- 0.8 (more than two standard errors, which so few cells show by"),
+        ([44.0, 46.0, 50.0, 56.0], "GAQAT +2.0 +- 0.8 (more than two standard errors, not significant: t test p="),
         ([44.0, 48.1, 54.0, 57.9], "GAQAT +4.0 +- 0.0 (more than two standard errors: t test p="),
         ([44.0, 40.0, 51.0, 54.0], "GAQAT +0.2 +- 1.7 (cannot be told apart from noise)"),
         ([38.0, 42.1, 48.0, 51.9], "GAQAT -2.0 +- 0.0 (more than two standard errors"),
@@ -101,7 +101,7 @@ def test_several_comparisons_share_the_five_percent() -> None:
     alone += [record("gaqat", *cell, start[cell[0]] + gain) for cell, gain in gains.items()]
     assert "GAQAT +4.0 +- 0.9 (more than two standard errors: t test p=0.022)" in report.verdict(alone)
     together = [*alone, *(r | {"method": "lsq+sagm"} for r in alone if r["method"] == "lsq")]
-    few = "GAQAT +4.0 +- 0.9 (more than two standard errors, which so few cells show by chance too: t test p=0.022)"
+    few = "GAQAT +4.0 +- 0.9 (more than two standard errors, not significant in 3 comparisons: t test p=0.022)"
     assert few in report.verdict(together)
 
 
@@ -119,7 +119,18 @@ def test_costs_are_ratios_within_cells() -> None:
 def test_the_table_has_means_errors_and_paired_differences() -> None:
     start = {"last_step_accuracy": 30.0}
     lines = report.table([r | {"fp32": start} for r in PAIRED], {"last_step_accuracy": "last step"}).splitlines()
-    assert lines[0].split() == ["percent", "right", "method", "blended", "sketch", "mean", "-", "LSQ,", "paired"]
+    assert lines[0].split() == [
+        "accuracy",
+        "in",
+        "percent",
+        "method",
+        "blended",
+        "sketch",
+        "mean",
+        "-",
+        "LSQ,",
+        "paired",
+    ]
     fp32, lsq, gaqat = (" ".join(line.split()) for line in lines[2:])
     assert fp32 == "last step fp32 start 30.0 30.0 30.0 +- 0.0"
     assert lsq == "LSQ 42.0 52.0 47.0 +- 3.1"

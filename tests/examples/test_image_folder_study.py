@@ -17,8 +17,8 @@ from torch import nn
 
 import domainnet
 import pacs
-from domain_generalization import imagenet_study, resnet
-from domain_generalization.folders import DOMAINNET, PACS, find_domains, load_split
+from domain_generalization import image_folder_study, resnet50
+from domain_generalization.image_folders import DOMAINNET, PACS, find_domains, load_split
 
 EXAMPLES = Path(pacs.__file__).parent
 Tree = Callable[..., Path]
@@ -133,11 +133,11 @@ def test_domainnet_end_to_end(image_tree: Tree, tmp_path: Path) -> None:
     [(pacs.BENCHMARK, 5001, 1e-4, 1e-3), (domainnet.BENCHMARK, 15001, 1e-6, 5e-4)],
 )
 def test_the_published_settings_are_the_defaults(
-    benchmark: imagenet_study.Benchmark, steps: int, decay: float, alpha: float
+    benchmark: image_folder_study.Benchmark, steps: int, decay: float, alpha: float
 ) -> None:
-    options = imagenet_study.build_parser(benchmark).parse_args(["--root", "data"])
+    options = image_folder_study.build_parser(benchmark).parse_args(["--root", "data"])
     assert (options.steps, options.weight_decay, options.alpha) == (steps, decay, alpha)
-    assert (options.lr, options.rho, options.batch_size, options.eval_every) == (3e-5, 0.05, 32, 100)
+    assert (options.learning_rate, options.rho, options.batch_size, options.every) == (3e-5, 0.05, 32, 100)
     assert (options.dropout, options.holdout, options.crop) == (0.5, 0.2, 224)
 
 
@@ -158,8 +158,8 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.usefixtures("torchvision")
 def test_batchnorm_statistics_are_frozen_and_its_weights_are_trained() -> None:
-    model = resnet.resnet50(3, weights=None, pretrained=False, dropout=0.5, seed=0)
-    resnet.frozen_batchnorm_train(model)
+    model = resnet50.resnet50(3, weights=None, pretrained=False, dropout=0.5, seed=0)
+    resnet50.frozen_batchnorm_train(model)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert not any(module.training for module in norms)
@@ -171,10 +171,10 @@ def test_batchnorm_statistics_are_frozen_and_its_weights_are_trained() -> None:
 
 @pytest.mark.usefixtures("torchvision")
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
-    given = resnet.resnet50(3, weights=None, pretrained=False, dropout=0.5, seed=0).state_dict()
+    given = resnet50.resnet50(3, weights=None, pretrained=False, dropout=0.5, seed=0).state_dict()
     given["fc.weight"] = torch.zeros(1000, 2048)  # ImageNet's classifier, which is not used
     torch.save({name: value for name, value in given.items() if not name.startswith("fc.1")}, tmp_path / "start.pt")
-    loaded = resnet.resnet50(5, weights=tmp_path / "start.pt", pretrained=True, dropout=0.5, seed=1)
+    loaded = resnet50.resnet50(5, weights=tmp_path / "start.pt", pretrained=True, dropout=0.5, seed=1)
     assert torch.equal(loaded.conv1.weight, given["conv1.weight"])
     assert loaded.fc[1].out_features == 5
 
@@ -192,5 +192,5 @@ def test_a_file_with_other_weights_is_refused(tmp_path: Path) -> None:
         ("shape.pt", "does not fit torchvision's resnet50"),
         ("absent.pt", "cannot be read as a state dict"),
     ):
-        with pytest.raises(resnet.WeightsError, match=message):
-            resnet.resnet50(3, weights=tmp_path / name, pretrained=True, dropout=0.5, seed=0)
+        with pytest.raises(resnet50.WeightsError, match=message):
+            resnet50.resnet50(3, weights=tmp_path / name, pretrained=True, dropout=0.5, seed=0)

@@ -1,4 +1,4 @@
-"""torchvision beside any torch: its models and transforms need none of its compiled operators."""
+"""torchvision beside any build of torch: its models and transforms need none of its compiled operators."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import ModuleType
 
 import torch
 
-# torchvision registers shape functions for these operators while it is imported, and fails where there are none.
-_MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
-# With its own version named, pip keeps the torch that is there, and takes the torchvision of that version.
+# torchvision registers shape functions for these operators on import, and fails where they do not exist.
+_MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
+# With torch's version named, pip keeps the installed torch and chooses the torchvision for it.
 INSTALL = f'pip install ".[vision]" torch=={torch.__version__.partition("+")[0]}'
 _libraries: list[torch.library.Library] = []  # an operator lives as long as the library object that defined it
 
@@ -20,15 +20,15 @@ _libraries: list[torch.library.Library] = []  # an operator lives as long as the
 def import_torchvision() -> ModuleType:
     """Import torchvision, whether or not its compiled part fits the installed torch.
 
-    Its wheels are compiled for one build of one version of torch. Beside another (a CPU build, say) its operators do
-    not exist. Names are enough to import it; whoever calls one of the operators gets an error then.
+    Its wheels are compiled for one build of one version of torch. Beside another build, such as a CPU build, its
+    operators do not exist. Defining their names is enough to import it. A call of such an operator is an error.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
-        ImportError: it cannot be imported for another reason. Both messages say what to do.
+        ModuleNotFoundError: torchvision is not installed.
+        ImportError: torchvision cannot be imported for another reason. Both messages say what to do.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of the compiled part that it could not load
+        warnings.simplefilter("ignore")  # of the compiled part that torchvision could not load
         while True:
             try:
                 return importlib.import_module("torchvision")
@@ -38,7 +38,7 @@ def import_torchvision() -> ModuleType:
                 message = f"torchvision is not installed. In a copy of the repository: {INSTALL}"
                 raise ModuleNotFoundError(message, name=error.name) from error
             except Exception as error:
-                missing = _MISSING.search(str(error))
+                missing = _MISSING_OPERATOR.search(str(error))
                 if missing is None or not _define(missing[1]):
                     raise ImportError(
                         f"torchvision cannot be imported beside torch {torch.__version__}: {error}\n"
@@ -47,7 +47,7 @@ def import_torchvision() -> ModuleType:
 
 
 def _define(operator: str) -> bool:
-    """Give an operator its name, and forget the import that failed for it; false if it has one."""
+    """Define the name of an operator and undo the failed import. False if the operator exists."""
     if hasattr(torch.ops.torchvision, operator):
         return False
     library = torch.library.Library("torchvision", "FRAGMENT")

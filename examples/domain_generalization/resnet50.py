@@ -8,55 +8,58 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
-from .vision import import_torchvision
+from .torchvision_import import import_torchvision
 
 
 class WeightsError(Exception):
-    """The start weights cannot be had; the message is for people."""
+    """The initial weights cannot be loaded. The message is for users."""
 
 
 def resnet50(classes: int, *, weights: Path | None, pretrained: bool, dropout: float, seed: int) -> nn.Module:
-    """torchvision's ResNet-50 with dropout and a new classifier, both drawn from `seed`.
+    """torchvision's ResNet-50 with dropout and a new classifier.
 
     Args:
         classes: number of classes.
         weights: a file with a state dict of torchvision's ResNet-50; its classifier is not used.
-        pretrained: without a file, torchvision's ImageNet weights (which it downloads once); else random weights.
+        pretrained: without a file, load torchvision's ImageNet weights (downloaded once), otherwise random weights.
         dropout: probability of dropout before the classifier.
-        seed: of the weights that are not loaded.
+        seed: of all random weights.
+
+    Raises:
+        WeightsError: the weights cannot be downloaded, or the file does not hold them.
     """
     import_torchvision()
     from torchvision.models import ResNet50_Weights
-    from torchvision.models import resnet50 as build
+    from torchvision.models import resnet50 as torchvision_resnet50
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights is None and pretrained:
             try:
-                model = build(weights=ResNet50_Weights.IMAGENET1K_V1)
+                model = torchvision_resnet50(weights=ResNet50_Weights.IMAGENET1K_V1)
             except (URLError, OSError) as error:
                 raise WeightsError(
                     f"torchvision could not download its ImageNet weights ({error}). Give them as a file with "
                     "--weights FILE, or start from random weights with --no-pretrained."
                 ) from error
         else:
-            model = build(weights=None)
+            model = torchvision_resnet50(weights=None)
             if weights is not None:
-                _load(model, weights)
+                _load_body(model, weights)
         model.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(model.fc.in_features, classes))
     return model
 
 
 def frozen_batchnorm_train(model: nn.Module) -> None:
-    """Training mode, but BatchNorm keeps its statistics; its weights and biases are trained."""
+    """Training mode in which BatchNorm keeps its statistics, while its weights and biases are trained."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
-def _load(model: nn.Module, path: Path) -> None:
-    """Load a state dict of torchvision's ResNet-50, apart from its classifier, which is replaced anyway."""
+def _load_body(model: nn.Module, path: Path) -> None:
+    """Load a state dict of torchvision's ResNet-50 without its classifier, which is replaced afterwards."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A small residual network for the digit study: about 80 thousand parameters, quick on one core."""
+"""The network of the digit study: about 80 thousand parameters, quick on one core."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut, as in the first residual networks.
 
-    The classes are torch's own and every ReLU is a module of its own, so that quantization (which replaces modules by
-    their exact type) and tracing with torch.fx (which names each call) both see every operation once.
+    Every ReLU is its own module, so that tracing with torch.fx names each call once.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -58,7 +57,7 @@ class SmallResNet(nn.Module):
 
 
 def small_resnet(seed: int) -> SmallResNet:
-    """The network with weights drawn from `seed`, whatever was drawn before; the global generator is left alone."""
+    """The network with weights that `seed` alone decides. The global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SmallResNet()

@@ -1,6 +1,6 @@
 """The demo's networks as files: onnxruntime is right about as many images as the network in training, in each domain.
 
-``SOAK_NETWORKS=1 pytest -s tests/examples/test_digits_deployed.py`` goes through all methods at 8, 4, 3 and 2 bits.
+``SOAK_NETWORKS=1 pytest -s tests/examples/test_deployment.py`` goes through all methods at 8, 4, 3 and 2 bits.
 """
 
 import os
@@ -8,10 +8,10 @@ import os
 import numpy as np
 import pytest
 
-from domain_generalization import digits, study
+from domain_generalization import digit_domains, study
 from domain_generalization.deployment import onnxruntime_predictions
 from domain_generalization.digit_study import split_sources
-from domain_generalization.networks import small_resnet
+from domain_generalization.small_resnet import small_resnet
 from gaqat_optim import export_onnx
 
 SOAK = "SOAK_NETWORKS" in os.environ
@@ -21,7 +21,7 @@ TARGET = "sketch"
 
 @pytest.fixture(scope="module")
 def domains():
-    return digits.load_domains(0)
+    return digit_domains.load_domains(0)
 
 
 def trainer_for(domains, bits):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from domain_generalization import folders
-from domain_generalization.folders import DOMAINNET, PACS, FolderError, find_domains
+from domain_generalization import image_folders
+from domain_generalization.image_folders import DOMAINNET, PACS, FolderError, find_domains
 
 Tree = Callable[..., Path]
 
@@ -88,10 +88,10 @@ def test_a_domain_without_classes(root: Path) -> None:
 @pytest.mark.usefixtures("torchvision")
 def test_a_domain_is_split_by_its_seed_and_only_training_images_are_augmented(root: Path) -> None:
     folder = find_domains(root, PACS)["photo"]
-    split = folders.load_split(folder, holdout=0.34, seed=0, crop=40)
+    split = image_folders.load_split(folder, holdout=0.34, seed=0, crop=40)
     assert split.whole.classes == ["dog", "house"]
     assert (len(split.training), len(split.holdout), len(split.whole)) == (4, 2, 6)  # type: ignore[arg-type]
-    again = folders.load_split(folder, holdout=0.34, seed=0, crop=40)
+    again = image_folders.load_split(folder, holdout=0.34, seed=0, crop=40)
     assert split.holdout.indices == again.holdout.indices  # type: ignore[attr-defined]
     assert not set(split.holdout.indices) & set(split.training.indices)  # type: ignore[attr-defined]
     image, label = split.holdout[0]
@@ -106,10 +106,10 @@ def test_a_domain_is_split_by_its_seed_and_only_training_images_are_augmented(ro
 def test_batches_and_augmentation_follow_the_seed_whatever_the_model_draws(root: Path, workers: int) -> None:
     def draw(seed: int, noise: int) -> torch.Tensor:
         data = [
-            folders.load_split(folder, holdout=0.2, seed=0, crop=32).training
+            image_folders.load_split(folder, holdout=0.2, seed=0, crop=32).training
             for folder in list(find_domains(root, PACS).values())[:2]
         ]
-        stream = folders.endless_loader(data, 3, seed=seed, workers=workers, device=torch.device("cpu"))
+        stream = image_folders.endless_loader(data, 3, seed=seed, workers=workers, device=torch.device("cpu"))
         images = []
         for x, y in islice(stream, 3):
             assert x.shape == (6, 3, 32, 32)
@@ -124,9 +124,9 @@ def test_batches_and_augmentation_follow_the_seed_whatever_the_model_draws(root:
 
 @pytest.mark.usefixtures("torchvision")
 def test_drawing_a_batch_leaves_the_global_generator_alone(root: Path) -> None:
-    split = folders.load_split(find_domains(root, PACS)["photo"], holdout=0.2, seed=0, crop=32)
+    split = image_folders.load_split(find_domains(root, PACS)["photo"], holdout=0.2, seed=0, crop=32)
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    next(folders.endless_loader([split.training], 2, seed=0, workers=0, device=torch.device("cpu")))
+    next(image_folders.endless_loader([split.training], 2, seed=0, workers=0, device=torch.device("cpu")))
     assert torch.equal(torch.rand(1), expected)

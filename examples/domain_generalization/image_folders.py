@@ -5,8 +5,7 @@
              /photo       /...
              /sketch      /...
 
-Domains and classes are taken in sorted order. What is wrong with a folder is said in words: where it was looked for,
-what was found, and what to do.
+Domains and classes are numbered in sorted order. Errors say which folder, what is in it, and what to do.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .study import Batch, endless_indices, split_indices
-from .vision import import_torchvision
+from .torchvision_import import import_torchvision
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -29,7 +28,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 
 class FolderError(Exception):
-    """An image folder is not as it must be; the message is for people."""
+    """An image folder does not have DomainBed's layout. The message is for users."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Collection:
     """A data set of image folders.
 
     Attributes:
-        name: what people call it.
-        folders: what its folder may be called; DomainBed's own name first.
-        domains: its domains in sorted order, which is the order in which they are numbered.
+        name: its usual name.
+        folders: possible names of its folder, DomainBed's own first.
+        domains: its domains, in sorted order.
     """
 
     name: str
@@ -59,30 +58,31 @@ def find_domains(root: Path, collection: Collection) -> dict[str, Path]:
     """The folder of each domain, after a check of the whole tree.
 
     Raises:
-        FolderError: no such root, no folder of this collection in it, a domain that is missing, domains whose classes
-            differ, or a class without an image.
+        FolderError: the root, the collection's folder or a domain is missing, the classes of two domains differ, or a
+            class has no image.
     """
     home = _home(root, collection)
-    found = sorted(entry.name for entry in home.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    missing = [name for name in collection.domains if name not in found]
+    missing = [name for name in collection.domains if not (home / name).is_dir()]
     if missing:
         raise FolderError(
             f"{home}: missing domain{'s' if len(missing) > 1 else ''} {', '.join(missing)}.\n"
-            f"Expected the folders {', '.join(collection.domains)}; found {', '.join(found) or 'none'}.\n"
-            f"Unpack the whole of {collection.name} there, and rename folders that are called otherwise."
+            f"Expected the folders {', '.join(collection.domains)}; found {_listed(_subfolders(home))}.\n"
+            f"Unpack the whole of {collection.name} there, and rename folders that have other names."
         )
     domains = {name: home / name for name in collection.domains}
-    first, *others = domains
-    classes = _classes(domains[first])
-    for name in others:
-        here = _classes(domains[name])
-        if here != classes:
+    first = collection.domains[0]
+    classes = _subfolders(domains[first])
+    for name, path in domains.items():
+        own_classes = _subfolders(path)
+        if not own_classes:
+            raise FolderError(f"{path}: no class folders in this domain. Unpack its images, a folder for each class.")
+        if own_classes != classes:
             raise FolderError(
-                f"{domains[name]}: its classes are not those of {first}, so labels would not mean the same.\n"
-                f"Only in {first}: {_listed(set(classes) - set(here))}; only in {name}: "
-                f"{_listed(set(here) - set(classes))}.\nAdd the missing folders, or remove classes that not all have."
+                f"{path}: its classes are not those of {first}, so labels would not mean the same.\n"
+                f"Only in {first}: {_listed(set(classes) - set(own_classes))}; only in {name}: "
+                f"{_listed(set(own_classes) - set(classes))}.\nAdd the missing folders, or remove classes that not all "
+                "domains have."
             )
-    for path in domains.values():
         for label in classes:
             if not any(file.suffix.lower() in SUFFIXES for file in (path / label).rglob("*")):
                 raise FolderError(
@@ -92,62 +92,48 @@ def find_domains(root: Path, collection: Collection) -> dict[str, Path]:
     return domains
 
 
-def training_transform(crop: int) -> Any:
-    """DomainBed's augmentation for training."""
+def image_transform(crop: int, *, augmented: bool) -> Any:
+    """DomainBed's augmentation for training, or its resize for evaluation."""
     import_torchvision()
     from torchvision import transforms
 
-    return transforms.Compose(
-        [
+    if augmented:
+        resizing = [
             transforms.RandomResizedCrop(crop, scale=(0.7, 1.0)),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
             transforms.RandomGrayscale(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION),
         ]
-    )
-
-
-def evaluation_transform(crop: int) -> Any:
-    """DomainBed's plain resize for evaluation."""
-    import_torchvision()
-    from torchvision import transforms
-
-    return transforms.Compose(
-        [
-            transforms.Resize((crop, crop)),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION),
-        ]
-    )
+    else:
+        resizing = [transforms.Resize((crop, crop))]
+    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION)
+    return transforms.Compose([*resizing, transforms.ToTensor(), normalize])
 
 
 class DomainImages(Dataset[tuple[torch.Tensor, int]]):
     """The images of one domain, as torchvision reads a folder.
 
-    They are read where they are needed. A worker process that starts anew is given this object before anything else,
-    and has torchvision to import first.
+    It reads the folder on first use, in the process that needs it: a worker process unpickles this object before it
+    has imported torchvision.
 
     Args:
-        folder: of the domain, with a folder for each class.
+        folder: the domain's folder, with a folder for each class.
         crop: side of the images in pixels.
-        augmented: as for training, else plain.
+        augmented: augment as for training, otherwise only resize.
     """
 
     def __init__(self, folder: Path, crop: int, *, augmented: bool) -> None:
-        self._arguments = (folder, crop, augmented)
+        self._folder, self._crop, self._augmented = folder, crop, augmented
         self._images: Any = None
 
     @property
     def images(self) -> Any:
         """torchvision's ``ImageFolder``."""
         if self._images is None:
-            folder, crop, augmented = self._arguments
-            transform = training_transform(crop) if augmented else evaluation_transform(crop)
+            transform = image_transform(self._crop, augmented=self._augmented)
             from torchvision.datasets import ImageFolder
 
-            self._images = ImageFolder(str(folder), transform)
+            self._images = ImageFolder(str(self._folder), transform)
         return self._images
 
     @property
@@ -167,7 +153,7 @@ class DomainImages(Dataset[tuple[torch.Tensor, int]]):
 
 @dataclass(frozen=True)
 class Split:
-    """One domain: augmented images to train on, plain ones to select models by, and the whole domain, plain."""
+    """One domain: augmented images to train on, plain ones for model selection, and the whole domain, plain."""
 
     training: Dataset[Any]
     holdout: Dataset[Any]
@@ -175,16 +161,16 @@ class Split:
 
 
 def load_split(folder: Path, *, holdout: float, seed: int, crop: int) -> Split:
-    """Read one domain and split it; the split is a function of the number of images and the seed."""
+    """Read one domain and split it. The number of images and the seed decide the split."""
     augmented, plain = DomainImages(folder, crop, augmented=True), DomainImages(folder, crop, augmented=False)
     if len(plain) < 2:
         raise FolderError(f"{folder}: {len(plain)} image cannot be split into a training part and a hold-out.")
-    training, held = split_indices(len(plain), holdout, seed)
-    return Split(Subset(augmented, training.tolist()), Subset(plain, held.tolist()), plain)
+    training, held_out = split_indices(len(plain), holdout, seed)
+    return Split(Subset(augmented, training.tolist()), Subset(plain, held_out.tolist()), plain)
 
 
 class _EndlessBatches(Sampler[list[int]]):
-    """Random batches of indices for ever, for `DataLoader(batch_sampler=...)`."""
+    """Random batches of indices without end, for `DataLoader(batch_sampler=...)`."""
 
     def __init__(self, count: int, batch_size: int, generator: torch.Generator) -> None:
         self._arguments = (count, batch_size, generator)
@@ -196,14 +182,13 @@ class _EndlessBatches(Sampler[list[int]]):
 def endless_loader(
     datasets: Sequence[Dataset[Any]], batch_size: int, *, seed: int, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Mini-batches of `batch_size` images from each data set, concatenated; order and augmentation follow `seed`.
+    """Mini-batches of `batch_size` images from each data set, concatenated. `seed` decides order and augmentation.
 
-    The augmentation draws from the global generators, as do dropout and others. The loader therefore keeps a state of
-    them for itself and puts the caller's back after each batch: two methods then see the same crops and colours,
-    however much randomness each of them uses in between.
+    Augmentation and dropout draw from the same global generators. So the loader has its own state of them, and restores
+    the caller's after each batch: all methods see the same crops and colours, however many numbers each draws.
     """
-    own = _GlobalRandomness(seed)
-    with own:
+    loader_rng = _OwnGlobalRng(seed)
+    with loader_rng:
         streams = []
         for number, data in enumerate(datasets):
             generator = torch.Generator().manual_seed(1000 * seed + number)
@@ -211,22 +196,22 @@ def endless_loader(
             loader = DataLoader(data, batch_sampler=sampler, num_workers=workers, generator=generator)
             streams.append(iter(loader))
     while True:
-        with own:
+        with loader_rng:
             batches = [next(stream) for stream in streams]
         yield torch.cat([x for x, _ in batches]).to(device), torch.cat([y for _, y in batches]).to(device)
 
 
-class _GlobalRandomness:
-    """Inside the `with` block, a state of torch's and Python's global generators that belongs to this object alone."""
+class _OwnGlobalRng:
+    """Its own state of torch's and Python's global generators inside the `with` block, continued in the next block."""
 
     def __init__(self, seed: int) -> None:
-        self._own = (torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate())
+        self._inactive = (torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate())
 
     def _swap(self) -> None:
-        others = (torch.get_rng_state(), random.getstate())
-        torch.set_rng_state(self._own[0])
-        random.setstate(self._own[1])
-        self._own = others
+        active = (torch.get_rng_state(), random.getstate())
+        torch.set_rng_state(self._inactive[0])
+        random.setstate(self._inactive[1])
+        self._inactive = active
 
     def __enter__(self) -> None:
         self._swap()
@@ -241,10 +226,10 @@ def _home(root: Path, collection: Collection) -> Path:
     for name in collection.folders:
         if (root / name).is_dir():
             return root / name
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    wanted = " or ".join(f"{name}/" for name in collection.folders)
-    problem = f"{root}: no folder {wanted} in it; found {_listed(found)}."
-    if any(name in found for name in collection.domains):
+    folders = _subfolders(root)
+    expected = " or ".join(f"{name}/" for name in collection.folders)
+    problem = f"{root}: no folder {expected} in it; found {_listed(folders)}."
+    if any(name in folders for name in collection.domains):
         raise FolderError(f"{problem}\nThese look like the domains themselves: give the folder above as --root.")
     raise FolderError(
         f"{problem}\nThe layout is DomainBed's: root/{collection.folders[0]}/<domain>/<class>/<image>. The examples do "
@@ -252,14 +237,10 @@ def _home(root: Path, collection: Collection) -> Path:
     )
 
 
-def _classes(folder: Path) -> list[str]:
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not found:
-        raise FolderError(f"{folder}: no class folders in this domain. Unpack its images, a folder for each class.")
-    return found
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
 def _listed(names: Sequence[str] | set[str], most: int = 8) -> str:
-    """Names for a message, cut short where there are many."""
-    shown = sorted(names)[:most]
-    return (", ".join(shown) + (", ..." if len(names) > most else "")) or "none"
+    """Names for a message, at most so many."""
+    return (", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")) or "none"

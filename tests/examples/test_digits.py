@@ -26,6 +26,7 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
     for name in ("samples.png", "conflict.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert (out / "gaqat.onnx").stat().st_size < (out / "fp32.onnx").stat().st_size / 2
+    assert b"small_resnet.py" not in (out / "fp32.onnx").read_bytes()  # no stack traces: they are a tenth of the file
 
     records = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [(record["method"], record["target"], record["seed"], record["bits"]) for record in records] == [
@@ -42,7 +43,7 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
     text = capsys.readouterr().out
     for piece in (*(method.title for method in METHODS.values()), "noisy copies", "n=1 paired cell", "W3A3"):
         assert piece in text
-    assert "same class as convert(model) for 100.00 %" in text
+    assert "100.00 % the prediction of convert(model)" in text
 
 
 def test_a_study_of_lsq_alone_has_no_conflict_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
