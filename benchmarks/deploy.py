@@ -1,14 +1,14 @@
-"""Latency of what is deployed: ResNet-18 and ResNet-50 in onnxruntime, against float32 and its own static int8.
+"""Latency of deployed ResNet-18 and ResNet-50 in onnxruntime, against float32 and onnxruntime's own static int8.
 
     python benchmarks/deploy.py [--networks resnet18 resnet50] [--runs 40] [--json ratios.json]
 
-All files of a network run in turns, a, b, c, a, b, c, ..., on one thread and one image of 224 x 224; the table has
-ratios of medians, which are steadier than times. What is timed does not depend on the weights' values, so they are
+All files of a network run in turns, a, b, c, a, b, c, ..., on one thread and one image of 224 x 224. The table has
+ratios of medians, which are steadier than times. Latency does not depend on the values of the weights, so these are
 random, and the scales come from calibration alone.
 
-The peer is onnxruntime.quantization.quantize_static as its documentation says for x86: after its pre-processing, in QDQ
-format, per channel, calibrated on the same images as ours. It is built with unsigned and with signed activations, and
-the faster of the two is the peer.
+The peer is onnxruntime.quantization.quantize_static, used as its documentation says for x86: after its pre-processing,
+in QDQ format, per channel, calibrated on the same images. It runs with unsigned and with signed activations; the faster
+one is the peer.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from gaqat_optim import QuantConfig, export_onnx, quantize_model
 from gaqat_optim.deploy.benchmark import latencies
+from networks import from_torchvision
 
 SIZE = 224
 OURS = {
@@ -49,55 +50,42 @@ def main(arguments: list[str] | None = None) -> int:
     results = {}
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder:
-            files = written(name, Path(folder))
-            measured = latencies(list(files.values()), runs=options.runs, threads=options.threads)
-            results[name] = table(
-                dict(zip(files, measured, strict=True)), {k: p.stat().st_size for k, p in files.items()}
-            )
-        show(name, results[name], options)
+            files = export_all(name, Path(folder))
+            timings = latencies(list(files.values()), runs=options.runs, threads=options.threads)
+            sizes = {label: path.stat().st_size for label, path in files.items()}
+        results[name] = ratios(dict(zip(files, timings, strict=True)), sizes)
+        print_table(name, results[name], options)
     if options.json:
         options.json.write_text(json.dumps({"setting": setting(options), "results": results}, indent=1) + "\n")
     return 0
 
 
-def written(name: str, folder: Path) -> dict[str, Path]:
-    """The files of one network, by what they are called in the table."""
+def export_all(name: str, folder: Path) -> dict[str, Path]:
+    """Export one network in every form. The keys are the labels of the table."""
     torch.manual_seed(0)
-    model = network(name)
+    model = from_torchvision(name, classes=1000)
     images = torch.randn(8, 3, SIZE, SIZE)
     with torch.no_grad():
-        model.train()(images)  # Statistics for the BatchNorms.
+        model.train()(images)  # BatchNorm takes its statistics from these images
     model.eval()
-    files = {"float32": folder / "float32.onnx"}
-    float_file(model, images[:2], files["float32"])
+    files = {label: folder / f"{label}.onnx" for label in ("float32", *OURS, *PEERS)}
+    export_float32(model, images[:2], files["float32"])
     for label, config in OURS.items():
-        files[label] = folder / f"{label}.onnx"
-        progress(f"{name}: {label}")
+        report_progress(f"{name}: {label}")
         quantized = quantize_model(model, config, calibration=images)
         with torch.no_grad():
-            # As after training: quantizers of one value, which calibration sets alike, differ, and all are needed.
+            # Calibration sets quantizers of the same value alike. Training makes them differ, so that all are needed.
             for key, parameter in quantized.named_parameters():
                 if key.endswith("lsq_log_scale"):
                     parameter.add_(0.02 * torch.randn_like(parameter))
         export_onnx(quantized, images[:2], files[label], check=False)
-    for label, activations in PEERS.items():
-        files[label] = folder / f"{label}.onnx"
-        progress(f"{name}: {label}")
-        static_int8(files["float32"], images, files[label], activations)
+    for label, activation_type in PEERS.items():
+        report_progress(f"{name}: {label}")
+        static_int8(files["float32"], images, files[label], activation_type)
     return files
 
 
-def network(name: str) -> nn.Module:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from torchvision_import import import_torchvision
-
-    import_torchvision()
-    import torchvision
-
-    return getattr(torchvision.models, name)(weights=None)
-
-
-def float_file(model: nn.Module, sample: Tensor, path: Path) -> None:
+def export_float32(model: nn.Module, sample: Tensor, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -114,50 +102,50 @@ def float_file(model: nn.Module, sample: Tensor, path: Path) -> None:
     program.save(path, external_data=False)
 
 
-def static_int8(source: Path, images: Tensor, path: Path, activations: str) -> None:
+def static_int8(float_path: Path, images: Tensor, path: Path, activation_type: str) -> None:
     """onnxruntime's own static quantization of a float32 file."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):
+    class ImageReader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.rows: Iterator[Tensor] = iter(images.split(1))
+            self.images: Iterator[Tensor] = iter(images.split(1))
 
         def get_next(self) -> dict[str, Any] | None:
-            row = next(self.rows, None)
-            return None if row is None else {"input": row.numpy()}
+            image = next(self.images, None)
+            return None if image is None else {"input": image.numpy()}
 
     prepared = path.with_suffix(".prepared.onnx")
-    quant_pre_process(str(source), str(prepared))
+    quant_pre_process(str(float_path), str(prepared))
     quantization.quantize_static(
         str(prepared),
         str(path),
-        Reader(),
+        ImageReader(),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
-        activation_type=getattr(quantization.QuantType, activations),
+        activation_type=getattr(quantization.QuantType, activation_type),
         weight_type=quantization.QuantType.QInt8,
     )
 
 
-def table(measured: dict[str, Any], sizes: dict[str, int]) -> dict[str, dict[str, float]]:
-    """A row for each file: how many times faster than float32 and than the peer, how much smaller, and the spread."""
-    reference = measured["float32"].median
-    peer = min(measured[label].median for label in PEERS)
+def ratios(timings: dict[str, Any], sizes: dict[str, int]) -> dict[str, dict[str, float]]:
+    """For each file: how many times faster than float32 and than the peer, how many times smaller, and the spread."""
+    float_median = timings["float32"].median
+    peer_median = min(timings[label].median for label in PEERS)
     rows = {}
-    for label, result in measured.items():
-        low, high = result.quartiles
+    for label, latency in timings.items():
+        low, high = latency.quartiles
         rows[label] = {
-            "faster than float32": reference / result.median,
-            "faster than int8": peer / result.median,
+            "faster than float32": float_median / latency.median,
+            "faster than int8": peer_median / latency.median,
             "smaller": sizes["float32"] / sizes[label],
-            "median ms": result.median,
-            "spread": (high - low) / result.median,
+            "median ms": latency.median,
+            "spread": (high - low) / latency.median,
         }
     return rows
 
 
-def show(name: str, rows: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
+def print_table(name: str, rows: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
     print(f"\n{name}, batch 1, {options.threads} thread(s), {options.runs} interleaved runs; ratios of medians")
     print(f"{'':<28}{'x float32':>10}{'x int8':>8}{'smaller':>9}{'spread':>8}")
     for label, row in rows.items():
@@ -172,7 +160,7 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
     return {"runs": options.runs, "threads": options.threads, "batch": 1, "size": SIZE, **versions}
 
 
-def progress(text: str) -> None:
+def report_progress(text: str) -> None:
     print(f"  {text} ...", file=sys.stderr, flush=True)
 
 

@@ -1,12 +1,12 @@
 """Fake quantization alone: forward and backward, as multiples of the memory floor.
 
-The floor is the fewest bytes that must move: forward reads v and writes v_hat; backward reads v and the gradient G and
-writes dv. That is five times the tensor, at the speed of ``Tensor.copy_`` between two tensors of the same shape, which
-moves it twice and takes turns with what is measured. A gradient for the scale comes out of the same passes. As in a
-network, each call gets another tensor, and together they do not fit into a cache.
+The floor is the fewest bytes that must move: forward reads v and writes v_hat, backward reads v and the gradient G and
+writes dv. That is five times the tensor, at the speed of ``Tensor.copy_``, which moves it twice and takes turns with
+the candidates. A gradient for the scale comes out of the same passes. As in a network, each call gets another tensor,
+and together they do not fit into a cache.
 
 The shapes are activations and weights of a ResNet-50 and a transformer, 4 bits: unsigned activations behind a ReLU,
-signed ones, weights per tensor and per channel. How each package is set up: ``peers.py``. Compiled is
+signed ones, weights per tensor and per channel. ``peers.py`` says how each package is set up. Compiled is
 ``torch.compile(module)`` with one thread; Brevitas is left out there, since its graph breaks. On a GPU it is Triton's
 kernels in CUDA graphs (mode "reduce-overhead").
 
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from gaqat_optim import LSQQuantizer
-from peers import OURS, PEERS, check, peer
+from peers import OURS, PEERS, assert_same_codes, peer_quantizer
 from timing import Ratio, Table, Times, command, interleaved, on_gpu, ratio
 
-FLOOR = 2.5  # tensors that have to move, in copies of one
-TOGETHER = 8_000_000  # elements of the tensors that take turns in a measurement
+FLOOR = 2.5  # the memory floor, in copies of the tensor
+TOTAL_ELEMENTS = 8_000_000  # of the tensors that take turns in a run
 ACTIVATION, WEIGHT = (32, 64, 56, 56), (256, 256, 3, 3)
-# what is quantized, its shape, whether it is an activation, whether it is signed, whether it has a scale per channel
+# Label, shape, and whether it is an activation, is signed, and has a scale per channel.
 CASES = [
     ("activation 32x64x56x56, unsigned", ACTIVATION, True, False, False),
     ("activation 32x64x56x56, signed", ACTIVATION, True, True, False),
@@ -55,48 +55,48 @@ def tables(runs: int) -> Iterator[Table]:
             channel_axis=0 if per_channel else None,
         )
         quantizer.initialize(v)
-        quantizer.save_output_for_backward = True  # as in a layer, which keeps it anyway
+        quantizer.save_output_for_backward = True  # as in a layer
         modules: dict[str, nn.Module] = {OURS: quantizer}
         for name in PEERS:
-            modules[name] = peer(name, quantizer, v)
-            check(name, modules[name], quantizer, v)
-        times = measured(modules, v, runs)
-        eager.rows.append([label, *floors(times, [OURS, *PEERS])])
+            modules[name] = peer_quantizer(name, quantizer, v)
+            assert_same_codes(name, modules[name], quantizer, v)
+        times = measure(modules, v, runs)
+        eager.rows.append([label, *multiples_of_floor(times)])
         faster.rows.append([label, *(ratio(times[name], times[OURS]) for name in PEERS)])
         torch.compiler.reset()
         mode = "reduce-overhead" if on_gpu() else None  # CUDA graphs
         modules = {name: torch.compile(module, mode=mode) for name, module in modules.items() if name != "Brevitas"}
-        times = measured(modules, v, runs)
-        compiled.rows.append([label, *floors(times, [OURS, *PEERS])])
+        times = measure(modules, v, runs)
+        compiled.rows.append([label, *multiples_of_floor(times)])
     yield from (eager, faster, compiled)
 
 
-def measured(modules: dict[str, nn.Module], v: Tensor, runs: int) -> dict[str, Times]:
-    count = max(1, TOGETHER // v.numel())
+def measure(modules: dict[str, nn.Module], v: Tensor, runs: int) -> dict[str, Times]:
+    count = max(1, TOTAL_ELEMENTS // v.numel())
     inputs = [v.clone() for _ in range(count)]
-    targets, cotangents = ([torch.randn_like(v) for _ in range(count)] for _ in range(2))
+    targets, output_grads = ([torch.randn_like(v) for _ in range(count)] for _ in range(2))
     candidates = {"copy": lambda: [target.copy_(v) for target, v in zip(targets, inputs, strict=True)]}
     for name, module in modules.items():
-        candidates[name] = forward_and_backward(module, inputs, cotangents)
+        candidates[name] = forward_and_backward(module, inputs, output_grads)
     return interleaved(candidates, runs)
 
 
-def forward_and_backward(module: nn.Module, inputs: list[Tensor], cotangents: list[Tensor]) -> Callable[[], None]:
+def forward_and_backward(module: nn.Module, inputs: list[Tensor], output_grads: list[Tensor]) -> Callable[[], None]:
     inputs = [v.detach().requires_grad_() for v in inputs]
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def run() -> None:
-        for v, cotangent in zip(inputs, cotangents, strict=True):
-            torch.autograd.grad(module(v), [v, *parameters], cotangent)
+        for v, output_grad in zip(inputs, output_grads, strict=True):
+            torch.autograd.grad(module(v), [v, *parameters], output_grad)
 
-    with warnings.catch_warnings():  # of compilation
+    with warnings.catch_warnings():  # of the compiler
         warnings.simplefilter("ignore")
         run()
     return run
 
 
-def floors(times: dict[str, Times], names: list[str]) -> list[Ratio | None]:
-    return [ratio(times[name], times["copy"], 1 / FLOOR) if name in times else None for name in names]
+def multiples_of_floor(times: dict[str, Times]) -> list[Ratio | None]:
+    return [ratio(times[name], times["copy"], 1 / FLOOR) if name in times else None for name in (OURS, *PEERS)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The networks that are trained here, each with a batch and its labels."""
+"""The networks of the benchmarks, and batches for them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from gaqat_optim import QuantConfig, quantize_model
 CLASSES = 10
 
 
-def from_torchvision(name: str) -> nn.Module:
+def from_torchvision(name: str, classes: int = CLASSES) -> nn.Module:
+    """A network of ``torchvision.models`` with random weights."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from torchvision_import import import_torchvision
 
-    import_torchvision()
-    import torchvision
-
-    return getattr(torchvision.models, name)(num_classes=CLASSES)
+    return getattr(import_torchvision().models, name)(num_classes=classes)
 
 
 def resnet18_cifar() -> nn.Module:
-    """ResNet-18 as it is used on CIFAR: a 3x3 convolution of stride 1 in front, and no max pooling."""
+    """ResNet-18 in its CIFAR form: the first convolution is 3x3 with stride 1, and there is no max pooling."""
     model = from_torchvision("resnet18")
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -34,7 +32,7 @@ def resnet18_cifar() -> nn.Module:
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block whose four projections are plain linear layers."""
+    """A pre-norm transformer block with four plain linear layers."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -60,7 +58,7 @@ class Transformer(nn.Module):
 
 
 class Chain(nn.Module):
-    """Linear layers with a ReLU before each, but for the first."""
+    """Linear layers with a ReLU between them."""
 
     def __init__(self, depth: int, width: int) -> None:
         super().__init__()
@@ -80,13 +78,13 @@ def tokens(batch: int, length: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, length, width), torch.randint(CLASSES, (batch,))
 
 
-def w4a4(model: nn.Module, x: Tensor, **settings: object) -> nn.Module:
-    """``model`` with 4 bits for weights, per channel, and activations, per tensor; first and last layer 8 bits."""
-    return quantize_model(model, QuantConfig(4, 4, **settings), calibration=x).train()
+def w4a4(model: nn.Module, x: Tensor, **config: object) -> nn.Module:
+    """``model`` with 4-bit weights per channel and 4-bit activations per tensor; first and last layer 8 bits."""
+    return quantize_model(model, QuantConfig(4, 4, **config), calibration=x).train()
 
 
-def passes(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward, as a closure."""
+def closure_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """A closure that runs forward and backward."""
 
     def closure() -> Tensor:
         for p in model.parameters():

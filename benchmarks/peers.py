@@ -1,28 +1,28 @@
-"""Fake quantization by five packages, each as a module that is made from one of our quantizers and does what it does.
+"""Fake quantization by five packages. Each peer is a module made from one of our quantizers, and computes the same.
 
-All have the scale, the integer bounds and the granularity of our quantizer, a learned scale of shape (1,) or
-(channels,), float32, and give the same codes (``check`` compares them). What they are:
+All have our scale, integer bounds and granularity, a learned scale of shape (1,) or (channels,), float32, and give the
+same codes (``assert_same_codes``):
 
 ``ours``
-    ``LSQQuantizer`` as ``quantize_model`` makes it: learns log(s), LSQ's exact gradient, gradient factor 1/sqrt(N Qp).
+    ``LSQQuantizer`` as ``quantize_model`` makes it: learns log(s), LSQ's exact gradient, gradient scale 1/sqrt(N Qp).
 ``built-in``
     ``torch._fake_quantize_learnable_per_{tensor,channel}_affine``, which ``_LearnableFakeQuantize`` of
-    ``torch.ao.quantization`` calls. Its observers are left out; the zero point is 0 and not learned; the scale is kept
-    above a floor before each call as that class does; the factor goes in as ``grad_factor``.
+    ``torch.ao.quantization`` calls. Its observers are left out; the zero point is 0 and not learned; the scale is
+    clamped before each call as in that class; the gradient scale goes in as ``grad_factor``.
 ``torchao``
     ``torchao.quantization.quant_primitives._fake_quantize_affine``, which ``IntxFakeQuantizer`` calls when it learns
-    ranges. Itself it is for 2-dimensional weights in groups and for tokens, so the primitive is called with one block
-    for the tensor, or one per channel. It has no gradient factor: none is applied, which is less work.
+    ranges. That class is for 2-dimensional weights in groups and for tokens, so the primitive is called with one block
+    for the tensor, or one per channel. It has no gradient scale, which is less work.
 ``Brevitas``
     ``Int8ActPerTensorFloatMinMaxInit`` or ``Uint8ActPerTensorFloatMaxInit`` with 4 bits for activations, whose scale
     is a parameter from the start; ``Int8WeightPer{Tensor,Channel}Float`` with ``PARAMETER_FROM_STATS`` and the full
-    range for weights, whose scale is put to ours after the first call. Without ``BREVITAS_JIT``, its default. It has no
-    gradient factor either. What it returns for each tensor is unpacked to the value.
+    range for weights, whose scale is set to ours after the first call. Without ``BREVITAS_JIT``, its default. It has no
+    gradient scale either. Its result for each tensor is unpacked to the value.
 ``composition``
-    LSQ written in torch operators with "detach tricks" for the rounding and the gradient factor, as the widespread
+    LSQ written in torch operators with "detach tricks" for rounding and gradient scale, as the widespread
     implementations do, lsq-net among them; from the formulas of arXiv 1902.08153.
 
-In a network, each peer's quantizers stand in the same place of the same layers (:func:`network_of`): a peer's own layer
+In a network, each peer's quantizers have the same place in the same layers (:func:`quantize_like`): a peer's own layer
 classes would only add to it.
 """
 
@@ -49,13 +49,13 @@ class BuiltIn(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         with torch.no_grad():
             self.scale.clamp_(min=torch.finfo(torch.float32).eps)
-        factor = 1 / math.sqrt(v.numel() // self.scale.numel() * self.bounds[1])
+        grad_scale = 1 / math.sqrt(v.numel() // self.scale.numel() * self.bounds[1])
         if self.axis is None:
             return torch._fake_quantize_learnable_per_tensor_affine(
-                v, self.scale, self.zero_point, *self.bounds, factor
+                v, self.scale, self.zero_point, *self.bounds, grad_scale
             )
         return torch._fake_quantize_learnable_per_channel_affine(
-            v, self.scale, self.zero_point, self.axis, *self.bounds, factor
+            v, self.scale, self.zero_point, self.axis, *self.bounds, grad_scale
         )
 
 
@@ -81,11 +81,11 @@ class BrevitasActivation(nn.Module):
         from brevitas.quant import Int8ActPerTensorFloatMinMaxInit, Uint8ActPerTensorFloatMaxInit
 
         # The scale is the larger bound divided by 2^(bits - 1) or, unsigned, 2^bits - 1.
-        top = quantizer.scale.item() * (-quantizer.qmin or quantizer.qmax)
-        kind = Int8ActPerTensorFloatMinMaxInit if quantizer.signed else Uint8ActPerTensorFloatMaxInit
-        limits = {"min_val": -top, "max_val": top} if quantizer.signed else {"max_val": top}
+        bound = quantizer.scale.item() * (-quantizer.qmin or quantizer.qmax)
+        act_quant = Int8ActPerTensorFloatMinMaxInit if quantizer.signed else Uint8ActPerTensorFloatMaxInit
+        bounds = {"min_val": -bound, "max_val": bound} if quantizer.signed else {"max_val": bound}
         self.layer = brevitas.nn.QuantIdentity(
-            act_quant=kind, bit_width=quantizer.bits, return_quant_tensor=False, **limits
+            act_quant=act_quant, bit_width=quantizer.bits, return_quant_tensor=False, **bounds
         )
 
     def forward(self, v: Tensor) -> Tensor:
@@ -99,9 +99,9 @@ class BrevitasWeight(nn.Module):
         from brevitas.inject.enum import ScalingImplType
         from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
 
-        layer = brevitas.nn.QuantLinear if weight.dim() == 2 else brevitas.nn.QuantConv2d
+        layer_class = brevitas.nn.QuantLinear if weight.dim() == 2 else brevitas.nn.QuantConv2d
         sizes = (weight.shape[1], weight.shape[0], *([weight.shape[2]] if weight.dim() == 4 else []))
-        owner = layer(
+        layer = layer_class(
             *sizes,
             bias=False,
             weight_quant=Int8WeightPerTensorFloat if quantizer.channel_axis is None else Int8WeightPerChannelFloat,
@@ -109,9 +109,9 @@ class BrevitasWeight(nn.Module):
             weight_narrow_range=False,
             weight_scaling_impl_type=ScalingImplType.PARAMETER_FROM_STATS,
         )
-        self.proxy = owner.weight_quant
+        self.proxy = layer.weight_quant
         with torch.no_grad():
-            self.proxy(owner.weight)  # The learned scale starts in the first forward.
+            self.proxy(layer.weight)  # Brevitas sets the learned scale in the first forward
             value = next(p for name, p in self.proxy.named_parameters() if name.endswith("scaling_impl.value"))
             value.copy_((quantizer.scale * -quantizer.qmin).view_as(value))
 
@@ -126,8 +126,8 @@ class Composition(nn.Module):
         self.bounds, self.axis = (quantizer.qmin, quantizer.qmax), quantizer.channel_axis
 
     def forward(self, v: Tensor) -> Tensor:
-        factor = 1 / math.sqrt(v.numel() // self.scale.numel() * self.bounds[1])
-        scaled = self.scale * factor
+        grad_scale = 1 / math.sqrt(v.numel() // self.scale.numel() * self.bounds[1])
+        scaled = self.scale * grad_scale
         s = (self.scale - scaled).detach() + scaled
         if self.axis is not None:
             s = s.view([-1 if axis == self.axis else 1 for axis in range(v.dim())])
@@ -139,8 +139,8 @@ OURS = "ours"
 PEERS = ("built-in", "torchao", "Brevitas", "composition")
 
 
-def peer(name: str, quantizer: LSQQuantizer, v: Tensor) -> nn.Module:
-    """The quantizer of a package that does what ``quantizer`` does to ``v``."""
+def peer_quantizer(name: str, quantizer: LSQQuantizer, v: Tensor) -> nn.Module:
+    """A package's quantizer that computes for ``v`` what ``quantizer`` computes."""
     if name == "Brevitas":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -149,15 +149,15 @@ def peer(name: str, quantizer: LSQQuantizer, v: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def check(name: str, module: nn.Module, quantizer: LSQQuantizer, v: Tensor) -> None:
-    """Stop unless ``module`` gives the codes of ``quantizer``, but for a few at the border between two codes."""
-    differ = ((module(v) - quantizer(v)).abs() > 1e-4 * quantizer.scale.max()).float().mean().item()
-    if differ > 1e-3:
-        raise RuntimeError(f"{name} does not quantize as we do: {differ:.2%} of the values differ")
+def assert_same_codes(name: str, module: nn.Module, quantizer: LSQQuantizer, v: Tensor) -> None:
+    """Raise unless ``module`` gives the codes of ``quantizer``, except a few between two codes."""
+    different = ((module(v) - quantizer(v)).abs() > 1e-4 * quantizer.scale.max()).float().mean().item()
+    if different > 1e-3:
+        raise RuntimeError(f"{name} does not quantize as we do: {different:.2%} of the values differ")
 
 
 class Layer(nn.Module):
-    """A convolution or a linear layer, on an input and a weight that other modules quantize."""
+    """A convolution or linear layer with one module that quantizes its input and one that quantizes its weight."""
 
     def __init__(self, layer: nn.Module, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
         super().__init__()
@@ -170,12 +170,13 @@ class Layer(nn.Module):
         return self.layer._conv_forward(x, weight, self.layer.bias)
 
 
-def network_of(name: str, model: nn.Module, quantized: nn.Module) -> nn.Module:
-    """A copy of the float ``model``, quantized by a package where ``quantized``, which is ours, has quantizers."""
+def quantize_like(quantized: nn.Module, model: nn.Module, name: str) -> nn.Module:
+    """A copy of the float ``model`` with a package's quantizers where ``quantized``, made by us, has quantizers."""
     model = copy.deepcopy(model)
     for key, layer in list(model.named_modules()):
-        own = quantized.get_submodule(key)
-        if isinstance(layer, nn.Conv2d | nn.Linear) and getattr(own, "weight_quantizer", None) is not None:
-            quantizers = (peer(name, q, layer.weight) for q in (own.input_quantizer, own.weight_quantizer))
-            model.set_submodule(key, Layer(layer, *quantizers))
+        ours = quantized.get_submodule(key)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and getattr(ours, "weight_quantizer", None) is not None:
+            input_quantizer = peer_quantizer(name, ours.input_quantizer, layer.weight)
+            weight_quantizer = peer_quantizer(name, ours.weight_quantizer, layer.weight)
+            model.set_submodule(key, Layer(layer, input_quantizer, weight_quantizer))
     return model

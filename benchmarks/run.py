@@ -1,4 +1,4 @@
-"""All benchmarks of training, one after the other, each in a process of its own; on a GPU as well, where there is one.
+"""All benchmarks of training, one after the other, each in its own process, on the CPU and, if there is one, on a GPU.
 
 python benchmarks/run.py [--parts fake_quantize step] [--json FILE]
 """
@@ -27,7 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     results = {}
-    environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # The profiler says when it starts and stops.
+    environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # silences the profiler
     with tempfile.TemporaryDirectory() as folder:
         for device, part in itertools.product(devices, options.parts):
             start, file = time.monotonic(), Path(folder) / "part.json"

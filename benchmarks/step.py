@@ -1,10 +1,10 @@
 """Forward and backward of a W4A4 network against the same network in floating point.
 
-All networks have 4-bit weights per channel and 4-bit activations per tensor, the first and the last layer 8 bits, and
-train on random data with one thread. The peers' quantizers stand in the same layers with the same scales
-(``peers.py``). "ours, recomputed" is after ``recompute_activations(model)``. Compiled is ``torch.compile(model)``,
-against the compiled network in floating point; Brevitas is left out there, since its graph breaks. On a GPU the
-compiler makes CUDA graphs (mode "reduce-overhead").
+All networks have 4-bit weights per channel and 4-bit activations per tensor, first and last layer 8 bits, and train on
+random data with one thread. The peers' quantizers are in the same layers with the same scales (``peers.py``). "ours,
+recomputed" is after ``recompute_activations(model)``. Compiled is ``torch.compile(model)``, against the compiled
+network in floating point. Brevitas is left out there, since its graph breaks. On a GPU the compiler makes CUDA graphs
+(mode "reduce-overhead").
 
     python benchmarks/step.py [--runs 3] [--device cuda] [--json FILE]
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gaqat_optim import recompute_activations
-from networks import Transformer, from_torchvision, images, passes, resnet18_cifar, tokens, w4a4
-from peers import OURS, PEERS, network_of
+from networks import Transformer, closure_of, from_torchvision, images, resnet18_cifar, tokens, w4a4
+from peers import OURS, PEERS, quantize_like
 from timing import Table, Times, command, interleaved, on_gpu, ratio
 
 FLOAT, RECOMPUTED = "fp32", "ours, recomputed"
@@ -38,7 +38,7 @@ def tables(runs: int) -> Iterator[Table]:
     }
     for label, (model, x, y) in cases.items():
         networks = variants(model, x)
-        times = interleaved({name: passes(network, x, y) for name, network in networks.items()}, runs)
+        times = interleaved({name: closure_of(network, x, y) for name, network in networks.items()}, runs)
         eager.rows.append([label, *(ratio(times[name], times[FLOAT]) for name in columns)])
     yield eager
 
@@ -46,9 +46,9 @@ def tables(runs: int) -> Iterator[Table]:
     times = compiled_times(*transformer, runs)
     row = [ratio(times[name], times[FLOAT]) if name in times else None for name in (FLOAT, OURS, *PEERS)]
     compiled.rows.append([label, *row])
-    against = "compiled, as multiples of the same network in eager mode"
+    label = "compiled, as multiples of the same network in eager mode"
     row = [ratio(times[name], times["eager " + name]) if name in times else None for name in (FLOAT, OURS, *PEERS)]
-    compiled.rows.append([against, *row])
+    compiled.rows.append([label, *row])
     yield compiled
 
 
@@ -57,7 +57,7 @@ def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
     ours = w4a4(model, x)
     recomputed = copy.deepcopy(ours)
     recompute_activations(recomputed)
-    peers = {name: network_of(name, model, ours) for name in PEERS}
+    peers = {name: quantize_like(ours, model, name) for name in PEERS}
     return {FLOAT: model, OURS: ours, RECOMPUTED: recomputed, **peers}
 
 
@@ -65,10 +65,10 @@ def compiled_times(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> dict[st
     candidates = {}
     networks = variants(model, x)
     for name in (FLOAT, OURS, *(name for name in PEERS if name != "Brevitas")):
-        torch.compiler.reset()  # Candidates must not count against each other's limit of recompilations.
-        candidates["eager " + name] = passes(networks[name], x, y)
+        torch.compiler.reset()  # each candidate has the whole limit of recompilations
+        candidates["eager " + name] = closure_of(networks[name], x, y)
         mode = "reduce-overhead" if on_gpu() else None
-        candidates[name] = passes(torch.compile(networks[name], mode=mode), x, y)
+        candidates[name] = closure_of(torch.compile(networks[name], mode=mode), x, y)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             candidates[name]()

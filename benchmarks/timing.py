@@ -1,14 +1,14 @@
-"""What the scripts in this folder share: interleaved runs, ratios with their spread, tables, JSON.
+"""What the benchmarks share: interleaved runs, ratios with their spread, tables, the command line.
 
-Time is the CPU time of this process on one thread, so that other processes on the machine lengthen a run by what they
-take of caches and memory bandwidth, but not by the time for which they hold the processor. On a GPU it is the time
-until the device has finished. Candidates run in turns, a, b, c, b, c, a, ..., and are compared within a turn: a ratio
-is the median over turns of the ratio in each turn, and its spread is the interquartile range of these, divided by their
-median. The first turns, for warming up, are not counted.
+Time is the CPU time of this process on one thread. Other processes on the machine lengthen a run through caches and
+memory bandwidth, but not by holding the processor. On a GPU it is the time until the device has finished. Candidates
+run in turns, a, b, c, b, c, a, ..., and are compared within a turn: a ratio is the median over turns of the ratio in
+each turn, and its spread is their interquartile range divided by their median. The first turns warm up and do not
+count.
 
-glibc is told to keep the memory it has. Otherwise it gives some back to the system whenever much is free at the end of
-its heap, which is a matter of luck, and costs more than what is measured here: the pages of a new tensor then have to
-be made again. ``--allocator default`` leaves it as it is.
+glibc is told to keep its memory. By default it returns some to the system whenever much is free at the end of its heap,
+which depends on chance. The pages of a new tensor then have to be made again, which takes more time than the operators
+measured here. ``--allocator default`` leaves glibc as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": s
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the reference's time something takes; ``spread`` is ``None`` for what is counted, not timed."""
+    """A multiple of the reference's time. A count has the spread ``None``."""
 
     value: float
     spread: float | None
@@ -48,21 +48,20 @@ class Ratio:
 
 @dataclass
 class Table:
-    """A table of ratios; ``None`` is a cell that was not measured, or does not exist."""
+    """A table of ratios. A cell without a measurement is ``None``."""
 
     title: str
     columns: list[str]
     rows: list[list[str | Ratio | None]] = field(default_factory=list)
-    note: str = ""
 
     def __str__(self) -> str:
         cells = [["-" if cell is None else str(cell) for cell in row] for row in self.rows]
         text = tabulate(cells, self.columns, tablefmt="pipe", disable_numparse=True)
-        return f"\n{self.title}\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
+        return f"\n{self.title}\n\n{text}\n"
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 2) -> dict[str, Times]:
-    """Seconds of ``runs`` runs of each, in turns that each begin with another one, after ``warm_up`` uncounted ones."""
+    """Seconds of ``runs`` turns of each candidate, after ``warm_up`` turns. Each turn begins with another candidate."""
     names = list(candidates)
     times: dict[str, Times] = {name: [] for name in names}
     for turn in range(-warm_up, runs):
@@ -78,12 +77,12 @@ def timed(run: Callable[[], object]) -> float:
     """Seconds of one run, without garbage collection."""
     gc.collect()
     gc.disable()
-    wait, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu() else (lambda: None, time.process_time)
+    synchronize, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu() else (lambda: None, time.process_time)
     try:
-        wait()
+        synchronize()
         start = clock()
         run()
-        wait()
+        synchronize()
         return clock() - start
     finally:
         gc.enable()
@@ -95,10 +94,10 @@ def on_gpu() -> bool:
 
 def ratio(times: Times, reference: Times, factor: float = 1.0, digits: int = 2) -> Ratio:
     """``factor`` times the median ratio of ``times`` to ``reference`` within a turn."""
-    within = sorted(factor * a / b for a, b in zip(times, reference, strict=True))
-    middle = statistics.median(within)
-    low, _, high = statistics.quantiles(within, n=4, method="inclusive")
-    return Ratio(middle, (high - low) / abs(middle) if middle else 0.0, digits)
+    ratios = [factor * a / b for a, b in zip(times, reference, strict=True)]
+    median = statistics.median(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, (high - low) / abs(median) if median else 0.0, digits)
 
 
 def setting() -> dict[str, object]:
@@ -107,22 +106,22 @@ def setting() -> dict[str, object]:
 
 
 def command(tables: Callable[[int], Iterable[Table]], description: str, runs: int) -> None:
-    """The command line of a script: prints its tables as they come."""
+    """The command line of a benchmark. Prints each table when it is done."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--runs", type=int, default=runs, help="measured turns (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the tables here as well")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--allocator", choices=("keep", "default"), default="keep", help="(default: %(default)s)")
     options = parser.parse_args()
-    if options.allocator == "keep" and not KEEP_MEMORY.keys() <= os.environ.keys():  # It is read when a process starts.
+    if options.allocator == "keep" and not KEEP_MEMORY.keys() <= os.environ.keys():  # glibc reads it at the start
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_default_device(options.device)
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # of what torchao could not load, and would not be used here
+    logging.disable(logging.WARNING)  # of extensions that torchao could not load and the benchmarks do not use
     torch.manual_seed(0)
-    done = []
+    results = []
     for table in tables(options.runs):
         print(table, flush=True)
-        done.append(asdict(table))
+        results.append(asdict(table))
     if options.json:
-        options.json.write_text(json.dumps({"setting": setting(), "tables": done}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"setting": setting(), "tables": results}, indent=1) + "\n")
