@@ -26,7 +26,7 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
     for name in ("samples.png", "conflict.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert (out / "gaqat.onnx").stat().st_size < (out / "fp32.onnx").stat().st_size / 2
-    assert b"small_resnet.py" not in (out / "fp32.onnx").read_bytes()  # no stack traces: they are a tenth of the file
+    assert b"small_resnet.py" not in (out / "fp32.onnx").read_bytes()  # no stack traces
 
     records = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [(record["method"], record["target"], record["seed"], record["bits"]) for record in records] == [
