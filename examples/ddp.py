@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 examples/ddp.py
     torchrun --nproc-per-node 2 examples/ddp.py --per-rank
 
-The first form averages the gradients of both passes over the processes, and so trains as one process would on the
-joint batch. With --per-rank, each process looks for the sharpest direction of its own batch, and gradients are averaged
-once a step instead of twice. The first process prints the accuracy and saves the network.
+The first form averages the gradients of both passes over the processes, and so trains like one process on the joint
+batch. With --per-rank, each process perturbs along the gradient of its own batch, and gradients are averaged once a
+step instead of twice. The first process prints the accuracy and saves the network.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quant
 BATCH = 64  # images in a step, over all processes
 
 
-def load() -> tuple[torch.Tensor, torch.Tensor]:
-    """The digits of scikit-learn, mixed, the same way on all processes."""
+def load_images() -> tuple[torch.Tensor, torch.Tensor]:
+    """The digits of scikit-learn, shuffled alike on all processes."""
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(digits.images, dtype=torch.float32)[order] / 16
     return x[:, None], torch.tensor(digits.target)[order]
 
 
-def network() -> nn.Module:
+def make_network() -> nn.Module:
+    """A small convolutional network for 8x8 images."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
@@ -46,7 +47,7 @@ def network() -> nn.Module:
 
 
 def train(model: DistributedDataParallel, optimizer: GAQATOptimizer, batches: Sequence, per_rank: bool) -> None:
-    """The two-line step, or its two passes written out."""
+    """Train with the closure form or, with `per_rank`, with the explicit form."""
     for x, y in batches:
 
         def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
@@ -67,7 +68,9 @@ def train(model: DistributedDataParallel, optimizer: GAQATOptimizer, batches: Se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--per-rank", action="store_true", help="each process its own ascent, one reduction a step")
+    parser.add_argument(
+        "--per-rank", action="store_true", help="perturb each process by its own batch, with one reduction a step"
+    )
     parser.add_argument("--steps", type=int, default=200, help="steps of training (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/ddp"), help="folder of the network (default: %(default)s)"
@@ -78,11 +81,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    x, y = load()
+    x, y = load_images()
     x_train, y_train, x_test, y_test = x[:-400], y[:-400], x[-400:], y[-400:]
 
-    # Calibrated on the same images everywhere, before wrapping.
-    model = quantize_model(network(), QuantConfig(4, 4), calibration=x_train[:256])
+    # Calibrate on the same images in all processes, before wrapping.
+    model = quantize_model(make_network(), QuantConfig(4, 4), calibration=x_train[:256])
     model = DistributedDataParallel(model)
     optimizer = GAQATOptimizer(
         torch.optim.Adam(model.parameters(), lr=3e-3),
@@ -91,11 +94,11 @@ def main() -> None:
         freezing=DisorderFreeze(window=20),
     )
 
-    # All processes draw the same images, and each takes its part of them.
-    draw = torch.Generator().manual_seed(1)
+    # All processes draw the same images, and each takes its own part.
+    generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(options.steps):
-        rows = torch.randint(len(x_train), (BATCH,), generator=draw)[rank::ranks]
+        rows = torch.randint(len(x_train), (BATCH,), generator=generator)[rank::ranks]
         batches.append((x_train[rows], y_train[rows]))
     train(model, optimizer, batches, options.per_rank)
 

@@ -34,9 +34,9 @@ def test_two_processes_learn_the_digits(tmp_path, options):
 
     saved = torch.load(tmp_path / "ddp.pt", weights_only=True)
     assert {group["gaqat_steps"] for group in saved["optimizer"]["param_groups"]} == {80}
-    model = quantize_model(ddp.network(), QuantConfig(4, 4)).eval()
+    model = quantize_model(ddp.make_network(), QuantConfig(4, 4)).eval()
     model.load_state_dict(saved["model"])
-    x, y = ddp.load()
+    x, y = ddp.load_images()
     with torch.no_grad():
         accuracy = (model(x[-400:]).argmax(1) == y[-400:]).float().mean().item()
     assert accuracy == pytest.approx(float(printed[1]), abs=1e-3)

@@ -1,8 +1,12 @@
-"""DomainBed's image folders: what is read, and what is said of a folder that is not as it must be."""
+"""DomainBed's image folders: domains, splits, batches, and the errors for other layouts."""
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch
 from domain_generalization import image_folders
 from domain_generalization.image_folders import DOMAINNET, PACS, FolderError, find_domains
 
+EXAMPLES = Path(image_folders.__file__).parents[1]
 Tree = Callable[..., Path]
 
 
@@ -103,7 +108,9 @@ def test_a_domain_is_split_by_its_seed_and_only_training_images_are_augmented(ro
 
 @pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_and_augmentation_follow_the_seed_whatever_the_model_draws(root: Path, workers: int) -> None:
+def test_the_seed_decides_batches_and_augmentation_not_the_numbers_that_the_model_draws(
+    root: Path, workers: int
+) -> None:
     def draw(seed: int, noise: int) -> torch.Tensor:
         data = [
             image_folders.load_split(folder, holdout=0.2, seed=0, crop=32).training
@@ -130,3 +137,21 @@ def test_drawing_a_batch_leaves_the_global_generator_alone(root: Path) -> None:
     torch.manual_seed(1)
     next(image_folders.endless_loader([split.training], 2, seed=0, workers=0, device=torch.device("cpu")))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_worker_that_starts_anew_reads_images(image_tree: Tree, tmp_path: Path) -> None:
+    """DataLoader's workers on Windows and macOS unpickle the data set before they import torchvision."""
+    root = image_tree("PACS", PACS.domains, count=3)
+    split = image_folders.load_split(find_domains(root, PACS)["photo"], holdout=0.3, seed=0, crop=32)
+    assert split.training[0][0].shape == (3, 32, 32)  # in this process it has read its folder
+    (tmp_path / "pickled").write_bytes(pickle.dumps((split.training, split.holdout, split.whole)))
+    program = "import pickle, sys; print([len(d) * d[0][0].numel() for d in pickle.load(open(sys.argv[1], 'rb'))])"
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "pickled")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str([len(d) * 3 * 32 * 32 for d in (split.training, split.holdout, split.whole)])
