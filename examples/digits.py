@@ -29,7 +29,7 @@ from domain_generalization.conflict import save_conflict_plot
 from domain_generalization.deployment import deploy
 from domain_generalization.digit_domains import DOMAINS, load_domains, save_samples
 from domain_generalization.digit_study import MEASURES, Cell, run_cell
-from domain_generalization.options import add_study_options, add_training_options, number, settings_from
+from domain_generalization.options import add_study_options, add_training_options, in_range, settings_from
 from domain_generalization.report import costs, save_results, table, verdict
 from domain_generalization.study import Settings, cell_steps
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_study_options(parser, domains=DOMAINS, targets=("blended", "sketch"), first_seeds=(0, 1))
     parser.add_argument("--full", action="store_true", help="hold out each of the four domains in turn")
     add_training_options(parser, DEFAULTS)
-    parser.add_argument("--threads", type=number(int, 1), default=1, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--threads", type=in_range(int, 1), default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/digits"), metavar="FOLDER", help="output folder (default: %(default)s)"
     )

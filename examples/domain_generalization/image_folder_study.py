@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .image_folders import Collection, FolderError, Split, endless_loader, find_domains, load_split
-from .options import add_study_options, add_training_options, number, settings_from
+from .options import add_study_options, add_training_options, in_range, settings_from
 from .report import Record, costs, run_record, save_results, table, verdict
 from .resnet50 import WeightsError, frozen_batchnorm_train, resnet50
 from .study import METHODS, Batch, Settings, Trainer, cell_steps
@@ -70,13 +70,13 @@ def build_parser(benchmark: Benchmark) -> argparse.ArgumentParser:
             "holdout": 0.2,
         },
     )
-    option("--dropout", type=number(float, 0, 1), default=0.5, help="before the classifier (default: %(default)s)")
-    option("--crop", type=number(int, 32), default=224, help="side of the images in pixels (default: %(default)s)")
+    option("--dropout", type=in_range(float, 0, 1), default=0.5, help="before the classifier (default: %(default)s)")
+    option("--crop", type=in_range(int, 32), default=224, help="side of the images in pixels (default: %(default)s)")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", type=Path, metavar="FILE", help="start from this state dict of ResNet-50")
     weights.add_argument("--no-pretrained", action="store_true", help="start from random weights, to try the script")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    option("--workers", type=number(int, 0), default=4, help="processes that load images (default: %(default)s)")
+    option("--workers", type=in_range(int, 0), default=4, help="processes that load images (default: %(default)s)")
     folder = Path("runs", collection.name.lower())
     option("--out", type=Path, metavar="FOLDER", default=folder, help="folder of results.json (default: %(default)s)")
     return parser
@@ -121,8 +121,8 @@ def _run_cell(
 ) -> list[Record]:
     """One held-out domain with one seed, all methods: their records."""
     splits: dict[str, Split] = {
-        name: load_split(folder, holdout=settings.holdout, seed=1000 * seed + number, crop=options.crop)
-        for number, (name, folder) in enumerate(folders.items())
+        name: load_split(folder, holdout=settings.holdout, seed=1000 * seed + index, crop=options.crop)
+        for index, (name, folder) in enumerate(folders.items())
     }
     images = splits[target].whole
     sources = [split for name, split in splits.items() if name != target]
@@ -154,6 +154,7 @@ def _run_cell(
     start = "random" if options.no_pretrained else "ImageNet (IMAGENET1K_V1)"
     if options.weights is not None:
         start = options.weights.name
+    more_settings = {"dropout": options.dropout, "crop": options.crop, "device": str(device), "start": start}
 
     records = []
     for name in options.methods:
@@ -163,20 +164,7 @@ def _run_cell(
             "held_out_accuracy": measure(run.selected, images),
             "last_step_accuracy": measure(run.last, images),
         }
-        record = run_record(
-            name,
-            target,
-            seed,
-            settings,
-            run,
-            accuracies,
-            fp32_accuracies,
-            dropout=options.dropout,
-            crop=options.crop,
-            device=str(device),
-            start=start,
-        )
-        records.append(record)
+        records.append(run_record(name, target, seed, settings, run, accuracies, fp32_accuracies, **more_settings))
     return records
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from .study import METHODS, Settings
 
 
-def number(kind: type[int] | type[float], lowest: float, highest: float = math.inf) -> Callable[[str], float]:
+def in_range(kind: type[int] | type[float], lowest: float, highest: float = math.inf) -> Callable[[str], float]:
     """A type for argparse: an `int` or a `float` from `lowest` to `highest`."""
 
     def parse(text: str) -> float:
@@ -26,7 +26,7 @@ def number(kind: type[int] | type[float], lowest: float, highest: float = math.i
     return parse
 
 
-def names(choices: Iterable[str], kind: str) -> Callable[[str], list[str]]:
+def names_from(choices: Iterable[str], kind: str) -> Callable[[str], list[str]]:
     """A type for argparse: one of the choices, or several with commas between them."""
     choices = list(choices)
 
@@ -41,9 +41,9 @@ def names(choices: Iterable[str], kind: str) -> Callable[[str], list[str]]:
     return parse
 
 
-def seeds(text: str) -> list[int]:
+def seed_list(text: str) -> list[int]:
     """A type for argparse: one seed, or several with commas between them."""
-    return [int(number(int, 0)(seed)) for seed in text.split(",")]
+    return [int(in_range(int, 0)(seed)) for seed in text.split(",")]
 
 
 class JoinLists(argparse.Action):
@@ -55,19 +55,19 @@ class JoinLists(argparse.Action):
 
 # Field of `Settings`: its option, the option's type, and its help.
 TRAINING_OPTIONS = {
-    "bits": ("--bits", number(int, 2, 8), "bits of weights and activations, 2 to 8; first and last layer have 8"),
-    "steps": ("--steps", number(int, 1), "steps of quantized training"),
-    "fp32_steps": ("--fp32-steps", number(int, 1), "fp32 steps before all methods"),
-    "flat_steps": ("--flat-steps", number(int, 1), "sharpness-aware fp32 steps of the flat start"),
-    "every": ("--eval-every", number(int, 1), "steps between two source validations"),
-    "batch_size": ("--batch-size", number(int, 1), "images per source domain and step"),
-    "learning_rate": ("--lr", number(float, 0), "learning rate of Adam"),
-    "weight_decay": ("--weight-decay", number(float, 0), "weight decay of Adam"),
-    "rho": ("--rho", number(float, 0), "radius of the perturbation"),
-    "alpha": ("--alpha", number(float, 0), "alpha of SAGM"),
-    "window": ("--window", number(int, 2), "steps in a disorder window"),
-    "threshold": ("--threshold", number(float, 0, 1), "disorder below which GAQAT freezes a scale's task gradient"),
-    "holdout": ("--holdout", number(float, 0.01, 0.9), "part of each source domain that selects the model"),
+    "bits": ("--bits", in_range(int, 2, 8), "bits of weights and activations, 2 to 8; first and last layer have 8"),
+    "steps": ("--steps", in_range(int, 1), "steps of quantized training"),
+    "fp32_steps": ("--fp32-steps", in_range(int, 1), "fp32 steps before all methods"),
+    "flat_steps": ("--flat-steps", in_range(int, 1), "sharpness-aware fp32 steps of the flat start"),
+    "every": ("--eval-every", in_range(int, 1), "steps between two source validations"),
+    "batch_size": ("--batch-size", in_range(int, 1), "images per source domain and step"),
+    "learning_rate": ("--lr", in_range(float, 0), "learning rate of Adam"),
+    "weight_decay": ("--weight-decay", in_range(float, 0), "weight decay of Adam"),
+    "rho": ("--rho", in_range(float, 0), "radius of the perturbation"),
+    "alpha": ("--alpha", in_range(float, 0), "alpha of SAGM"),
+    "window": ("--window", in_range(int, 2), "steps in a disorder window"),
+    "threshold": ("--threshold", in_range(float, 0, 1), "disorder below which GAQAT freezes a scale's task gradient"),
+    "holdout": ("--holdout", in_range(float, 0.01, 0.9), "part of each source domain that selects the model"),
 }
 
 
@@ -80,7 +80,7 @@ def add_study_options(
     parser.add_argument(
         "--targets",
         **lists,
-        type=names(domains, "target"),
+        type=names_from(domains, "target"),
         default=targets,
         metavar="DOMAIN",
         help=f"held-out domains, from: {', '.join(domains)} (default: {' '.join(targets)})",
@@ -88,7 +88,7 @@ def add_study_options(
     parser.add_argument(
         "--seeds",
         **lists,
-        type=seeds,
+        type=seed_list,
         default=first_seeds,
         metavar="SEED",
         help=f"a seed decides data, initial weights and order of batches (default: {' '.join(map(str, first_seeds))})",
@@ -96,7 +96,7 @@ def add_study_options(
     parser.add_argument(
         "--methods",
         **lists,
-        type=names(METHODS, "method"),
+        type=names_from(METHODS, "method"),
         default=list(METHODS),
         metavar="METHOD",
         help="methods to compare, from: "
