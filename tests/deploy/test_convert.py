@@ -17,7 +17,8 @@ from deploy import deploy_oracle as oracle
 from deploy.deploy_networks import CONFIGS, NETWORKS, ResNet, cnn, images, mlp, randomize_norms, trained
 from gaqat_optim import GAQATOptimizer, LSQQuantizer, QuantConfig, quantization_disabled, quantize_model
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.nn.layers import ActivationQuantizer, DeployLayer
+from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
+from gaqat_optim.deploy.nn.base import DeployLayer
 from gaqat_optim.deploy.onnx_export.verification import recorded_codes
 from gaqat_optim.quant.nn.base import QuantizedModule
 
@@ -142,7 +143,7 @@ def test_a_layer_of_large_sums_adds_up_in_float64():
     x = torch.ones(1, 4096)
     x[0, ::2] = 254 / 255
     total = 127 * (255 + 254) * 2048  # needs 27 bits
-    expected = torch.tensor([total + round(0.001 * 127 * 255), total]).float() * deployed.unit
+    expected = torch.tensor([total + round(0.001 * 127 * 255), total]).float() * deployed.accumulator_scale
     assert torch.equal(run(deployed, x)[0], expected)
     small = convert(quantized(nn.Linear(64, 2), torch.rand(4, 64)))
     assert small.exact_in_float32

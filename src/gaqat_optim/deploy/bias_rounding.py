@@ -15,8 +15,10 @@ from ..quant.nn.attention import QuantMultiheadAttention
 from ..quant.nn.attention_functional import ROLES
 from ..quant.nn.base import QuantizedModule
 from .batchnorm_folding import Affine, following_norms
-from .nn.integer_parameters import activation_codes, room
-from .nn.layers import DEPLOYED
+from .nn.activation_quantizer import ActivationQuantizer
+from .nn.base import DeployLayer
+from .nn.integer_parameters import spare_bits
+from .nn.registry import deployed_class
 
 _INT32_MAX = 2**31 - 1
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -66,13 +68,20 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
             if layer in norms:
                 # Before the output quantizer that may stand behind the norm.
                 handles.append(norms[layer].register_forward_hook(_BehindNorm(layer), prepend=True))
-            elif isinstance(layer, QuantMultiheadAttention) or type(layer) in DEPLOYED:
+            elif _has_integer_biases(layer):
                 handles.append(layer.register_forward_pre_hook(_InLayer()))
                 handles.append(layer.register_forward_hook(_AfterLayer(), always_call=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _has_integer_biases(layer: QuantizedModule) -> bool:
+    if isinstance(layer, QuantMultiheadAttention):
+        return True
+    deployed = deployed_class(type(layer))
+    return deployed is not None and issubclass(deployed, DeployLayer) and deployed.is_linear
 
 
 def remove_rounding(model: nn.Module) -> None:
@@ -100,14 +109,15 @@ def rounding(
         return torch.zeros_like(bias)
     assert weights is not None
     assert inputs is not None
-    activation, scale = activation_codes(inputs, ""), weights.scale.to(torch.float32)
+    activation, scale = ActivationQuantizer.from_quantizer(inputs), weights.scale.to(torch.float32)
     if gain is not None:
         scale = (scale * gain).to(torch.float32)
-    unit = (activation.scale * (scale * 2.0 ** -room(weights.bits, activation))).to(torch.float64)
-    codes = (bias / unit).round()
-    # A channel without a usable unit has one of its own when it is deployed, in which its bias is almost exact.
-    usable = (unit.abs() >= _SMALLEST) & (codes.abs() <= _INT32_MAX)
-    return torch.where(usable, codes * unit - bias, 0.0)
+    shift = spare_bits(weights.bits, activation)
+    accumulator_scale = (activation.scale * (scale * 2.0**-shift)).to(torch.float64)
+    codes = (bias / accumulator_scale).round()
+    # A channel without a usable scale gets another one when it is deployed, in which its bias is almost exact.
+    usable = (accumulator_scale.abs() >= _SMALLEST) & (codes.abs() <= _INT32_MAX)
+    return torch.where(usable, codes * accumulator_scale - bias, 0.0)
 
 
 class _Hook:

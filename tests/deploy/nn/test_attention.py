@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from gaqat_optim.deploy.packed.container import read, write
 from torch import nn
 
 from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT
@@ -16,9 +17,9 @@ from deploy.onnx_runs import run as run_onnx
 from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.nn.attention import DeployMultiheadAttention
-from gaqat_optim.deploy.nn.layers import DeployLayer, DeployLinear
+from gaqat_optim.deploy.nn.base import DeployLayer
+from gaqat_optim.deploy.nn.linear import DeployLinear
 from gaqat_optim.deploy.onnx_export.verification import compare, out_of_range_inputs, recorded_codes
-from gaqat_optim.deploy.packed.container import read, write
 from torchvision_import import import_torchvision
 
 # What these networks leave in floating point, and traced or not, is the business of other tests.

@@ -19,7 +19,8 @@ from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT
 from deploy.onnx_runs import run as run_onnx
 from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.nn.layers import DeployConvTranspose, DeployLayer
+from gaqat_optim.deploy.nn.base import DeployLayer
+from gaqat_optim.deploy.nn.conv import DeployConvTranspose
 from gaqat_optim.deploy.onnx_export.verification import compare, out_of_range_inputs
 
 # What these networks leave in floating point, and traced or not, is the business of other tests.
@@ -131,10 +132,10 @@ def test_a_layer_is_the_integer_computation_to_the_bit(case):
     assert deployed[0].codes.is_contiguous()
     assert norm is None or type(deployed[1]) is nn.Identity
     # The float form of the operands, which a weight-only layer computes with, is that of the codes.
-    values = deployed[0]._by_channel(deployed[0].codes).double() * deployed[0].weight_scale.double().reshape(
+    values = deployed[0].channels_first(deployed[0].codes).double() * deployed[0].weight_scale.double().reshape(
         -1, *[1] * (x.dim() - 1)
     )
-    assert torch.allclose(deployed[0]._by_channel(deployed[0].weight).double(), values, rtol=1e-6, atol=0)
+    assert torch.allclose(deployed[0].channels_first(deployed[0].weight).double(), values, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -149,7 +150,7 @@ def test_the_bias_rounding_is_the_only_difference_from_the_trained_layer(bits, g
         )
         deployed = convert(layer)
         difference = (run(deployed, 3 * x) - run(layer, 3 * x)).abs()
-        half = 0.5 * deployed.unit.reshape(-1, 1, 1) if bias else 0.0
+        half = 0.5 * deployed.accumulator_scale.reshape(-1, 1, 1) if bias else 0.0
         assert bool((difference <= half + 1e-6).all())
         assert (difference.max() > 1e-5) == bias or bits > 5
 
@@ -182,7 +183,7 @@ def test_gammas_of_either_sign_zero_and_none(groups):
     deployed = convert(model)
     assert type(deployed[1]) is nn.Identity
     assert (deployed[0].weight_scale < 0).tolist() == [False, True, False, False, True, False]
-    assert deployed[0]._by_channel(deployed[0].codes).flatten(1).any(1).tolist() == [
+    assert deployed[0].channels_first(deployed[0].codes).flatten(1).any(1).tolist() == [
         True,
         True,
         False,

@@ -23,7 +23,7 @@ from deploy.deploy_networks import CONFIGS, NETWORKS, ResNet, cnn, images, mlp, 
 from gaqat_optim import QuantConfig, export_onnx, quantize_model
 from gaqat_optim.deploy.bit_planes import pack_bits, unpack_bits
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.nn.layers import DeployLayer
+from gaqat_optim.deploy.nn.base import DeployLayer
 from gaqat_optim.deploy.packed.load import load_packed
 from gaqat_optim.deploy.packed.save import save_packed
 from gaqat_optim.quant.nn.base import QuantizedModule

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..atomic_write import writable_path, write_atomically
 from ..convert import convert
-from ..nn.layers import DeployLayer
-from .container import Stored, write
-from .manifest import (
-    attentions_of,
-    join,
-    layers_of,
-    modules_of,
-    outputs_of,
-    tensors_of,
-)
+from ..module_tree import join
+from ..nn.registry import DeployedModule
+from .manifest import FORMAT, METADATA_KEY, NO_DIGEST, content_digest, describe_modules, encode_tensor, stored_tensors
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -59,29 +53,41 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_packed takes a model from quantize_model or convert, got {type(model).__name__}")
-    target = packed_path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {str(target)!r} does not exist")
-    deployed = model if any(isinstance(m, DeployLayer) for m in model.modules()) else convert(model)
-    layers = layers_of(deployed)
-    tensors = []
-    packed = {join(n, "codes"): (x.weight_bits, x.shift) for x in layers if x.weight_bits is not None for n in x.names}
-    for names, v in tensors_of(deployed):
-        bits, shift = packed.get(names[0], (None, 0))
-        tensors.append(Stored(names, v, bits, shift))
-    settings = {
-        "model": type(deployed).__name__,
-        "layers": [asdict(layer) for layer in layers],
-        "outputs": [asdict(output) for output in outputs_of(deployed)],
-        "attentions": [asdict(attention) for attention in attentions_of(deployed)],
-        "identities": [name for name, module in modules_of(deployed) if type(module) is nn.Identity],
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        message = 'save_packed needs safetensors: pip install "gaqat-optim[packed]"'
+        raise ImportError(message, name="safetensors") from error
+    target = writable_path(path)
+    deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    modules = describe_modules(deployed)
+    tensors, encodings = _encode(deployed, modules)
+    manifest = {
+        "sha256": NO_DIGEST,
+        "format": FORMAT,
+        "modules": modules,
+        "tensors": encodings,
     }
-    return write(target, settings, tensors)
+    data = save(tensors, {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))})
+    position = data.index(NO_DIGEST.encode())
+    digest = content_digest(data, position).encode()
+    return write_atomically(target, data[:position] + digest + data[position + len(digest) :])
 
 
-def packed_path(path: str | os.PathLike[str]) -> Path:
-    """``path``, if it is no folder."""
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{str(target)!r} is a folder: path must name a file")
-    return target
+def _encode(deployed: nn.Module, modules: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors of the file and their encodings, both by the first name of each tensor."""
+    tensors, encodings = {}, {}
+    bits_of_codes = {
+        join(name, "codes"): (entry["weight_bits"], entry["shift"])
+        for entry in modules
+        if entry.get("weight_bits") is not None
+        for name in entry["names"]
+    }
+    for names, tensor in stored_tensors(deployed):
+        key = names[0]
+        tensors[key], encoding = encode_tensor(key, tensor, *bits_of_codes.get(key, (None, 0)))
+        if len(names) > 1:
+            encoding["names"] = names
+        if encoding:
+            encodings[key] = encoding
+    return tensors, encodings
