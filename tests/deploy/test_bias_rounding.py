@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.deploy_networks import CONFIGS, NETWORKS, images, labels, trained
+from deploy.deploy_networks import CONFIGS, NETWORKS, images, labels, run, trained
 from gaqat_optim import QuantConfig, convert, quantization_disabled, quantize_model
 from gaqat_optim.deploy.bias_rounding import rounded_biases
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
-
-
-def run(model, x):
-    with torch.no_grad():
-        return model(x)
 
 
 @pytest.mark.parametrize("output_bits", [None, 8])

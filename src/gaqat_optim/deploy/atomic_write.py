@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,43 +8,22 @@ from pathlib import Path
 
 
 def file_path(path: str | os.PathLike[str]) -> Path:
-    """``path`` as a :class:`~pathlib.Path`.
-
-    Raises:
-        IsADirectoryError: ``path`` is a folder.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{str(target)!r} is a folder: path must name a file")
-    return target
-
-
-def writable_path(path: str | os.PathLike[str]) -> Path:
-    """``path`` as a :class:`~pathlib.Path`, before any work is done for the file.
+    """The path of a file that may not exist yet.
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
-    target = file_path(path)
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{str(target)!r} is a folder: path must name a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder of {str(target)!r} does not exist")
     return target
 
 
 def write_atomically(target: Path, data: bytes) -> int:
-    """Write a file under a temporary name, then rename it: a failure leaves the file that was there before.
-
-    Args:
-        target: the path, in a folder that exists.
-        data: the content.
-
-    Returns:
-        The size of the file in bytes.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a file under a temporary name, then rename it, so that a failure leaves the old file. Returns the size."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:

@@ -55,9 +55,9 @@ class DeployMultiheadAttention(DeployedModule):
         for role, linear in _projections(layer).items():
             quantizer = getattr(layer, f"{role}_quantizer")
             activation = None if quantizer is None else ActivationQuantizer.from_quantizer(quantizer)
-            weight_quantizer = getattr(layer, f"{role}_weight_quantizer")
-            parameters = integer_parameters(f"{name}.{role}", linear.weight, weight_quantizer, linear.bias, activation)
-            projections[role] = DeployLinear(linear, input_quantizer=activation, **parameters)
+            quantizer = getattr(layer, f"{role}_weight_quantizer")
+            parameters = integer_parameters(f"{name}.{role}", linear.weight, quantizer, linear.bias, activation)
+            projections[role] = DeployLinear(linear, parameters, activation)
         return cls(layer, projections)
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,15 +14,15 @@ from typing_extensions import Self
 from ...quant.graph.output_quantizers import quantize_output
 from ...quant.nn.base import QuantizedModule
 from ...quant.summary.record import QuantRecord, storage_bytes
-from ..batchnorm_folding import Affine
+from ..batchnorm_folding import fold_batchnorm
 from ..qdq import dequantize_constant, is_onnx_export
 from .activation_quantizer import ActivationQuantizer
-from .integer_parameters import integer_parameters, max_accumulator
+from .integer_parameters import IntegerParameters, integer_parameters, max_accumulator
 from .registry import DeployedModule
 
 # Integers of smaller magnitude are float32 numbers, and so are all sums of them that stay below it.
 _EXACT_IN_FLOAT32 = 2**24
-_QUANTIZERS = ("input_quantizer", "output_quantizer")
+_TENSORS = ("codes", "weight_scale", "float_weight", "bias_codes", "float_bias")
 
 
 class DeployLayer(DeployedModule):
@@ -44,13 +45,7 @@ class DeployLayer(DeployedModule):
 
     Args:
         source: the layer whose hyperparameters and hooks are taken over.
-        codes: the weight as int8 codes in the float layer's layout, or ``None``: the trained codes times 2^``shift``.
-        weight_scale: float32 of shape ``()`` or ``(channels,)``, beside ``codes``.
-        float_weight: the weight as float32 if there are no codes.
-        bias_codes: the bias as int32 codes in steps of the accumulator scale, or ``None``.
-        float_bias: the bias as float32, or ``None``.
-        weight_bits: bits of the trained codes.
-        shift: by how many binary digits these are shifted up in 8 bits, which makes the accumulator scale finer.
+        parameters: weight and bias, the weight in the float layer's layout.
         input_quantizer: ``None`` for an input in floating point.
         output_quantizer: ``None`` for an output in floating point.
         folded: whether a BatchNorm was folded into the layer.
@@ -70,25 +65,15 @@ class DeployLayer(DeployedModule):
     def __init__(
         self,
         source: Any,
-        *,
-        codes: Tensor | None = None,
-        weight_scale: Tensor | None = None,
-        float_weight: Tensor | None = None,
-        bias_codes: Tensor | None = None,
-        float_bias: Tensor | None = None,
-        weight_bits: int | None = None,
-        shift: int = 0,
+        parameters: IntegerParameters,
         input_quantizer: ActivationQuantizer | None = None,
         output_quantizer: ActivationQuantizer | None = None,
         folded: bool = False,
     ) -> None:
         super().__init__(source)
-        self.weight_bits, self.shift, self.folded = weight_bits, shift, folded
-        self.register_buffer("codes", codes)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("float_weight", float_weight)
-        self.register_buffer("bias_codes", bias_codes)
-        self.register_buffer("float_bias", float_bias)
+        self.weight_bits, self.shift, self.folded = parameters.weight_bits, parameters.shift, folded
+        for slot in _TENSORS:
+            self.register_buffer(slot, getattr(parameters, slot))
         self.register_buffer("accumulator_scale", None, persistent=False)
         self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
         self.exact_in_float32 = True
@@ -98,53 +83,49 @@ class DeployLayer(DeployedModule):
     @classmethod
     def from_quantized(cls, name: str, layer: QuantizedModule, norm: _BatchNorm | None = None) -> Self:
         """The deployed form of a quantized layer, with the BatchNorm ``norm`` folded in if there is one."""
-        activation, output = layer.input_quantizer, layer.output_quantizer
         bias: Any = getattr(layer, "bias", None)
+        output: Any = layer.output_quantizer
         gain = None
         if norm is not None:
-            affine = Affine.of(norm)
-            gain, bias = affine.gain, affine.bias(bias)
+            gain, bias = fold_batchnorm(norm, bias)
             if not bool(torch.isfinite(gain).all() & torch.isfinite(bias).all()):
                 raise ValueError(f"the BatchNorm behind {name!r} has values that are not finite")
             if quantize_output in norm._forward_hooks.values():
-                output = norm.output_quantizer  # type: ignore[assignment]
-        weight = layer.channels_first(layer.weight.detach())
-        deployed_activation = None if activation is None else ActivationQuantizer.from_quantizer(activation)
-        sums = deployed_activation if cls.is_linear else None
-        parameters = integer_parameters(name, weight, layer.weight_quantizer, bias, sums, gain)
-        for slot in ("codes", "float_weight"):
-            if slot in parameters:
-                parameters[slot] = layer.from_channels_first(parameters[slot])
-        return cls(
-            layer,
-            input_quantizer=deployed_activation,
-            output_quantizer=None if output is None else ActivationQuantizer.from_quantizer(output),
-            folded=norm is not None,
-            **parameters,
+                output = norm.output_quantizer
+        activation, output = (
+            None if quantizer is None else ActivationQuantizer.from_quantizer(quantizer)
+            for quantizer in (layer.input_quantizer, output)
         )
+        summed = activation if cls.is_linear else None
+        weight = layer.channels_first(layer.weight.detach())
+        parameters = integer_parameters(name, weight, layer.weight_quantizer, bias, summed, gain)
+        if parameters.codes is not None:
+            parameters = replace(parameters, codes=layer.from_channels_first(parameters.codes))
+        if parameters.float_weight is not None:
+            parameters = replace(parameters, float_weight=layer.from_channels_first(parameters.float_weight))
+        return cls(layer, parameters, activation, output, norm is not None)
 
     @classmethod
     def from_dict(cls, source: Any, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """The layer that :meth:`to_dict` describes, with these tensors."""
-        arguments: dict[str, Any] = {
-            slot: ActivationQuantizer(tensors[f"{slot}.scale"], **fields[slot])
-            for slot in _QUANTIZERS
-            if fields[slot] is not None
-        }
-        has_codes = fields["weight_bits"] is not None
-        required = ("codes", "weight_scale") if has_codes else ("float_weight",)
-        arguments |= {slot: tensors[slot] for slot in required}
-        arguments |= {slot: tensors[slot] for slot in ("bias_codes", "float_bias") if slot in tensors}
-        arguments |= {name: fields[name] for name in ("weight_bits", "shift", "folded")}
-        return cls(source, **arguments)
+        activation, output = (
+            None if fields[slot] is None else ActivationQuantizer(tensors[f"{slot}.scale"], **fields[slot])
+            for slot in ("input_quantizer", "output_quantizer")
+        )
+        parts = {slot: tensors[slot] for slot in _TENSORS if slot in tensors}
+        parameters = IntegerParameters(**parts, weight_bits=fields["weight_bits"], shift=fields["shift"])
+        if (parameters.codes is None or parameters.weight_scale is None) and parameters.float_weight is None:
+            raise ValueError("a layer without weight")
+        return cls(source, parameters, activation, output, fields["folded"])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors and the code, for JSON."""
-        fields = {**super().to_dict(), "weight_bits": self.weight_bits, "shift": self.shift, "folded": self.folded}
-        for slot in _QUANTIZERS:
-            quantizer = getattr(self, slot)
-            fields[slot] = None if quantizer is None else quantizer.to_dict()
-        return fields
+        quantizers = {"input_quantizer": self.input_quantizer, "output_quantizer": self.output_quantizer}
+        return {
+            **super().to_dict(),
+            **{name: getattr(self, name) for name in ("weight_bits", "shift", "folded")},
+            **{slot: None if quantizer is None else quantizer.to_dict() for slot, quantizer in quantizers.items()},
+        }
 
     # -- what subclasses define ----------------------------------------------------------------------------------------
 
@@ -233,12 +214,13 @@ class DeployLayer(DeployedModule):
                 f"a BatchNorm was folded into this layer ({self.extra_repr()}), which is the same for inputs of "
                 f"{2 + self.spatial_dims} axes only; got an input of shape {tuple(x.shape)}"
             )
-        compute = self._recorded if is_onnx_export() else self._computed
-        if torch.is_autocast_enabled(x.device.type) and not is_onnx_export():
+        if is_onnx_export():
+            y = self._recorded(self.prepare_input(x), *args, **kwargs)
+        elif torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):  # It would round sums to half precision.
-                y = compute(self.prepare_input(x), *args, **kwargs)
+                y = self._computed(self.prepare_input(x), *args, **kwargs)
         else:
-            y = compute(self.prepare_input(x), *args, **kwargs)
+            y = self._computed(self.prepare_input(x), *args, **kwargs)
         y = self.restore_shape(y, x)
         if self.output_quantizer is not None:
             y = self.output_quantizer.dequantized(y)

@@ -18,7 +18,16 @@ class _DeployTable(DeployedModule):
 
     @classmethod
     def from_quantized(cls, name: str, layer: Any, norm: _BatchNorm | None = None) -> Self:
-        """The table of the quantized values of a layer without output quantizer."""
+        """The table of the quantized values of a layer.
+
+        Raises:
+            ValueError: the layer has an output quantizer.
+        """
+        if layer.output_quantizer is not None:
+            raise ValueError(
+                f"{name or 'the model'!r}: an embedding is deployed as a table in floating point, which has no output "
+                f"quantizer: quantize_model with overrides={{{name!r}: {{'output_bits': None}}}}"
+            )
         return cls._with_weight(layer, layer.quantized_weight().detach())
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ _SMALLEST = torch.finfo(torch.float32).tiny  # the smallest normal float32
 _BIAS_ONLY_CODE = 2**22
 
 
+@dataclass(frozen=True)
+class IntegerParameters:
+    """Weight and bias of a deployed layer, as integers where that is possible.
+
+    Attributes:
+        codes: the weight as int8 codes: the trained ones times 2^``shift``. ``None`` for a weight in floating point.
+        weight_scale: the scale of the codes, float32 of shape ``()`` or ``(channels,)``.
+        float_weight: the weight as float32 if there are no codes.
+        bias_codes: the bias as int32 codes in steps of the accumulator scale, ``(channels,)``, or ``None``.
+        float_bias: the bias as float32 if it stays in floating point.
+        weight_bits: bits of the trained codes.
+        shift: by how many binary digits the trained codes are shifted up, which makes the accumulator scale finer.
+    """
+
+    codes: Tensor | None = None
+    weight_scale: Tensor | None = None
+    float_weight: Tensor | None = None
+    bias_codes: Tensor | None = None
+    float_bias: Tensor | None = None
+    weight_bits: int | None = None
+    shift: int = 0
+
+
 def integer_parameters(
     name: str,
     weight: Tensor,
@@ -24,52 +47,49 @@ def integer_parameters(
     bias: Tensor | None,
     activation: ActivationQuantizer | None,
     gain: Tensor | None = None,
-) -> dict[str, Any]:
-    """Weight and bias as a deployed layer takes them.
+) -> IntegerParameters:
+    """The integers and scales of a trained weight and bias.
 
     Args:
         name: qualified name of the layer, for the warning.
-        weight: the trained weight, output channels on axis 0.
+        weight: the trained weight, output channels on axis 0. The result has it in the same layout.
         quantizer: the quantizer of the weight; ``None`` leaves it in floating point.
         bias: the trained bias, ``(channels,)``, with a folded BatchNorm's in it.
-        activation: the quantizer of the input if the layer adds up integers, else ``None``: the bias then stays in
+        activation: the quantizer of the input if the layer adds up integers; otherwise ``None``, and the bias stays in
             floating point.
         gain: the factor of a folded BatchNorm, float64, ``(channels,)``.
 
-    Returns:
-        Arguments of :class:`~gaqat_optim.deploy.nn.base.DeployLayer`, the weight with its output channels on axis 0.
-
     Example:
-        A weight of 8 bits leaves no spare bits, so the accumulator scale is 0.5 * 0.25 and the bias 0.3 the code 2.
+        Weight codes of 8 bits have no spare bits. So the accumulator scale is 0.5 * 0.25, and the bias 0.3 the code 2.
 
         >>> quantizer = LSQQuantizer(8, signed=True)
         >>> weight = torch.tensor([[0.5, -0.25]])
         >>> quantizer.initialize(weight, 0.25)
         >>> activation = ActivationQuantizer(torch.tensor(0.5), bits=8, signed=False)
         >>> parameters = integer_parameters("fc", weight, quantizer, torch.tensor([0.3]), activation)
-        >>> parameters["codes"].tolist(), parameters["bias_codes"].tolist()
+        >>> parameters.codes.tolist(), parameters.bias_codes.tolist()
         ([[2, -1]], [2])
     """
-    parameters: dict[str, Any] = {}
     bias = None if bias is None else bias.detach()
     if quantizer is None:
         if gain is not None:
             weight = weight.to(torch.float64) * gain.reshape(-1, *[1] * (weight.dim() - 1))
-        parameters["float_weight"] = weight.to(torch.float32, copy=True)
-    else:
-        codes, scale = _codes(weight, quantizer)
-        scale = scale if gain is None else (scale * gain).to(torch.float32)
-        shift = 0 if bias is None or activation is None else spare_bits(quantizer.bits, activation)
-        if bias is not None:
-            codes, scale = codes * 2**shift, scale * 2.0**-shift
-            codes, scale = _neutralize_degenerate_channels(name, codes, scale, bias, activation)
-        parameters |= {"codes": codes, "weight_scale": scale, "weight_bits": quantizer.bits, "shift": shift}
-        if bias is not None and activation is not None:
+        return IntegerParameters(float_weight=_float32(weight), float_bias=_float32(bias))
+    codes, scale = _codes(weight, quantizer)
+    scale = scale if gain is None else (scale * gain).to(torch.float32)
+    shift = 0 if bias is None or activation is None else spare_bits(quantizer.bits, activation)
+    bias_codes = None
+    if bias is not None:
+        codes, scale = codes * 2**shift, scale * 2.0**-shift
+        codes, scale = _neutralize_degenerate_channels(name, codes, scale, bias, activation)
+        if activation is not None:
             steps = bias.to(torch.float64) / (activation.scale * scale).to(torch.float64)
-            parameters["bias_codes"] = steps.round().to(torch.int32)
-    if bias is not None and "bias_codes" not in parameters:
-        parameters["float_bias"] = bias.to(torch.float32, copy=True)
-    return parameters
+            bias_codes, bias = steps.round().to(torch.int32), None
+    return IntegerParameters(codes, scale, None, bias_codes, _float32(bias), quantizer.bits, shift)
+
+
+def _float32(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.to(torch.float32, copy=True)
 
 
 def _codes(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:

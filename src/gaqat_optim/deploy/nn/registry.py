@@ -29,35 +29,23 @@ class DeployedModule(nn.Module):
         source: the layer to replace, quantized or float.
     """
 
-    hyperparameters: ClassVar[tuple[str, ...]] = ()  # names of attributes that are copied from the source
+    hyperparameters: ClassVar[tuple[str, ...]] = ()  # attributes of the source that the operation needs
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.copy_hyperparameters(source)
         for attribute, value in vars(source).items():
-            if attribute.startswith("_forward_"):  # The registries of hooks.
+            if attribute.startswith("_forward_"):  # the registries of hooks
                 setattr(self, attribute, value)
 
     @classmethod
-    def from_quantized(cls, name: str, layer: Any, norm: _BatchNorm | None = None) -> DeployedModule:
-        """The deployed form of a quantized layer.
-
-        Args:
-            name: qualified name of the layer, for warnings and errors.
-            layer: the layer, of a quantized class. Its scales are set.
-            norm: the BatchNorm to fold in, if there is one.
-        """
+    def from_quantized(cls, name: str, layer: Any, norm: _BatchNorm | None = None) -> Self:
+        """The deployed form of the quantized layer with the qualified name ``name``, with ``norm`` folded in."""
         raise NotImplementedError
 
     @classmethod
     def from_dict(cls, source: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The module that :meth:`to_dict` describes.
-
-        Args:
-            source: the layer to replace, quantized or float.
-            fields: what :meth:`to_dict` returned.
-            tensors: the parameters and buffers of the module, by name.
-        """
+        """The module in the place of ``source`` that :meth:`to_dict` describes; its tensors are given by name."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +53,7 @@ class DeployedModule(nn.Module):
         return {"hyperparameters": self.hyperparameters_of(self)}
 
     def copy_hyperparameters(self, source: Any) -> None:
-        """Copy from the source what the operation needs beside its operands."""
+        """Copy what the operation needs from the source."""
         for name in self.hyperparameters:
             setattr(self, name, getattr(source, name))
 

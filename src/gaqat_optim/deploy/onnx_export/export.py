@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quant.summary.macs import counted, macs_by_bits
-from ..atomic_write import writable_path, write_atomically
+from ..atomic_write import file_path, write_atomically
 from ..convert import convert
 from ..nn.activation_quantizer import ActivationQuantizer
 from ..nn.base import DeployLayer
@@ -115,7 +115,7 @@ def export_onnx(
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_onnx takes a model from quantize_model or convert, got {type(model).__name__}")
     sample = _checked(sample, storage, opset)
-    target = writable_path(path)
+    target = file_path(path)
     _require_packages(check, opset)
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)

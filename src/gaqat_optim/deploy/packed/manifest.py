@@ -7,7 +7,12 @@ manifest is described in the documentation, on the page "Deployment".
 from __future__ import annotations
 
 import hashlib
+import json
+import mmap
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,3 +139,70 @@ def content_digest(data: Any, position: int) -> str:
         for part in (view[:position], NO_DIGEST.encode(), view[position + len(NO_DIGEST) :]):
             digest.update(part)
     return digest.hexdigest()
+
+
+def read_packed(target: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The entries of the modules, and the tensors by all their names, as copies on the CPU.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: the file is not from ``save_packed``, is of another version of the format, or is damaged.
+        OSError: there is no such file, or it cannot be read.
+    """
+    safetensors = import_safetensors("load_packed")
+    with open(target, "rb") as raw:
+        data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(raw.fileno()).st_size else b""
+    try:
+        with safetensors.safe_open(str(target), "pt") as file:
+            manifest = _checked_manifest(target, (file.metadata() or {}).get(METADATA_KEY), data)
+            with refuse_foreign(target):
+                tensors: dict[str, Tensor] = {}
+                for key in file.keys():  # noqa: SIM118 (no dictionary)
+                    encoding = manifest["tensors"].get(key, {})
+                    tensor = decode_tensor(file.get_tensor(key), encoding)
+                    tensors |= dict.fromkeys(encoding.get("names", [key]), tensor)
+                return manifest["modules"], tensors
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{str(target)!r} is not a packed network, or was cut off or damaged: {error}") from error
+
+
+def _checked_manifest(target: Path, text: str | None, data: Any) -> dict[str, Any]:
+    """The manifest, if the file is of this format and not damaged."""
+    if text is None:
+        raise ValueError(f"{str(target)!r} is not a packed network: its header has no entry {METADATA_KEY!r}")
+    with refuse_foreign(target):
+        manifest: dict[str, Any] = json.loads(text)
+        version, digest = manifest["format"], manifest["sha256"].encode()
+    if version != FORMAT:
+        raise ValueError(
+            f"{str(target)!r} is of version {version} of the format, and this gaqat-optim reads version {FORMAT}: it "
+            "was written by a newer gaqat-optim, or is damaged"
+        )
+    if content_digest(data, max(data.find(digest), 0)).encode() != digest:
+        raise ValueError(f"{str(target)!r} is damaged: its content does not match its checksum. Save or copy it again")
+    return manifest
+
+
+@contextmanager
+def refuse_foreign(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn every error into one that says what it means for a file with a checksum: another program wrote it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} is not as save_packed writes files: {type(error).__name__}: {error}"
+        ) from error
+
+
+def import_safetensors(function: str) -> Any:
+    """The package that ``function`` needs.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        message = f'{function} needs safetensors: pip install "gaqat-optim[packed]"'
+        raise ImportError(message, name="safetensors") from error
+    return safetensors

@@ -8,34 +8,45 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..atomic_write import writable_path, write_atomically
+from ..atomic_write import file_path, write_atomically
 from ..convert import convert
 from ..module_tree import join
 from ..nn.registry import DeployedModule
-from .manifest import FORMAT, METADATA_KEY, NO_DIGEST, content_digest, describe_modules, encode_tensor, stored_tensors
+from .manifest import (
+    FORMAT,
+    METADATA_KEY,
+    NO_DIGEST,
+    content_digest,
+    describe_modules,
+    encode_tensor,
+    import_safetensors,
+    stored_tensors,
+)
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write a quantized network to one file in which a weight costs as many bits as it was trained with.
 
-    The codes of a layer's weight are stored as bit planes (``deploy.bits``), without the shift that
-    :func:`~gaqat_optim.convert` gives them in 8 bits. Everything else, scales and int32 biases and what is not
-    quantized, is stored as it stands in memory, to the bit; tensors that are shared are stored once. The settings of
-    all layers are in the file too. The code of the network is not: :func:`~gaqat_optim.load_packed` takes it from a
-    network of the same architecture. Equal networks give equal files.
+    The file is a safetensors file. The codes of a layer's weight are stored as bit planes, without the shift that
+    :func:`~gaqat_optim.convert` gives them in 8 bits. All other tensors (scales, int32 biases, layers in floating
+    point) are stored as they are, to the bit; shared tensors are stored once. The hyperparameters of all deployed
+    layers are in the file too. The code of the network is not: :func:`~gaqat_optim.load_packed` takes it from a network
+    of the same architecture. Equal networks give equal files. The page "Deployment" of the documentation describes the
+    file for readers in other languages.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set, or one from
             :func:`~gaqat_optim.convert`. It stays as it is.
-        path: where the file goes. It appears when it is complete: a failure leaves what was there before.
+        path: where the file goes. A failure leaves the old file.
 
     Returns:
         The number of bytes written.
 
     Raises:
+        ImportError: the extra ``[packed]`` is not installed.
         TypeError: ``model`` is no module.
-        ValueError: the model cannot be converted, was changed after it was, or has something that no file holds: a
-            sparse tensor, one without data, extra state.
+        ValueError: the model cannot be converted, was changed after it was, or has a sparse tensor, a tensor without
+            data, or extra state.
         OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
 
     Example:
@@ -53,12 +64,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_packed takes a model from quantize_model or convert, got {type(model).__name__}")
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        message = 'save_packed needs safetensors: pip install "gaqat-optim[packed]"'
-        raise ImportError(message, name="safetensors") from error
-    target = writable_path(path)
+    safetensors = import_safetensors("save_packed")
+    target = file_path(path)
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     modules = describe_modules(deployed)
     tensors, encodings = _encode(deployed, modules)
@@ -68,7 +75,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
         "modules": modules,
         "tensors": encodings,
     }
-    data = save(tensors, {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))})
+    data: bytes = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))})
     position = data.index(NO_DIGEST.encode())
     digest = content_digest(data, position).encode()
     return write_atomically(target, data[:position] + digest + data[position + len(digest) :])

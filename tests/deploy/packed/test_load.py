@@ -1,12 +1,9 @@
-"""``save_packed`` and ``load_packed``: exact or an error, from the bits of a code to a file read in another process."""
+"""``load_packed``: the network that comes back, to the bit, or an error that says where it differs."""
 
 import copy
 import functools
-import hashlib
-import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import warnings
@@ -19,131 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deploy.deploy_networks import CONFIGS, NETWORKS, ResNet, cnn, images, mlp, randomize_norms, trained
+from deploy.deploy_networks import NETWORKS, ResNet, cnn, images, mlp, randomize_norms
+from deploy.packed.packed_networks import (
+    CONFIGURATIONS,
+    SAME,
+    Odd,
+    identical,
+    network,
+    odd,
+    run,
+    snapshot,
+    tensors,
+    unchanged,
+)
 from gaqat_optim import QuantConfig, export_onnx, quantize_model
-from gaqat_optim.deploy.bit_planes import pack_bits, unpack_bits
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.nn.base import DeployLayer
 from gaqat_optim.deploy.packed.load import load_packed
 from gaqat_optim.deploy.packed.save import save_packed
 from gaqat_optim.quant.nn.base import QuantizedModule
-
-SAME = QuantConfig(4, 4, first_last_bits="same")
-CONFIGURATIONS = {
-    **CONFIGS,
-    "per channel": QuantConfig(3, 5, weight_granularity="channel", first_last_bits="same"),
-    "per tensor": QuantConfig(5, 3, weight_granularity="tensor", first_last_bits="same"),
-    "weight-only": QuantConfig(4, None, first_last_bits="same"),
-    "activation-only": QuantConfig(None, 4, first_last_bits="same"),
-    "outputs": QuantConfig(6, 7, output_bits=8),  # Then no BatchNorm is folded.
-    "one layer left out": QuantConfig(2, 8, exclude=("*1",)),
-}
-
-
-@functools.cache
-def network(name, config):
-    return trained(name, CONFIGURATIONS[config], steps=2)
-
-
-def run(model, x):
-    with torch.no_grad():
-        return model(x)
-
-
-def tensors(model):
-    """All of them, with those that no state dict has, by all their names."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
-def identical(a, b):
-    """Whether two networks have the same modules and, to the bit, the same tensors."""
-    a_tensors, b_tensors = tensors(a), tensors(b)
-    assert str(a) == str(b)
-    assert a_tensors.keys() == b_tensors.keys()
-    for name, v in a_tensors.items():
-        w = b_tensors[name]
-        assert (v.dtype, v.shape, type(v), v.requires_grad) == (w.dtype, w.shape, type(w), w.requires_grad), name
-        assert torch.equal(v.contiguous().view(-1).view(torch.uint8), w.contiguous().view(-1).view(torch.uint8)), name
-    named = [dict(m.named_modules(remove_duplicate=False)) for m in (a, b)]
-    assert [type(m) for m in named[0].values()] == [type(m) for m in named[1].values()]
-    assert not any(m.training for m in b.modules())
-    for v, w in zip(named[0].values(), named[1].values(), strict=True):
-        if isinstance(v, DeployLayer):
-            fields = ("weight_bits", "shift", "folded", "exact_in_float32")
-            assert [getattr(v, f) for f in fields] == [getattr(w, f) for f in fields]
-    return True
-
-
-def snapshot(model):
-    return {name: v.clone() for name, v in tensors(model).items()}, str(model), [m.training for m in model.modules()]
-
-
-def unchanged(model, before):
-    after = snapshot(model)
-    return after[1:] == before[1:] and all(torch.equal(after[0][name], v) for name, v in before[0].items())
-
-
-# -- bits -----------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def codes(draw):
-    bits, signed = draw(st.integers(2, 8)), draw(st.booleans())
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    values = draw(st.lists(st.integers(low, high), max_size=40))
-    return np.array(values, dtype=np.int8 if signed else np.uint8), bits, signed
-
-
-def slow_planes(values, bits):
-    planes = [[0] * ((len(values) + 7) // 8) for _ in range(bits)]
-    for i, value in enumerate(values):
-        for p in range(bits):
-            planes[p][i // 8] += (value % 2**bits // 2**p % 2) * 2 ** (i % 8)
-    return planes
-
-
-@given(codes())
-def test_planes_are_those_of_a_loop_over_bits_and_give_the_codes_back(case):
-    values, bits, signed = case
-    planes = pack_bits(values, bits)
-    assert planes.dtype == np.uint8
-    assert planes.tolist() == slow_planes(values.tolist(), bits)
-    again = unpack_bits(planes, bits, values.shape, signed)
-    assert again.dtype == values.dtype
-    assert np.array_equal(again, values)
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("signed", [True, False])
-def test_every_code_of_a_width_and_every_shape(bits, signed):
-    low = -(2 ** (bits - 1)) if signed else 0
-    values = np.arange(low, low + 2**bits).astype(np.int8 if signed else np.uint8)
-    assert np.array_equal(unpack_bits(pack_bits(values, bits), bits, values.shape, signed), values)
-    for shape in ((), (0,), (3, 0, 2), (1,), (3, 5), (2, 3, 3, 1)):
-        part = np.resize(values[::-1], shape)
-        assert np.array_equal(unpack_bits(pack_bits(part, bits), bits, shape, signed), part)
-    turned = np.resize(values, (3, 5)).T
-    assert np.array_equal(unpack_bits(pack_bits(turned, bits), bits, (5, 3), signed), turned)
-
-
-def test_what_is_no_code_is_refused():
-    for bits in (1, 9, 0, -1):
-        with pytest.raises(ValueError, match="bits must be from 2 to 8"):
-            pack_bits(np.zeros(3, dtype=np.int8), bits)
-        with pytest.raises(ValueError, match="bits must be from 2 to 8"):
-            unpack_bits(np.zeros((3, 1), dtype=np.uint8), bits, (3,), True)
-    for value in (4, -5):
-        with pytest.raises(ValueError, match=f"of 3 bits must be from -4 to 3; these are from {min(value, 0)}"):
-            pack_bits(np.array([0, value], dtype=np.int8), 3)
-    with pytest.raises(ValueError, match="must be from 0 to 7"):
-        pack_bits(np.array([8], dtype=np.uint8), 3)
-    with pytest.raises(TypeError, match="int8 or uint8, got int64"):
-        pack_bits(np.array([1]), 3)
-    with pytest.raises(ValueError, match=r"have planes of shape \(3, 2\), got \(3, 1\)"):
-        unpack_bits(np.zeros((3, 1), dtype=np.uint8), 3, (9,), True)
-
-
-# -- round trips ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS)
@@ -225,42 +115,6 @@ def test_channels_without_weights_and_their_biases(tmp_path):
     assert identical(expected, load_packed(model, tmp_path / "net"))
 
 
-class Odd(nn.Module):
-    """Tensors of all kinds beside one quantized layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-        self.again = self.layer
-        self.table = nn.Embedding(5, 6)
-        self.tied = nn.Parameter(torch.randn(3, dtype=torch.float64))
-        self.also = self.tied
-        self.norm = nn.LayerNorm(6)
-        self.lstm = nn.LSTM(6, 6, batch_first=True)
-        odd = {
-            "scalar": torch.tensor(0.1, dtype=torch.bfloat16),
-            "nothing": torch.zeros(0, 3, dtype=torch.float16),
-            "turned": torch.randn(4, 3).t(),
-            "gaps": torch.randn(4, 6)[:, ::2],
-            "expanded": torch.randn(1, 3).expand(2, 3),
-            "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-            "one": torch.randn(2, 3, 1, 1).to(memory_format=torch.channels_last),
-            "flags": torch.tensor([True, False, True]),
-            "complex": torch.randn(3, dtype=torch.complex64).conj(),
-            "special": torch.tensor([np.nan, -0.0, np.inf, 1e-45]),
-        }
-        for name, v in odd.items():
-            self.register_buffer(name, v, persistent=name != "gaps")
-
-    def forward(self, tokens):
-        return self.lstm(self.norm(self.again(self.layer(self.table(tokens)).relu())))[0]
-
-
-def odd(config=QuantConfig(3, 4, first_last_bits="same", exclude=("lstm",))):  # noqa: B008 (immutable)
-    torch.manual_seed(1)
-    return quantize_model(Odd(), config, calibration=torch.randint(5, (16, 3)))
-
-
 @pytest.fixture
 def odd_file(tmp_path):
     save_packed(odd(), tmp_path / "odd")
@@ -280,9 +134,6 @@ def test_tensors_of_all_kinds_and_names(odd_file):
         assert getattr(loaded, name).stride() == getattr(expected, name).stride()
     tokens = torch.randint(5, (4, 3))
     assert torch.equal(run(loaded, tokens), run(expected, tokens))  # An LSTM has its weights in a list, too.
-    header = json.loads(odd_file.read_bytes()[24:].split(b"\0")[0].rpartition(b"}")[0] + b"}")
-    assert ["tied", "also"] in [entry["names"] for entry in header["tensors"]]
-    assert header["layers"][0]["names"] == ["layer", "again"]
 
 
 def test_values_that_are_conjugated_or_negated_only_when_they_are_read(tmp_path):
@@ -392,102 +243,6 @@ def test_nothing_is_said_where_all_is_well(tmp_path):
         load_packed(cnn(), str(tmp_path / "net"))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_a_weight_costs_its_bits(bits, tmp_path):
-    wide = nn.Sequential(nn.Linear(1000, 999, bias=False))
-    config = QuantConfig(bits, 8, first_last_bits="same")
-    size = save_packed(quantize_model(wide, config, calibration=torch.rand(4, 1000)), tmp_path / "net")
-    weights = size - 4 * 999  # Without the scales.
-    assert 32 / bits * 0.98 < 4 * 999_000 / weights <= 32 / bits
-    print(f"{bits} bits: {4 * 999_000 / size:.3f} times smaller with scales and header, {32 / bits:.3f} at best")
-
-
-# -- damaged and other files ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    path = tmp_path_factory.mktemp("small") / "net.packed"
-    model = quantize_model(nn.Sequential(nn.Linear(3, 2)), SAME, calibration=torch.rand(8, 3))
-    save_packed(model, path)
-    return path.read_bytes()
-
-
-def refused(data, tmp_path, match=None):
-    (tmp_path / "net").write_bytes(data)
-    with pytest.raises(ValueError, match=match) as raised:
-        load_packed(nn.Sequential(nn.Linear(3, 2)), tmp_path / "net")
-    return str(raised.value)
-
-
-def test_every_byte_counts(small, tmp_path):
-    for i in range(len(small)):
-        for flip in (0x01, 0x80, 0xFF):
-            refused(small[:i] + bytes([small[i] ^ flip]) + small[i + 1 :], tmp_path, "net' (is|has|was)")
-
-
-def test_a_file_cut_off_anywhere_or_longer(small, tmp_path):
-    for length in range(len(small)):
-        refused(small[:length], tmp_path, "is not a packed network|was cut off")
-    refused(small[:500], tmp_path, f"has 500 bytes and should have {len(small)}: it was cut off")
-    refused(small + b"\0", tmp_path, "cut off, or is damaged")
-    refused(small + small, tmp_path, "cut off, or is damaged")
-
-
-class Bomb:
-    def __reduce__(self):
-        return os._exit, (3,)
-
-
-def signed(header, body=b"", version=1):
-    """A file with the right lengths and the right checksum."""
-    header = header.ljust(-(-len(header) // 8) * 8)
-    data = struct.pack("<7sBQQ", b"GAQATPK", version, len(header), 24 + len(header) + len(body) + 32) + header + body
-    return data + hashlib.sha256(data).digest()
-
-
-def test_files_of_other_kinds(tmp_path):
-    bomb = pickle.dumps(Bomb())
-    for data in (b"", b"G", b"a text\n" * 100, bomb, b"\x89HDF\r\n\x1a\n" * 40):
-        assert "is not a packed network" in refused(data, tmp_path)
-    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "torch")
-    assert "is not a packed network" in refused((tmp_path / "torch").read_bytes(), tmp_path)
-    refused(b"GAQATPK\x01" + bomb, tmp_path, "cut off")
-    refused(b"GAQATPK\x01" + bomb * 10, tmp_path, "should have")
-    for data in (signed(bomb), signed(b"{}", bomb), signed(b""), signed(b"\xff"), signed(b"[" * 100_000)):
-        refused(data, tmp_path, "is not as save_packed writes files")
-    refused(signed(b"{}", version=2), tmp_path, "version 2 of the format.*reads version 1: it was written by a newer")
-
-
-CHANGES = {
-    "no layers": lambda h: h.pop("layers"),
-    "no identities": lambda h: h.pop("identities"),
-    "an unknown field": lambda h: h["layers"][0].update(other=1),
-    "beyond the end": lambda h: h["tensors"][0].update(offset=10**6),
-    "before the beginning": lambda h: h["tensors"][0].update(offset=-8),
-    "another shape": lambda h: h["tensors"][0].update(shape=[2, 4]),
-    "strides beyond the end": lambda h: h["tensors"][0].update(stride=[300, 1]),
-    "another dtype": lambda h: h["tensors"][1].update(dtype="float64"),
-    "one byte": lambda h: h["tensors"][1].update(size=1),
-    "no dtype": lambda h: h["tensors"][1].update(dtype="load"),
-    "nine bits": lambda h: h["tensors"][0].update(bits=9),
-    "another kind": lambda h: h["layers"][0].update(kind="DeployConv"),
-    "no such layer": lambda h: h["layers"][0].update(names=["7"]),
-    "no such norm": lambda h: h["identities"].append("7"),
-    "a layer for a norm": lambda h: h["identities"].append("0"),
-    **{f"no tensor {i}": lambda h, i=i: h["tensors"].pop(i) for i in range(4)},
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_header_that_no_accident_makes(change, small, tmp_path):
-    size = struct.unpack("<Q", small[8:16])[0]
-    header = json.loads(small[24 : 24 + size])
-    assert signed(json.dumps(header, separators=(",", ":")).encode(), small[24 + size : -32]) == small
-    CHANGES[change](header)
-    refused(signed(json.dumps(header).encode(), small[24 + size : -32]), tmp_path)
-
-
 def test_no_file_and_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_packed(cnn(), tmp_path / "nowhere")
@@ -496,25 +251,6 @@ def test_no_file_and_a_folder(tmp_path):
     for call in (load_packed, save_packed):
         with pytest.raises(IsADirectoryError, match="is a folder: path must name a file"):
             call(network("cnn", "W4A4"), tmp_path)
-
-
-@pytest.mark.parametrize("where", ["replace", "fsync"])
-def test_a_writing_that_fails_leaves_the_old_file(where, tmp_path, monkeypatch):
-    path = tmp_path / "net"
-    save_packed(network("mlp", "W4A4"), path)
-    before = path.read_bytes()
-
-    def fail(*args):
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, where, fail)
-        with pytest.raises(OSError, match="no space left"):
-            save_packed(network("cnn", "W4A4"), path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["net"]
-    save_packed(network("cnn", "W4A4"), path)
-    assert path.read_bytes() != before
 
 
 def test_what_was_read_does_not_depend_on_the_file_any_more(tmp_path):
@@ -594,9 +330,6 @@ def test_modules_that_share_a_weight(tie, left_out, tmp_path):
     assert [[v is w for w in one] for v in one] == [[v is w for w in other] for v in other]
 
 
-# -- other architectures, and models that cannot be saved -----------------------------------------------------------
-
-
 def linear_and_conv(**changes):
     conv = {"kernel_size": 3, "padding": 1} | changes
     return nn.Sequential(nn.Conv2d(3, 4, **conv), nn.BatchNorm2d(4), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -617,13 +350,11 @@ OTHERS = {
     "'0' is a Linear in the network and a DeployConv in the file": lambda: changed(0, nn.Linear(3, 4)),
     "'0' is a LazyConv2d in": lambda: changed(0, nn.LazyConv2d(4, 3)),
     "'0' is no module in the network and a DeployConv": lambda: nn.Module(),
-    "'1' is a ReLU in the network, and nothing or a folded BatchNorm": lambda: changed(1, nn.ReLU()),
+    "'1' is a ReLU in the network and an Identity or a folded BatchNorm in the file": lambda: changed(1, nn.ReLU()),
     r"'3\.weight' has the shape \(9,\) in the network and \(8,\) in the file": lambda: changed(3, nn.LayerNorm(9)),
-    r"the file has no entry for '2\.weight', which the network has": lambda: changed(2, nn.PReLU()),
-    r"the file has an entry for '3\.bias', which the network does not have": lambda: changed(
-        3, nn.LayerNorm(8, bias=False)
-    ),
-    "'4' has a bias only in the file": lambda: changed(4, nn.Linear(8, 2, bias=False)),
+    r"'2\.weight' is a tensor in the network and no tensor in the file": lambda: changed(2, nn.PReLU()),
+    r"'3\.bias' is no tensor in the network and a tensor in the file": lambda: changed(3, nn.LayerNorm(8, bias=False)),
+    "'4' has no bias in the network and a bias in the file": lambda: changed(4, nn.Linear(8, 2, bias=False)),
 }
 
 
@@ -642,43 +373,12 @@ def test_a_bias_only_in_the_network(tmp_path):
     save_packed(
         quantize_model(nn.Sequential(nn.Linear(4, 2, bias=False)), calibration=torch.rand(4, 4)), tmp_path / "n"
     )
-    with pytest.raises(ValueError, match="'0' has a bias only in the network"):
+    with pytest.raises(ValueError, match="'0' has a bias in the network and no bias in the file"):
         load_packed(nn.Sequential(nn.Linear(4, 2)), tmp_path / "n")
 
 
-def test_models_that_cannot_be_saved_or_loaded_into(tmp_path):
-    path, model = tmp_path / "net", network("cnn", "W4A4")
-    for call in (load_packed, save_packed):
-        with pytest.raises(TypeError, match="got str"):
-            call("model", path)
-    with pytest.raises(ValueError, match="has no quantized layers: call quantize_model first"):
-        save_packed(cnn(), path)
+def test_models_that_cannot_be_loaded_into(tmp_path):
+    with pytest.raises(TypeError, match=r"load_packed takes the float network.*got str"):
+        load_packed("model", tmp_path / "net")
     with pytest.raises(ValueError, match="converted already: load_packed takes the float network"):
-        load_packed(convert(model), path)
-    deployed = convert(model)
-    with pytest.raises(ValueError, match=r"'0' was changed after convert \(by a cast"):
-        save_packed(copy.deepcopy(deployed).double(), path)
-    broken = copy.deepcopy(deployed)
-    broken[3].codes += 1
-    with pytest.raises(ValueError, match=r"'3\.codes' was changed after convert: it has codes that are no multiples"):
-        save_packed(broken, path)
-    broken = convert(network("cnn", "weight-only"))
-    broken[3].codes.fill_(100)
-    with pytest.raises(ValueError, match="codes of 4 bits must be from -8 to 7"):
-        save_packed(broken, path)
-    with pytest.raises(ValueError, match="'1' is quantized and not converted"):
-        save_packed(nn.Sequential(deployed, model[3]), path)
-    with pytest.raises(ValueError, match=r"'1\.weight' has no data"):
-        save_packed(nn.Sequential(deployed, nn.LayerNorm(2, device="meta")), path)
-    odd_one = nn.Module()
-    odd_one.register_buffer("sparse", torch.eye(2).to_sparse())
-    with pytest.raises(ValueError, match=r"'1\.sparse' is a tensor of torch\.float32 and torch\.sparse_coo"):
-        save_packed(nn.Sequential(deployed, odd_one), path)
-
-    class Extra(nn.Module):
-        def get_extra_state(self):
-            return {}
-
-    with pytest.raises(ValueError, match="'1' has extra state"):
-        save_packed(nn.Sequential(deployed, Extra()), path)
-    assert os.listdir(tmp_path) == []
+        load_packed(convert(network("cnn", "W4A4")), tmp_path / "net")
