@@ -200,15 +200,11 @@ class Cosine(nn.Linear):
 
 
 class DeployRowLinear(DeployLayer):
+    channel_axis = 1
+
     def operation(self, x, weight, bias):
         y = x @ weight
         return y if bias is None else y + bias
-
-    def channels_first(self, weight):
-        return weight.t()
-
-    def from_channels_first(self, weight):
-        return weight.t()
 
 
 class DeployCosine(DeployLayer):

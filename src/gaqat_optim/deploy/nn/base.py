@@ -38,10 +38,11 @@ class DeployLayer(DeployedModule):
     point, the bias and the arithmetic are too, on the values of the codes. ``output_quantizer`` is applied to y. All
     arithmetic is in float32 for every dtype of x; the result has the dtype of x.
 
-    A deployed form of your own layer derives from this class and defines :meth:`operation`. Override
-    ``hyperparameters`` for attributes of the layer that the operation needs, :meth:`channels_first` if the output
-    channels are not on axis 0 of the weight, :attr:`spatial_dims` if the output has axes behind its channels, and set
-    ``is_linear = False`` if the operation is more than sums of products of input and weight.
+    The deployed form of your own layer derives from this class and defines :meth:`operation`. Where needed, it sets
+    ``is_linear = False`` (the operation is more than sums of products of input and weight: it then runs in floating
+    point on the values of the codes), ``channel_axis`` (the axis of the weight for its output channels), or
+    ``hyperparameters`` (names of attributes of the layer that the operation needs, each a value that JSON can hold),
+    and overrides :attr:`spatial_dims`, or :meth:`copy_hyperparameters` for parameters other than weight and bias.
 
     Args:
         source: the layer whose hyperparameters and hooks are taken over.
@@ -52,6 +53,7 @@ class DeployLayer(DeployedModule):
     """
 
     is_linear: ClassVar[bool] = True  # whether sums of products are all that the operation computes
+    channel_axis: ClassVar[int] = 0  # of the weight, for its output channels
 
     codes: Tensor | None
     weight_scale: Tensor | None
@@ -151,15 +153,15 @@ class DeployLayer(DeployedModule):
 
     def channels_first(self, weight: Tensor) -> Tensor:
         """The weight, or its codes, with the output channels on axis 0."""
-        return weight
+        return weight.movedim(self.channel_axis, 0)
 
     def from_channels_first(self, weight: Tensor) -> Tensor:
         """The inverse of :meth:`channels_first`."""
-        return weight
+        return weight.movedim(0, self.channel_axis)
 
     def dequantize_codes(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The operators of an ONNX graph that compute the weight from its codes."""
-        return dequantize_constant(codes, scale, self.weight_bits, self.shift)
+        return dequantize_constant(codes, scale, self.weight_bits, self.shift, self.channel_axis)
 
     # -- what all layers share -----------------------------------------------------------------------------------------
 
