@@ -92,8 +92,8 @@ def test_a_batchnorm_that_is_not_the_layers_alone_stays(way):
     model = randomize_norms(quantized(Shared(way), x, QuantConfig(8, 8)))
     deployed = convert(copy.deepcopy(model).train())
     assert "bn" in norms_in(deployed)
-    expected, found = run(model, x), run(deployed, x)
-    for a, b in zip(*[y if isinstance(y, tuple) else (y,) for y in (expected, found)], strict=True):
+    expected, actual = run(model, x), run(deployed, x)
+    for a, b in zip(*[y if isinstance(y, tuple) else (y,) for y in (expected, actual)], strict=True):
         assert close(a, b)
 
 
@@ -216,11 +216,11 @@ def test_a_batchnorm_with_an_output_quantizer_behind_it_is_folded(tail):
     model = quantized(net, x, QuantConfig(8, 8, output_bits=8))
     deployed = convert(model)
     assert norms_in(deployed) == []
-    expected, found = run(model, x), run(deployed, x)
+    expected, actual = run(model, x), run(deployed, x)
     site = 2 if tail and isinstance(tail[0], nn.ReLU) else 1
     scale = model[site].output_quantizer.scale.item()
-    assert ((expected - found).abs() <= 1.001 * scale).all()  # A bias is rounded, so a code can be the next one.
-    assert (expected != found).float().mean() < 0.02
+    assert ((expected - actual).abs() <= 1.001 * scale).all()  # A bias is rounded, so a code can be the next one.
+    assert (expected != actual).float().mean() < 0.02
 
 
 def test_a_network_that_cannot_be_traced_keeps_its_norms_and_says_why():

@@ -52,9 +52,9 @@ def layers(draw):
         stride, padding, dilation = (draw(st.integers(low, 2)) for low in (1, 0, 1))
         layer = CONVOLUTIONS[spatial](4, outputs, 2, stride, padding, dilation, groups, bias)
         shape = (4, *[draw(st.integers(3, 5)) for _ in range(spatial)])
-    parts = [layer]
+    modules = [layer]
     if draw(st.booleans()):
-        parts.append(NORMS[max(spatial, 1)](outputs, affine=draw(st.booleans())))
+        modules.append(NORMS[max(spatial, 1)](outputs, affine=draw(st.booleans())))
     signed = draw(st.booleans())
     config = QuantConfig(
         draw(st.integers(2, 8)),
@@ -64,7 +64,7 @@ def layers(draw):
         scale_domain=draw(st.sampled_from(["log", "linear"])),
         first_last_bits="same",
     )
-    model = randomize_norms(quantized(nn.Sequential(*parts), torch.randn(8, *shape), config), seed)
+    model = randomize_norms(quantized(nn.Sequential(*modules), torch.randn(8, *shape), config), seed)
     return model, 3 * torch.randn(2, *shape)
 
 
@@ -81,7 +81,7 @@ def test_a_layer_is_the_integer_computation_to_the_bit(case):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_where_no_bias_has_to_be_rounded_the_networks_are_equal_to_the_bit(network):
-    """All scales are powers of two and all biases multiples of the unit: every sum is exact on both sides."""
+    """All scales are powers of two, all biases multiples of the accumulator scale: every sum is exact on both sides."""
     torch.manual_seed(0)
     x = images(64)
     config = QuantConfig(4, 3, scale_domain="linear", output_bits=8 if network == "mlp" else None)
@@ -92,19 +92,19 @@ def test_where_no_bias_has_to_be_rounded_the_networks_are_equal_to_the_bit(netwo
                 q.raw_scale.copy_(q.scale.log2().round().exp2())
         for layer, norm in pairs(model):
             channels = layer.weight.shape[0]
-            unit = layer.input_quantizer.scale * layer.weight_quantizer.scale
+            accumulator_scale = layer.input_quantizer.scale * layer.weight_quantizer.scale
             if layer.bias is not None:
-                layer.bias.copy_(torch.randint(-40, 40, (channels,)) * unit)
+                layer.bias.copy_(torch.randint(-40, 40, (channels,)) * accumulator_scale)
             if norm is not None:
                 norm.eps = 0.0
                 norm.running_var.copy_(4.0 ** torch.randint(-1, 2, (channels,)))
-                norm.running_mean.copy_(torch.randint(-40, 40, (channels,)) * unit)
+                norm.running_mean.copy_(torch.randint(-40, 40, (channels,)) * accumulator_scale)
                 norm.weight.copy_(
                     2.0 ** torch.randint(-1, 2, (channels,)) * torch.randint(0, 2, (channels,)).sub(0.5).sign()
                 )
                 norm.weight[0] = 0.0
                 gain = norm.weight / norm.running_var.sqrt()
-                norm.bias.copy_(torch.randint(-40, 40, (channels,)) * unit * gain)
+                norm.bias.copy_(torch.randint(-40, 40, (channels,)) * accumulator_scale * gain)
                 norm.bias[0] = 0.75
     deployed = convert(model)
     for inputs in (x, 8 * x, 8 * (x.mean() - x)):
@@ -123,11 +123,11 @@ def pairs(model):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_drift_from_the_trained_network(network, config):
-    """Biases are rounded to the unit s_a s', half a unit at most, which moves some activations to the next code.
+    """Biases are rounded to multiples of the accumulator scale, which moves some activations to the next code.
 
-    The wider the codes, the finer the unit. So the outputs differ, by some percent of their range at 2 and 3 bits, and
-    a decision between two classes of nearly equal scores can change: these networks have seen 30 batches, and hardly
-    separate the classes. At 4 bits and more 98 % of the decisions have to be the same, below 85 %.
+    The more bits a code has, the finer the scale. So the outputs differ, by some percent of their range at 2 and 3
+    bits, and a prediction between two classes of nearly equal scores can change: these networks have seen 30 batches,
+    and hardly separate the classes. At 4 bits and more 98 % of the predictions have to be the same, below 85 %.
     """
     model = trained(network, CONFIGS[config])
     deployed, x = convert(model), images(512, seed=7)

@@ -29,7 +29,7 @@ def convert(model: nn.Module) -> nn.Module:
         u_c = s_a s'_c / 2^k
 
     with an exact sum and one multiplication, in float32. A BatchNorm behind the layer goes into the scale and the
-    bias, with the weight's codes as they were trained:
+    bias; the weight keeps its trained codes:
 
     .. math::
 
@@ -37,29 +37,28 @@ def convert(model: nn.Module) -> nn.Module:
         b_c = \mathrm{round}\left( \frac{\beta_c + (b_c^{\mathrm{float}} - \mu_c) \gamma_c / \sigma_c}{u_c} \right)
         \in \mathrm{int32}
 
-    so that a negative gamma gives a negative scale. This rounding of the bias is the one difference from the network
-    that was trained, beyond the last bits of floating-point sums. In units of the sum (k = 0) it would be coarse at few
-    bits: a trained 3-bit network then decided otherwise for 13 % of its images. So the weight, of b < 8 bits, stands
-    2^k times larger in its 8-bit container, with k up to 8 - b, and the unit of the bias is that much finer.
+    A negative gamma gives a negative scale. The rounding of the bias is the only difference from the trained network,
+    beyond the last bits of floating-point sums. With k = 0 it is coarse at few bits: in a trained 3-bit network it
+    changed 13 % of the predictions. So weight codes of b < 8 bits are shifted up by k <= 8 - b binary digits, which
+    makes the accumulator scale u_c finer.
 
-    A channel whose gamma is zero keeps its bias alone, and so does one whose gamma is so small that the bias would not
-    fit, which is a warning. A layer whose weight or input is in floating point has its bias there too.
+    A channel with gamma = 0 keeps its bias alone. So does a channel whose gamma is so small that the bias does not fit
+    into int32, with a warning. If the weight or the input of a layer is in floating point, so is its bias.
 
-    The BatchNorm is found by tracing the network symbolically, and replaced by an identity. It is folded where it is
-    the only user of the layer's output, is used once, and has running statistics; elsewhere, and in a network that
-    cannot be traced (which is a warning), it stays as it is. So does a subclass with a forward of its own;
-    ``nn.SyncBatchNorm`` is folded.
+    A BatchNorm is found by symbolic tracing, and replaced by an identity. It is folded if it is the only user of the
+    layer's output, is used once, and has running statistics and torch's forward (``nn.SyncBatchNorm`` has). Otherwise
+    it stays as it is, and in a network that cannot be traced, with a warning.
 
     Args:
-        model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set. It stays as it is.
+        model: a network from :func:`~gaqat_optim.quantize_model` whose scales are all set. It stays as it is.
 
     Returns:
         A network of the same class, in evaluation mode and without gradients: the numeric specification of an export.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: nothing is quantized, or it is converted already, or a quantizer is switched off, has no scale yet,
-            or has one that is not finite, or the weights or the BatchNorm's values are not finite.
+        ValueError: nothing is quantized; the model is converted already; a layer has no deployed form; a quantizer is
+            switched off or has no scale yet; or a scale, a weight or a value of a BatchNorm is not finite.
 
     Example:
         >>> from gaqat_optim import QuantConfig, quantize_model
@@ -121,7 +120,7 @@ def _deployed_class(name: str, layer: QuantizedModule) -> type[DeployedModule]:
     if deployed is None:
         raise ValueError(
             f"{name or 'the model'!r}: there is no deployed form of {type(layer).__name__}, whose computation is its "
-            f"own. Set deployed_as in that class, to a DeployLayer that computes the same; or leave the layer in "
+            f"own. Set deployed_as in that class to a DeployLayer that computes the same, or leave the layer in "
             f"floating point: quantize_model with exclude=({name!r},)"
         )
     return deployed

@@ -19,21 +19,14 @@ def join(prefix: str, name: str) -> str:
 def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
     """Replace the modules of a network, each before its children, in place.
 
-    Args:
-        model: the network.
-        replacement: takes a module and its first name, and returns what stands in its place: a new module, whose
-            children are replaced next, or the module itself. It is called once for each module.
+    ``replacement`` is called once for each module, with its first name. It returns a new module, whose children are
+    replaced next, or the module itself. The result is the replacement of ``model``.
 
-    Returns:
-        The replacement of ``model`` itself.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-        >>> replace_modules(net, lambda name, module: nn.Identity() if isinstance(module, nn.Dropout) else module)
-        Sequential(
-          (0): Linear(in_features=2, out_features=2, bias=True)
-          (1): Identity()
-        )
+    >>> net = nn.Sequential(nn.Dropout())
+    >>> replace_modules(net, lambda name, module: nn.Identity() if name == "0" else module)
+    Sequential(
+      (0): Identity()
+    )
     """
     replaced: dict[nn.Module, nn.Module] = {}
     waiting = [("", model)]

@@ -31,8 +31,8 @@ def chain(spatial, groups):
     """Two transposed convolutions of odd numbers of channels, the first one between integer layers."""
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
     first = TRANSPOSED[spatial](3 * groups, 5 * groups, 3, 2, 1, 1, groups)
-    parts = [convolution(1, 3 * groups, 1), nn.ReLU(), first, NORMS[spatial](5 * groups), nn.ReLU()]
-    return nn.Sequential(*parts, TRANSPOSED[spatial](5 * groups, 7, 2, bias=False), nn.ReLU(), convolution(7, 3, 1))
+    modules = [convolution(1, 3 * groups, 1), nn.ReLU(), first, NORMS[spatial](5 * groups), nn.ReLU()]
+    return nn.Sequential(*modules, TRANSPOSED[spatial](5 * groups, 7, 2, bias=False), nn.ReLU(), convolution(7, 3, 1))
 
 
 class Attention(nn.Module):

@@ -62,9 +62,13 @@ def projected(a, weight, bias, input_quantizer, weight_quantizer):
     ratio = weight.detach().numpy() / scale.reshape(-1, 1)
     q = np.rint(np.clip(ratio, weight_quantizer.qmin, weight_quantizer.qmax)).astype(np.int64)
     k = shift_of(weight_quantizer.bits, input_quantizer, bias)
-    unit = step * (scale / np.float32(2**k))
-    codes = 0 if bias is None else np.rint(bias.detach().double().numpy() / unit.astype(np.float64)).astype(np.int64)
-    return ((a.astype(np.int64) @ q.T * 2**k + codes).astype(np.float32) * unit).astype(np.float64)
+    accumulator_scale = step * (scale / np.float32(2**k))
+    codes = (
+        0
+        if bias is None
+        else np.rint(bias.detach().double().numpy() / accumulator_scale.astype(np.float64)).astype(np.int64)
+    )
+    return ((a.astype(np.int64) @ q.T * 2**k + codes).astype(np.float32) * accumulator_scale).astype(np.float64)
 
 
 def attention_oracle(layer, inputs, mask):
@@ -150,12 +154,12 @@ def test_attention_is_exact_integers_and_float64(construction, kind):
                         deployed, far * x, average_attn_weights=average, need_weights=need_weights, **arguments
                     )
                 for role, expected in zip(ROLES, codes, strict=True):
-                    found = recorded[f"attention.{role}_quantizer"][0]
-                    assert np.array_equal(found.reshape(expected.shape), expected), role
-                found = recorded["attention.out_proj.input_quantizer"][0].reshape(out.shape)
-                assert np.abs(found - ratio).max() <= 0.501
+                    actual = recorded[f"attention.{role}_quantizer"][0]
+                    assert np.array_equal(actual.reshape(expected.shape), expected), role
+                actual = recorded["attention.out_proj.input_quantizer"][0].reshape(out.shape)
+                assert np.abs(actual - ratio).max() <= 0.501
                 operands = last.weight, last.bias, last.input_quantizer, last.weight_quantizer
-                assert np.array_equal(y.numpy(), projected(found, *operands).astype(np.float32))
+                assert np.array_equal(y.numpy(), projected(actual, *operands).astype(np.float32))
                 assert (shares is not None) == need_weights
                 if need_weights:
                     expected = weights.mean(1) if average else weights
@@ -165,7 +169,7 @@ def test_attention_is_exact_integers_and_float64(construction, kind):
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_the_bias_rounding_is_the_only_difference_from_the_trained_layer(construction, bits):
-    """With biases that are multiples of the unit there is none, but for the last bits of float32 sums."""
+    """With biases that are multiples of the accumulator scale there is none, but for the last bits of float32 sums."""
     torch.manual_seed(0)
     x = torch.randn(N, L, E)
     model = quantized(

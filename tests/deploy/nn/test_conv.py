@@ -71,12 +71,16 @@ def expected_output(layer, norm, x, output_padding):
         gain = gain if norm.weight is None else gain * norm.weight.detach().double().numpy()
         shift = 0.0 if norm.bias is None else norm.bias.detach().double().numpy()
         scale, bias = scale * gain, shift + (bias - norm.running_mean.double().numpy()) * gain
-    k = oracle.room(layer) if has_bias else 0
-    unit = layer.input_quantizer.scale.detach().numpy().reshape(()) * (scale.astype(np.float32) / np.float32(2**k))
-    bias_codes = np.rint(bias / unit.astype(np.float64)).astype(np.int64) if has_bias else np.zeros(channels, int)
+    k = oracle.spare_bits(layer) if has_bias else 0
+    accumulator_scale = layer.input_quantizer.scale.detach().numpy().reshape(()) * (
+        scale.astype(np.float32) / np.float32(2**k)
+    )
+    bias_codes = (
+        np.rint(bias / accumulator_scale.astype(np.float64)).astype(np.int64) if has_bias else np.zeros(channels, int)
+    )
     sums = total(layer, oracle.input_codes(layer, x), weight_codes(layer), output_padding) * 2**k
     along = (-1, *[1] * (x.dim() - 2))
-    return (sums + bias_codes.reshape(along)).astype(np.float32) * unit.reshape(along)
+    return (sums + bias_codes.reshape(along)).astype(np.float32) * accumulator_scale.reshape(along)
 
 
 @st.composite
@@ -90,9 +94,9 @@ def layers(draw):
     extra = draw(st.integers(0, max(stride, dilation) - 1))
     torch.manual_seed(seed)
     layer = TRANSPOSED[spatial](inputs, outputs, kernel, stride, padding, extra, groups, draw(st.booleans()), dilation)
-    parts = [layer]
+    modules = [layer]
     if draw(st.booleans()):
-        parts.append(NORMS[spatial](outputs, affine=draw(st.booleans())))
+        modules.append(NORMS[spatial](outputs, affine=draw(st.booleans())))
     config = QuantConfig(
         draw(st.integers(2, 8)),
         draw(st.integers(2, 8)),
@@ -101,7 +105,7 @@ def layers(draw):
         first_last_bits="same",
     )
     shape = (inputs, *[draw(st.integers(1, 3)) for _ in range(spatial)])
-    model = randomize_norms(quantized(nn.Sequential(*parts), torch.randn(8, *shape), config), seed)
+    model = randomize_norms(quantized(nn.Sequential(*modules), torch.randn(8, *shape), config), seed)
     return model, 3 * torch.randn(2, *shape)
 
 
@@ -127,7 +131,7 @@ def test_a_layer_is_the_integer_computation_to_the_bit(case):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_bias_rounding_is_the_only_difference_from_the_trained_layer(bits, groups):
-    """At most half a unit, beside the last bits of a float32 sum; none at all without a bias."""
+    """At most half a step, beside the last bits of a float32 sum; none at all without a bias."""
     torch.manual_seed(bits)
     x = torch.rand(4, 3, 5, 4)
     for bias in (True, False):
@@ -290,9 +294,9 @@ def test_the_file_has_the_codes_in_the_layout_of_the_operator(name, tmp_path):
     for slot, layer, node in zip(("up", "head"), layers, nodes, strict=True):
         codes = stored[f"{slot}.codes"]
         assert codes.data_type == onnx.TensorProto.INT4
-        found = onnx.numpy_helper.to_array(codes).astype(np.int8)
-        assert found.shape == tuple({"up": model.up, "head": model.head}[slot].weight.shape)
-        assert np.array_equal(found, layer.codes.numpy() >> layer.shift)
+        actual = onnx.numpy_helper.to_array(codes).astype(np.int8)
+        assert actual.shape == tuple({"up": model.up, "head": model.head}[slot].weight.shape)
+        assert np.array_equal(actual, layer.codes.numpy() >> layer.shift)
         bias = makers[node.input[2]]
         assert bias.op_type == "DequantizeLinear"
         assert stored[bias.input[0]].data_type == onnx.TensorProto.INT32

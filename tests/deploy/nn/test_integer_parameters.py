@@ -87,8 +87,8 @@ def test_narrow_weights_use_the_room_of_their_container_but_not_more(weight_bits
     assert largest < 2**15 or shift == 0
 
 
-def test_the_finer_unit_of_biases_keeps_the_codes_of_training():
-    """At three bits, the biases' rounding flips a tenth of the codes that it would in units of the sum, or fewer."""
+def test_the_finer_scale_of_biases_keeps_the_codes_of_training():
+    """At three bits, the biases' rounding flips a tenth of the codes that it would in steps of the sum, or fewer."""
     x = torch.rand(256, 16)
     torch.manual_seed(0)
     layers = [m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU())]
@@ -110,6 +110,6 @@ def test_the_finer_unit_of_biases_keeps_the_codes_of_training():
                 expected = (hidden / q.scale).clamp(q.qmin, q.qmax).round()
                 flips[coarse] += int((torch.from_numpy(codes[f"{name}.input_quantizer"][0]) != expected).sum())
             hidden = original(hidden)
-    print(f"codes that differ from training: {flips[False]} with the finer unit, {flips[True]} without")
+    print(f"codes that differ from training: {flips[False]} with the finer scale, {flips[True]} without")
     assert flips[True] > 50
     assert flips[False] <= flips[True] / 10

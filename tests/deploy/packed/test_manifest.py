@@ -29,8 +29,8 @@ def test_a_reader_that_knows_the_description_alone_gets_every_tensor(make, tmp_p
     assert arrays.keys() == expected.keys()
     for name, v in expected.items():
         assert arrays[name].shape == tuple(v.shape)
-        found = torch.from_numpy(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).copy())
-        assert torch.equal(found, bytes_of(v)), name
+        actual = torch.from_numpy(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).copy())
+        assert torch.equal(actual, bytes_of(v)), name
     deployed = dict(convert(model).named_modules(remove_duplicate=False))
     for entry in manifest["modules"]:
         assert {type(deployed[name]).__name__ for name in entry["names"]} <= {entry["kind"]}

@@ -14,6 +14,7 @@ from ...quant.nn.attention import QuantMultiheadAttention
 from ...quant.nn.attention_functional import ROLES, attend
 from ...quant.nn.base import QuantLinear
 from .activation_quantizer import ActivationQuantizer
+from .base import without_autocast
 from .integer_parameters import integer_parameters
 from .linear import DeployLinear
 from .registry import DeployedModule, deploys
@@ -88,10 +89,7 @@ class DeployMultiheadAttention(DeployedModule):
             "average_attn_weights": average_attn_weights,
         }
         inputs = (query.to(torch.float32), key.to(torch.float32), value.to(torch.float32))
-        if torch.is_autocast_enabled(query.device.type):
-            with torch.autocast(query.device.type, enabled=False):
-                y, weights = attend(self, self._project, inputs, **options)
-        else:
+        with without_autocast(query):
             y, weights = attend(self, self._project, inputs, **options)
         return y.to(query.dtype), None if weights is None else weights.to(query.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -114,8 +115,8 @@ class DeployLayer(DeployedModule):
             None if fields[slot] is None else ActivationQuantizer(tensors[f"{slot}.scale"], **fields[slot])
             for slot in ("input_quantizer", "output_quantizer")
         )
-        parts = {slot: tensors[slot] for slot in _TENSORS if slot in tensors}
-        parameters = IntegerParameters(**parts, weight_bits=fields["weight_bits"], shift=fields["shift"])
+        own = {slot: tensors[slot] for slot in _TENSORS if slot in tensors}
+        parameters = IntegerParameters(**own, weight_bits=fields["weight_bits"], shift=fields["shift"])
         if (parameters.codes is None or parameters.weight_scale is None) and parameters.float_weight is None:
             raise ValueError("a layer without weight")
         return cls(source, parameters, activation, output, fields["folded"])
@@ -216,14 +217,9 @@ class DeployLayer(DeployedModule):
                 f"a BatchNorm was folded into this layer ({self.extra_repr()}), which is the same for inputs of "
                 f"{2 + self.spatial_dims} axes only; got an input of shape {tuple(x.shape)}"
             )
-        if is_onnx_export():
-            y = self._recorded(self.prepare_input(x), *args, **kwargs)
-        elif torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):  # It would round sums to half precision.
-                y = self._computed(self.prepare_input(x), *args, **kwargs)
-        else:
-            y = self._computed(self.prepare_input(x), *args, **kwargs)
-        y = self.restore_shape(y, x)
+        compute = self._recorded if is_onnx_export() else self._computed
+        with without_autocast(x):
+            y = self.restore_shape(compute(self.prepare_input(x), *args, **kwargs), x)
         if self.output_quantizer is not None:
             y = self.output_quantizer.dequantized(y)
         return y.to(x.dtype)
@@ -286,6 +282,12 @@ class DeployLayer(DeployedModule):
         if self.is_integer:
             descriptions.append(f"sums in {'float32' if self.exact_in_float32 else 'float64'}")
         return ", ".join(descriptions)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast does not round sums to half precision, if it is enabled for the device of ``x``."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _update_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:

@@ -19,25 +19,15 @@ _BIAS_ONLY_CODE = 2**22
 
 @dataclass(frozen=True)
 class IntegerParameters:
-    """Weight and bias of a deployed layer, as integers where that is possible.
+    """Weight and bias of a deployed layer, as integers where that is possible."""
 
-    Attributes:
-        codes: the weight as int8 codes: the trained ones times 2^``shift``. ``None`` for a weight in floating point.
-        weight_scale: the scale of the codes, float32 of shape ``()`` or ``(channels,)``.
-        float_weight: the weight as float32 if there are no codes.
-        bias_codes: the bias as int32 codes in steps of the accumulator scale, ``(channels,)``, or ``None``.
-        float_bias: the bias as float32 if it stays in floating point.
-        weight_bits: bits of the trained codes.
-        shift: by how many binary digits the trained codes are shifted up, which makes the accumulator scale finer.
-    """
-
-    codes: Tensor | None = None
-    weight_scale: Tensor | None = None
-    float_weight: Tensor | None = None
-    bias_codes: Tensor | None = None
-    float_bias: Tensor | None = None
-    weight_bits: int | None = None
-    shift: int = 0
+    codes: Tensor | None = None  # int8: the trained codes of the weight times 2^shift
+    weight_scale: Tensor | None = None  # of the codes, float32 of shape () or (channels,)
+    float_weight: Tensor | None = None  # float32, if there are no codes
+    bias_codes: Tensor | None = None  # int32, in steps of the accumulator scale
+    float_bias: Tensor | None = None  # float32, if there are no bias codes
+    weight_bits: int | None = None  # of the trained codes
+    shift: int = 0  # spare bits that the codes use, which makes the accumulator scale finer
 
 
 def integer_parameters(
@@ -52,11 +42,10 @@ def integer_parameters(
 
     Args:
         name: qualified name of the layer, for the warning.
-        weight: the trained weight, output channels on axis 0. The result has it in the same layout.
-        quantizer: the quantizer of the weight; ``None`` leaves it in floating point.
+        weight: the trained weight, output channels on axis 0.
+        quantizer: the quantizer of the weight, or ``None``.
         bias: the trained bias, ``(channels,)``, with a folded BatchNorm's in it.
-        activation: the quantizer of the input if the layer adds up integers; otherwise ``None``, and the bias stays in
-            floating point.
+        activation: the quantizer of the input; ``None`` leaves the bias in floating point.
         gain: the factor of a folded BatchNorm, float64, ``(channels,)``.
 
     Example:
