@@ -1,4 +1,4 @@
-"""A network as a tree: modules are replaced once each, from the outside in, and tensors are named by all their names."""
+"""A network as a tree: modules are replaced once each, from the outside in; tensors have all their names."""
 
 import torch
 from torch import nn
@@ -31,6 +31,12 @@ def test_each_module_is_replaced_once_and_its_new_children_too():
     assert net[0] is net[1][0]
     assert [type(m) for m in net[0].children()] == [nn.Tanh, nn.ReLU]
     assert net[2] is None
+
+
+def test_one_module_can_replace_several():
+    net, pair = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), Pair(nn.ReLU())
+    replace_modules(net, lambda name, module: pair if isinstance(module, nn.Linear) else module)
+    assert net[0] is net[1] is pair
 
 
 def test_the_model_itself_can_be_replaced():

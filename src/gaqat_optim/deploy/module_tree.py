@@ -36,7 +36,7 @@ def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn
             replaced[module] = replacement(name, module)
             children = reversed(replaced[module]._modules.items())
             waiting += [(join(name, slot), child) for slot, child in children if child is not None]
-    for module in replaced.values():
+    for module in set(replaced.values()):  # One module can replace several.
         for slot, child in module._modules.items():
             module._modules[slot] = None if child is None else replaced[child]
     return replaced[model]
