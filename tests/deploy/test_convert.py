@@ -258,6 +258,15 @@ def broken(change):
     return model
 
 
+def broken_attention(change):
+    model = quantize_model(nn.Sequential(nn.MultiheadAttention(12, 3)), SAME)
+    attention, x = model[0], torch.randn(5, 4, 12)
+    attention(x, x, x)
+    with torch.no_grad():
+        change(attention)
+    return model
+
+
 REFUSED = {
     "Linear has no quantized layers: call quantize_model first": lambda: nn.Linear(2, 2),
     "quantizer '0.input_quantizer' has no scale yet": lambda: quantize_model(nn.Sequential(nn.Linear(2, 2))),
@@ -267,6 +276,15 @@ REFUSED = {
     "'0' has a bias that is not finite": lambda: broken(lambda m: m[0].bias.fill_(np.nan)),
     "BatchNorm behind '0' has values that are not": lambda: broken(lambda m: m[1].running_var.fill_(-1.0)),
     "BatchNorm behind '0' has values": lambda: broken(lambda m: m[1].bias.fill_(np.inf)),
+    "'0' has a in_proj_weight that is not finite": lambda: broken_attention(lambda m: m.in_proj_weight.fill_(np.nan)),
+    "'0.out_proj' has a weight that is not": lambda: broken_attention(lambda m: m.out_proj.weight.fill_(np.inf)),
+    "'0.key_quantizer' has a scale": lambda: broken_attention(lambda m: m.key_quantizer.raw_scale.fill_(np.nan)),
+    "'0.value_weight_quantizer' has a scale": lambda: broken_attention(
+        lambda m: m.value_weight_quantizer.raw_scale.fill_(np.nan)
+    ),
+    "'0.out_proj.input_quantizer' has no scale yet": lambda: quantize_model(
+        nn.Sequential(nn.MultiheadAttention(12, 3))
+    ),
 }
 
 

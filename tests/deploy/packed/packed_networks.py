@@ -99,3 +99,14 @@ class Odd(nn.Module):
 def odd(config=QuantConfig(3, 4, first_last_bits="same", exclude=("lstm",))):  # noqa: B008 (immutable)
     torch.manual_seed(1)
     return quantize_model(Odd(), config, calibration=torch.randint(5, (16, 3)))
+
+
+class Bags(nn.Module):
+    """Both kinds of embeddings before a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.bag, self.head = nn.Embedding(9, 6), nn.EmbeddingBag(9, 6, mode="sum"), nn.Linear(6, 4)
+
+    def forward(self, tokens):
+        return self.head(self.words(tokens).mean(1) + self.bag(tokens))

@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploy.deploy_networks import NETWORKS, ResNet, cnn, images, mlp, randomize_norms
+from deploy.nn.layer_networks import HEADS, Decoder, E, L, N, S, UNet, ViT, Weights
+from deploy.packed.packed_files import rewritten
 from deploy.packed.packed_networks import (
     CONFIGURATIONS,
     SAME,
+    Bags,
     Odd,
     identical,
     network,
@@ -36,27 +39,65 @@ from gaqat_optim.deploy.packed.save import save_packed
 from gaqat_optim.quant.nn.base import QuantizedModule
 
 
+def comes_back(model, make, inputs, folder):
+    """Whether the file of a network is the same in every way to make it, and gives the same network in every target."""
+    before, expected = snapshot(model), convert(model)
+    size = save_packed(model, folder / "net.packed")
+    content = (folder / "net.packed").read_bytes()
+    assert len(content) == size
+    assert unchanged(model, before)
+    assert save_packed(expected, folder / "converted.packed") == size
+    assert (folder / "converted.packed").read_bytes() == content
+    for target in (make(), model, quantize_model(make(), QuantConfig(8, None, output_bits=5))):
+        before = snapshot(target)
+        loaded = load_packed(target, folder / "net.packed")
+        assert unchanged(target, before)
+        assert identical(expected, loaded)
+        for x in inputs:
+            for y, z in zip(
+                *(y if isinstance(y, tuple) else (y,) for y in (run(loaded, x), run(expected, x))), strict=True
+            ):
+                assert torch.equal(y, z)
+    assert save_packed(loaded, folder / "again.packed") == size
+    return (folder / "again.packed").read_bytes() == content
+
+
 @pytest.mark.parametrize("config", CONFIGURATIONS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_comes_back_to_the_bit(name, config, tmp_path):
-    model = randomize_norms(copy.deepcopy(network(name, config)))
-    model.train()
-    before, expected = snapshot(model), convert(model)
-    size = save_packed(model, tmp_path / "net.packed")
-    assert (tmp_path / "net.packed").stat().st_size == size
-    assert unchanged(model, before)
-    assert save_packed(expected, tmp_path / "converted.packed") == size
-    assert (tmp_path / "converted.packed").read_bytes() == (tmp_path / "net.packed").read_bytes()
-    targets = [NETWORKS[name](), model, quantize_model(NETWORKS[name](), QuantConfig(8, None, output_bits=5))]
-    for target in targets:
-        before = snapshot(target)
-        loaded = load_packed(target, tmp_path / "net.packed")
-        assert unchanged(target, before)
-        assert identical(expected, loaded)
-        for x in (images(8), 20 * (images(8) - 0.5)):
-            assert torch.equal(run(loaded, x), run(expected, x))
-    assert save_packed(loaded, tmp_path / "again.packed") == size
-    assert (tmp_path / "again.packed").read_bytes() == (tmp_path / "net.packed").read_bytes()
+    model = randomize_norms(copy.deepcopy(network(name, config))).train()
+    assert comes_back(model, NETWORKS[name], (images(8), 20 * (images(8) - 0.5)), tmp_path)
+
+
+FAMILIES = {
+    "transposed": (lambda: UNet(groups=2), lambda: torch.rand(8, 3, 9, 8)),
+    "vit": (ViT, lambda: torch.randn(8, 3, 8, 8)),
+    "decoder": (Decoder, lambda: torch.randn(8, L, E)),
+    "attention weights": (Weights, lambda: torch.randn(8, L, E)),
+    "embeddings": (Bags, lambda: torch.randint(9, (8, 5))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Decoder cannot be traced symbolically")
+@pytest.mark.parametrize("config", [SAME, QuantConfig(6, None, weight_granularity="tensor"), QuantConfig(None, 5)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_networks_of_other_layers_come_back_to_the_bit(name, config, tmp_path):
+    make, sample = FAMILIES[name]
+    x = sample()
+    model = quantize_model(randomize_norms(make()), config, calibration=x)
+    assert comes_back(model, make, (x, -30 * x) if x.is_floating_point() else (x,), tmp_path)
+
+
+def test_kdim_and_a_network_that_is_one_attention_layer(tmp_path):
+    q, k, v = torch.randn(N, L, E), torch.randn(N, S, 6), torch.randn(N, S, 10)
+    model = quantize_model(nn.MultiheadAttention(E, HEADS, kdim=6, vdim=10, batch_first=True), SAME)
+    model(q, k, v)
+    deployed = convert(model.eval())
+    save_packed(model, tmp_path / "net")
+    loaded = load_packed(nn.MultiheadAttention(E, HEADS, kdim=6, vdim=10, batch_first=True), tmp_path / "net")
+    with torch.no_grad():
+        assert torch.equal(loaded(q, k, v)[0], deployed(q, k, v)[0])
+    assert sorted(n for n, _ in loaded.named_children()) == ["key", "out_proj", "query", "value"]
 
 
 @settings(max_examples=30)
@@ -369,12 +410,83 @@ def test_another_architecture_is_refused_and_left_as_it_is(message, tmp_path):
     assert str(target) == before
 
 
-def test_a_bias_only_in_the_network(tmp_path):
-    save_packed(
-        quantize_model(nn.Sequential(nn.Linear(4, 2, bias=False)), calibration=torch.rand(4, 4)), tmp_path / "n"
-    )
-    with pytest.raises(ValueError, match="'0' has a bias in the network and no bias in the file"):
-        load_packed(nn.Sequential(nn.Linear(4, 2)), tmp_path / "n")
+TRANSPOSED = {"stride": 2, "output_padding": 1, "groups": 2}
+# What is said of a layer that was saved, for another one in its place.
+OTHER_LAYERS = {
+    "'0' has a bias in the network and no bias in the file": (nn.Linear(4, 4, bias=False), nn.Linear(4, 4)),
+    r"'0' has .*'output_padding': \[0\].* in the network and .*'output_padding': \[1\].* in the file": (
+        nn.ConvTranspose1d(4, 4, 3, **TRANSPOSED),
+        nn.ConvTranspose1d(4, 4, 3, **{**TRANSPOSED, "output_padding": 0}),
+    ),
+    r"'0' has .*'stride': \[3\].* in the network": (
+        nn.ConvTranspose1d(4, 4, 3, **TRANSPOSED),
+        nn.ConvTranspose1d(4, 4, 3, **{**TRANSPOSED, "stride": 3}),
+    ),
+    r"'0' has a weight of shape \(4, 4, 3\) in the network": (
+        nn.ConvTranspose1d(4, 4, 3, **TRANSPOSED),
+        nn.ConvTranspose1d(4, 4, 3, **{**TRANSPOSED, "groups": 1}),
+    ),
+    "'0' is a Conv1d in the network and a DeployConvTranspose in the file": (
+        nn.ConvTranspose1d(4, 4, 3, **TRANSPOSED),
+        nn.Conv1d(4, 4, 3, groups=2),
+    ),
+    r"'0' has .*'num_heads': 2.* in the network and .*'num_heads': 3.* in the file": (
+        nn.MultiheadAttention(E, HEADS),
+        nn.MultiheadAttention(E, 2),
+    ),
+    r"'0' has .*'batch_first': True.* in the network": (
+        nn.MultiheadAttention(E, HEADS),
+        nn.MultiheadAttention(E, HEADS, batch_first=True),
+    ),
+    r"'0' has .*'add_zero_attn': True.* in the network": (
+        nn.MultiheadAttention(E, HEADS),
+        nn.MultiheadAttention(E, HEADS, add_zero_attn=True),
+    ),
+    "'0.query' has no bias in the network and a bias in the file": (
+        nn.MultiheadAttention(E, HEADS),
+        nn.MultiheadAttention(E, HEADS, bias=False),
+    ),
+    r"'0\.bias_k' is a tensor in the network and no tensor in the file": (
+        nn.MultiheadAttention(E, HEADS),
+        nn.MultiheadAttention(E, HEADS, add_bias_kv=True),
+    ),
+    "'0' is a Linear in the network and a DeployMultiheadAttention in the file": (
+        nn.MultiheadAttention(E, HEADS),
+        nn.Linear(E, E),
+    ),
+    "'0' has .*'mode': 'mean'.* in the network and .*'mode': 'sum'.* in the file": (
+        nn.EmbeddingBag(5, 4, mode="sum"),
+        nn.EmbeddingBag(5, 4, mode="mean"),
+    ),
+    r"'0' has a weight of shape \(6, 4\) in the network and \(5, 4\) in the file": (
+        nn.Embedding(5, 4),
+        nn.Embedding(6, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_LAYERS)
+def test_another_layer_is_refused_and_left_as_it_is(message, tmp_path):
+    saved, other = (nn.Sequential(layer) for layer in OTHER_LAYERS[message])
+    save_packed(quantize_model(saved, QuantConfig(4, None)), tmp_path / "net")
+    before = str(other)
+    with pytest.raises(ValueError, match=f"{message}.*The file was saved from another architecture"):
+        load_packed(other, tmp_path / "net")
+    assert str(other) == before
+    with pytest.raises(ValueError, match="'0' is no module in the network and a Deploy"):
+        load_packed(nn.Sequential(), tmp_path / "net")
+
+
+def test_a_file_without_the_layer_of_a_projection_is_refused(tmp_path):
+    net = nn.Sequential(nn.MultiheadAttention(E, HEADS))
+    save_packed(quantize_model(net, QuantConfig(4, None)), tmp_path / "net")
+
+    def without_query(manifest, stored):
+        manifest["modules"] = [entry for entry in manifest["modules"] if entry["names"] != ["0.query"]]
+
+    (tmp_path / "net").write_bytes(rewritten((tmp_path / "net").read_bytes(), without_query))
+    with pytest.raises(ValueError, match=r"'0\.query\.weight' is a tensor in the network and no tensor in the file"):
+        load_packed(net, tmp_path / "net")
 
 
 def test_models_that_cannot_be_loaded_into(tmp_path):
