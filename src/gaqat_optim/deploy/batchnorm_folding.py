@@ -12,21 +12,15 @@ from ..quant.nn.base import QuantizedModule
 
 
 def fold_batchnorm(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The affine map of a layer's bias and a BatchNorm in evaluation mode: ``gain * (sum without bias) + bias``.
+    """Gain and bias of a layer and a BatchNorm together, in evaluation mode: ``gain * (y without bias) + bias``.
 
-    Args:
-        norm: the BatchNorm, with running statistics.
-        bias: the bias of the layer, ``(channels,)``, or ``None``.
+    The bias of the layer has the shape ``(channels,)``, and so have the results, which are float64.
 
-    Returns:
-        The gain and the bias of both together, float64, ``(channels,)``.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(1, eps=0.0)
-        >>> norm.running_var.fill_(4.0)
-        tensor([4.])
-        >>> fold_batchnorm(norm, torch.ones(1))
-        (tensor([0.5000], dtype=torch.float64), tensor([0.5000], dtype=torch.float64))
+    >>> norm = nn.BatchNorm1d(1, eps=0.0)
+    >>> norm.running_var.fill_(4.0)
+    tensor([4.])
+    >>> fold_batchnorm(norm, torch.ones(1))
+    (tensor([0.5000], dtype=torch.float64), tensor([0.5000], dtype=torch.float64))
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -45,11 +39,7 @@ def following_norms(model: nn.Module) -> dict[QuantizedModule, _BatchNorm]:
     statistics and torch's forward, is the only user of the layer's output, and both modules are used once. The layer
     has no output quantizer; the BatchNorm may have one behind it.
 
-    Args:
-        model: a quantized network in evaluation mode.
-
-    Returns:
-        The pairs. There are none, and a warning that says why, if the network cannot be traced.
+    In a network that cannot be traced there are none, and a warning says why.
     """
     if isinstance(model, QuantizedModule) or not any(map(is_batch_norm, model.modules())):
         return {}

@@ -24,9 +24,8 @@ from .registry import DeployedModule, deploys
 class DeployMultiheadAttention(DeployedModule):
     """:class:`torch.nn.MultiheadAttention` with projections on integer codes.
 
-    The projections of query, key and value are three linear layers, whether or not their weights were packed in one
-    parameter; the out-projection is a fourth. Scores, softmax and the sum over values are computed in float32, by the
-    function that computes them in training. Outputs have the dtype of the query.
+    The projections of query, key, value and output are four linear layers. Scores, softmax and the sum over values are
+    computed in float32, by the function that computes them in training. Outputs have the dtype of the query.
 
     Args:
         source: the layer to replace, float or quantized. Its out-projection becomes a child, to be replaced next.
@@ -128,8 +127,7 @@ def _projections(attention: Any) -> dict[str, nn.Linear]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
     return linear

@@ -18,11 +18,6 @@ class _DeployTable(DeployedModule):
 
     @classmethod
     def from_quantized(cls, name: str, layer: Any, norm: _BatchNorm | None = None) -> Self:
-        """The table of the quantized values of a layer.
-
-        Raises:
-            ValueError: the layer has an output quantizer.
-        """
         if layer.output_quantizer is not None:
             raise ValueError(
                 f"{name or 'the model'!r}: an embedding is deployed as a table in floating point, which has no output "

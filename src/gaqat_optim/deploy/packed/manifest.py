@@ -36,14 +36,7 @@ _DTYPES = (
 
 
 def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
-    """The entries of the deployed modules, the identities and the output quantizers of other modules.
-
-    Args:
-        deployed: a network from :func:`~gaqat_optim.convert`.
-
-    Raises:
-        ValueError: a module cannot be stored.
-    """
+    """The entries of the deployed modules, the identities and the output quantizers of other modules."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in deployed.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedModule):
@@ -85,21 +78,13 @@ def stored_tensors(deployed: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
 def encode_tensor(name: str, tensor: Tensor, bits: int | None, shift: int) -> tuple[Tensor, dict[str, Any]]:
     """A tensor in the form of the file, and what :func:`decode_tensor` needs to restore it.
 
-    Args:
-        name: for errors.
-        tensor: on any device.
-        bits: for the codes of a weight, the bits of a trained code; ``None`` for any other tensor.
-        shift: by how many binary digits the codes are shifted up.
+    Codes of a weight have ``bits`` bits and are shifted up by ``shift``; ``bits`` is ``None`` for any other tensor.
 
-    Raises:
-        ValueError: the tensor has no data, a dtype or layout that the file cannot hold, or codes that do not fit.
-
-    Example:
-        >>> stored, encoding = encode_tensor("fc.codes", torch.tensor([[8, -16]], dtype=torch.int8), bits=3, shift=2)
-        >>> stored.tolist(), encoding
-        ([[0], [1], [2]], {'bits': 3, 'shift': 2, 'shape': [1, 2]})
-        >>> decode_tensor(stored, encoding).tolist()
-        [[8, -16]]
+    >>> stored, encoding = encode_tensor("fc.codes", torch.tensor([[8, -16]], dtype=torch.int8), bits=3, shift=2)
+    >>> stored.tolist(), encoding
+    ([[0], [1], [2]], {'bits': 3, 'shift': 2, 'shape': [1, 2]})
+    >>> decode_tensor(stored, encoding).tolist()
+    [[8, -16]]
     """
     if tensor.is_meta:
         raise ValueError(f"{name!r} has no data: it is on the meta device")
@@ -142,13 +127,7 @@ def content_digest(data: Any, position: int) -> str:
 
 
 def read_packed(target: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """The entries of the modules, and the tensors by all their names, as copies on the CPU.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        ValueError: the file is not from ``save_packed``, is of another version of the format, or is damaged.
-        OSError: there is no such file, or it cannot be read.
-    """
+    """The entries of the modules, and the tensors by all their names, as copies on the CPU. Raises for other files."""
     safetensors = import_safetensors("load_packed")
     with open(target, "rb") as raw:
         data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(raw.fileno()).st_size else b""
@@ -195,11 +174,7 @@ def refuse_foreign(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def import_safetensors(function: str) -> Any:
-    """The package that ``function`` needs.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """The package that ``function`` needs, or an error that names the extra."""
     try:
         import safetensors.torch
     except ImportError as error:

@@ -69,12 +69,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
     modules = describe_modules(deployed)
     tensors, encodings = _encode(deployed, modules)
-    manifest = {
-        "sha256": NO_DIGEST,
-        "format": FORMAT,
-        "modules": modules,
-        "tensors": encodings,
-    }
+    manifest = {"sha256": NO_DIGEST, "format": FORMAT, "modules": modules, "tensors": encodings}
     data: bytes = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))})
     position = data.index(NO_DIGEST.encode())
     digest = content_digest(data, position).encode()
