@@ -100,7 +100,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise ValueError(f"{name!r} is another layer under another name in the network. {_WRONG_ARCHITECTURE}")
     device = next((tensor.device for _, tensor in shared_tensors(network)), None)
     for name, entry in outputs:
-        host = name.removesuffix(".output_quantizer")
+        host = name.rpartition(".")[0]
         _require_equal(host, "is", "a module" if host in modules else "no module", "a module")
         with refuse_foreign(path):
             scale = tensors[f"{name}.quantizer.scale"]
