@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from deploy.deploy_networks import cnn
 from deploy.packed.packed_networks import network
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.deploy.convert import convert
+from gaqat_optim.deploy.packed.load import load_packed
 from gaqat_optim.deploy.packed.save import save_packed
 
 
@@ -56,4 +58,13 @@ def test_models_that_cannot_be_saved(tmp_path):
 
     with pytest.raises(ValueError, match="'1' has extra state"):
         save_packed(nn.Sequential(deployed, Extra()), path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("function", [save_packed, load_packed])
+def test_a_missing_extra_is_named_and_leaves_no_file(function, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r'pip install "gaqat-optim\[packed\]"') as raised:
+        function(network("cnn", "W4A4"), tmp_path / "net")
+    assert str(raised.value).startswith(f"{function.__name__} needs safetensors")
     assert os.listdir(tmp_path) == []
