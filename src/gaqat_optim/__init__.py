@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .deploy.benchmark import benchmark_onnx
     from .deploy.bias_rounding import rounded_biases
     from .deploy.convert import convert
+    from .deploy.nn.base import DeployLayer
     from .deploy.onnx_export.export import export_onnx
     from .deploy.onnx_export.report import ExportReport
     from .deploy.packed.load import load_packed
@@ -46,6 +47,7 @@ __all__ = [
     "AlternateFreeze",
     "AlwaysFreeze",
     "ConflictFreeze",
+    "DeployLayer",
     "DisorderFreeze",
     "ExportReport",
     "FreezeOnce",
@@ -80,6 +82,7 @@ __all__ = [
 
 # Training does without deployment, which is loaded when one of its names is first used.
 _MODULE_OF = {
+    "DeployLayer": "nn.base",
     "ExportReport": "onnx_export.report",
     "benchmark_onnx": "benchmark",
     "convert": "convert",

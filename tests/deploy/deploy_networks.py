@@ -1,10 +1,32 @@
 """Small networks for the deployment tests, trained for a few steps so that their codes are used."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaqat_optim import QuantConfig, quantize_model
+
+SAME = QuantConfig(4, 4, first_last_bits="same")
+
+
+def quantized(model: nn.Module, x: Tensor, config: QuantConfig = SAME) -> nn.Module:
+    return quantize_model(model, config, calibration=x).eval()
+
+
+def run(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    with torch.no_grad():
+        return model(x, **options)
+
+
+def norms_in(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def close(a: Tensor, b: Tensor, layers: int = 1) -> bool:
+    """Whether two outputs differ by no more than the rounding of biases: some percent of their range."""
+    return bool((a - b).abs().max() <= 0.05 * layers * a.abs().max())
 
 
 def images(count: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gaqat_optim import rounded_biases
 from gaqat_optim.deploy import qdq
-from gaqat_optim.deploy.nn.layers import ActivationQuantizer
+from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export.verification import tensors
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 

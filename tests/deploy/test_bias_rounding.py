@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.deploy_networks import CONFIGS, NETWORKS, images, labels, trained
+from deploy.deploy_networks import CONFIGS, NETWORKS, images, labels, run, trained
 from gaqat_optim import QuantConfig, convert, quantization_disabled, quantize_model
 from gaqat_optim.deploy.bias_rounding import rounded_biases
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
-
-
-def run(model, x):
-    with torch.no_grad():
-        return model(x)
 
 
 @pytest.mark.parametrize("output_bits", [None, 8])
@@ -30,11 +25,11 @@ def test_what_it_computes_is_what_convert_computes(network, config, output_bits)
     deployed = convert(model)
     expected = run(deployed, x)
     with rounded_biases(model):
-        found = run(model, x)
+        actual = run(model, x)
         inside = run(convert(model), x)
     assert torch.equal(inside, expected)
-    assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.998
-    same = (found - expected).abs().amax(1) <= 1e-4 * expected.abs().max()
+    assert (actual.argmax(1) == expected.argmax(1)).float().mean() >= 0.998
+    same = (actual - expected).abs().amax(1) <= 1e-4 * expected.abs().max()
     assert same.float().mean() >= (0.998 if config in ("W3A3", "W2A2") else 0.97)
     assert torch.equal(run(model, x), plain)
 
@@ -42,8 +37,8 @@ def test_what_it_computes_is_what_convert_computes(network, config, output_bits)
 def test_it_matters():
     model, x = trained("cnn", CONFIGS["W2A2"]), images(500, seed=7)
     with rounded_biases(model):
-        found = run(model, x)
-    assert not torch.allclose(found, run(model, x), atol=1e-4)
+        actual = run(model, x)
+    assert not torch.allclose(actual, run(model, x), atol=1e-4)
 
 
 def test_the_rounding_is_added_and_its_gradient_is_zero():
@@ -59,7 +54,7 @@ def test_the_rounding_is_added_and_its_gradient_is_zero():
     assert model(x).item() == pytest.approx(1.5 * 0.25 + 0.30)
     with rounded_biases(model):
         y = model(x)
-        assert y.item() == 1.5 * 0.25 + 0.25  # 0.30 in units of 0.5 * 0.25
+        assert y.item() == 1.5 * 0.25 + 0.25  # 0.30 in steps of 0.5 * 0.25
         y.sum().backward()
     assert model.bias.grad.item() == 1.0
     assert model(x).item() == pytest.approx(1.5 * 0.25 + 0.30)
@@ -117,8 +112,8 @@ def test_nothing_is_added_where_nothing_is_rounded():
     for config in (QuantConfig(4, None), QuantConfig(None, 4)):
         model = quantize_model(net, config, calibration=x).eval()
         with rounded_biases(model):
-            found = run(model, x)
-        assert torch.equal(found, run(model, x))
+            actual = run(model, x)
+        assert torch.equal(actual, run(model, x))
     model = quantize_model(net, calibration=x)
     with rounded_biases(model), quantization_disabled(model):
         assert torch.equal(run(model, x), run(net, x))
@@ -155,7 +150,7 @@ def test_attention_and_transposed_convolutions_are_rounded_too():
                     parameter.normal_()  # biases, which start at zero
         expected, plain = run(convert(model), x), run(model, x)
         with rounded_biases(model):
-            found = run(model, x)
-        near = ((found - expected).abs() <= 1e-4).float().mean()
+            actual = run(model, x)
+        near = ((actual - expected).abs() <= 1e-4).float().mean()
         assert near >= 0.98
         assert ((plain - expected).abs() <= 1e-4).float().mean() < near - 0.2

@@ -10,7 +10,7 @@ from torch import nn
 
 from deploy.deploy_networks import CONFIGS, NETWORKS, images, trained
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
-from gaqat_optim.deploy.nn.layers import ActivationQuantizer
+from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export.verification import recorded_codes, top1
 from gaqat_optim.deploy.qdq import QUANTIZER
 

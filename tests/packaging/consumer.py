@@ -12,10 +12,18 @@ def main() -> None:
     from torch import nn
 
     import gaqat_optim
-    from gaqat_optim import GAQATOptimizer, QuantConfig, export_onnx, plot_conflict, quantize_model
+    from gaqat_optim import (
+        GAQATOptimizer,
+        QuantConfig,
+        export_onnx,
+        load_packed,
+        plot_conflict,
+        quantize_model,
+        save_packed,
+    )
 
     assert Path(gaqat_optim.__file__).is_relative_to(sys.prefix), f"not the wheel's package: {gaqat_optim.__file__}"
-    for name in ("onnx", "onnxscript", "onnxruntime", "matplotlib", "pytest"):
+    for name in ("onnx", "onnxscript", "onnxruntime", "safetensors", "matplotlib", "pytest"):
         assert importlib.util.find_spec(name) is None, f"{name} is installed: this environment is not clean"
 
     torch.manual_seed(0)
@@ -40,6 +48,10 @@ def main() -> None:
     message = missing_extra(lambda: export_onnx(model, x, file))
     assert 'pip install "gaqat-optim[onnx]"' in message, message
     assert not file.exists(), "export_onnx left a file behind"
+    for call in (save_packed, load_packed):
+        message = missing_extra(lambda call=call: call(model, file))
+        assert 'pip install "gaqat-optim[packed]"' in message, message
+    assert not file.exists(), "save_packed left a file behind"
     message = missing_extra(lambda: plot_conflict(optimizer))
     assert 'pip install "gaqat-optim[plot]"' in message, message
 

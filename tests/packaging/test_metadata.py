@@ -61,7 +61,7 @@ def test_the_core_needs_torch_numpy_and_typing_extensions_alone():
 
 def test_the_extras():
     extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra")
-    assert set(extras) == {"onnx", "plot", "examples", "vision", "integrations", "docs", "dev"}
+    assert set(extras) == {"onnx", "packed", "plot", "examples", "vision", "integrations", "docs", "dev"}
 
 
 def test_importing_the_package_imports_no_extra():
@@ -76,7 +76,17 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before})
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     imported = set(output.split())
     assert "gaqat_optim" in imported
-    assert not imported & {"onnx", "onnxscript", "onnxruntime", "matplotlib", "sklearn", "scipy", "PIL", "torchvision"}
+    assert not imported & {
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "safetensors",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "PIL",
+        "torchvision",
+    }
 
 
 def test_the_package_is_marked_as_typed():

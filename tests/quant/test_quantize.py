@@ -49,7 +49,7 @@ def test_forward_and_backward_equal_the_layers_on_quantized_operands(name, granu
         plain = next(t for t in type(module).__mro__ if t.__module__.startswith("torch.nn"))
         twin = _as_float(module, plain)
         return torch.func.functional_call(
-            twin, {"weight": quantized_channel_by_channel(module)}, (a, *args[1:]), kwargs
+            twin, {"weight": quantized_channelchannels_first(module)}, (a, *args[1:]), kwargs
         )
 
     seen = []
@@ -67,7 +67,7 @@ def test_forward_and_backward_equal_the_layers_on_quantized_operands(name, granu
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in quantized.parameters())
 
 
-def quantized_channel_by_channel(module):
+def quantized_channelchannels_first(module):
     """The weight, each output channel quantized by itself with its own scale."""
     q, weight = module.weight_quantizer, module.weight.clone()
     if q.channel_axis is None:
@@ -335,7 +335,7 @@ def test_summary_is_a_table():
         ("3", 3, 4, 288),
     ]
     assert summary[1].activation_scale == pytest.approx(quantized[3].input_quantizer.scale.item())
-    w, w_hat = quantized[3].weight.double(), quantized_channel_by_channel(quantized[3]).double()
+    w, w_hat = quantized[3].weight.double(), quantized_channelchannels_first(quantized[3]).double()
     assert summary[1].weight_snr == pytest.approx(10 * torch.log10((w**2).sum() / ((w_hat - w) ** 2).sum()).item())
     assert 10 < summary[1].weight_snr < 25 < summary[0].weight_snr < 50  # 3 bits, 8 bits
     columns = ["layer", "type", "weights", "signal/noise", "activations", "output", "bytes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.attention import QuantMultiheadAttention
 from ..quant.nn.attention_functional import ROLES
 from ..quant.nn.base import QuantizedModule
-from .batchnorm_folding import Affine, following_norms
-from .nn.integer_parameters import activation_codes, room
-from .nn.layers import DEPLOYED
+from .batchnorm_folding import fold_batchnorm, following_norms
+from .nn.activation_quantizer import ActivationQuantizer
+from .nn.base import DeployLayer
+from .nn.integer_parameters import spare_bits
+from .nn.registry import deployed_class
 
 _INT32_MAX = 2**31 - 1
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -26,23 +29,23 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 def rounded_biases(model: nn.Module) -> Iterator[None]:
     r"""Within the block, let a quantized network compute with the biases that it will be deployed with.
 
-    :func:`~gaqat_optim.convert` rounds every bias to a multiple of the unit u of its layer's sums, because integer
-    kernels add it to those. It is the one thing that the deployed network does otherwise than the trained one, and at
-    2 or 3 bits a few per cent of the decisions can turn on it. In the block, each layer adds
+    :func:`~gaqat_optim.convert` rounds every bias to a multiple of the accumulator scale u of its layer, because
+    integer kernels add the bias to a sum of integers. This rounding is the only numerical difference between training
+    and deployment; at 2 or 3 bits it can change a few percent of the predictions. In the block, each layer adds
 
     .. math:: \mathrm{round}(b / u)\,u - b
 
-    where b is its bias with a following BatchNorm's in it (by the running statistics), for all three as they are at
-    that moment. The gradient of the rounding is taken as zero, so that of b is what it was. Train for the last epochs
-    in the block, and choose and evaluate there: what is measured in it is what the file computes.
+    where b is its bias, with a following BatchNorm's in it (by the running statistics), and b and u have the values of
+    the moment. The rounding has no gradient of its own, so the gradient of b stays as it was. Train for the last epochs
+    in the block, and choose and evaluate there: the network in the block computes what the file computes.
 
     A copy of the network that is made in the block, such as the best one so far, keeps the rounding for good.
 
-    The BatchNorms are found as for ``convert``, at the begin of the block. Layers whose scales are not set yet, whose
-    quantizers are off or whose bias stays in floating point have nothing added.
+    The BatchNorms are found as for ``convert``, at the begin of the block. Nothing is added to a layer whose scales are
+    not set yet, whose quantizers are off, or whose bias stays in floating point.
 
     Args:
-        model: a network from :func:`~gaqat_optim.quantize_model`; it is as before, but trained, when the block is left.
+        model: a network from :func:`~gaqat_optim.quantize_model`; after the block it is as before, but trained.
 
     Raises:
         ValueError: ``model`` has no quantized layers.
@@ -65,10 +68,10 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             if layer in norms:
                 # Before the output quantizer that may stand behind the norm.
-                handles.append(norms[layer].register_forward_hook(_BehindNorm(layer), prepend=True))
-            elif isinstance(layer, QuantMultiheadAttention) or type(layer) in DEPLOYED:
-                handles.append(layer.register_forward_pre_hook(_InLayer()))
-                handles.append(layer.register_forward_hook(_AfterLayer(), always_call=True))
+                handles.append(norms[layer].register_forward_hook(partial(_add_behind_norm, layer), prepend=True))
+            elif _has_integer_bias(layer):
+                handles.append(layer.register_forward_pre_hook(_shadow_bias))
+                handles.append(layer.register_forward_hook(_restore_bias, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -77,76 +80,73 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
 
 def remove_rounding(model: nn.Module) -> None:
     """Take the hooks of :func:`rounded_biases` out of a copy that was made in the block."""
+    ours = (_add_behind_norm, _shadow_bias, _restore_bias)
     for module in model.modules():
         for registry in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in registry.items() if isinstance(hook, _Hook)]:
+            for key in [key for key, hook in registry.items() if getattr(hook, "func", hook) in ours]:
                 del registry[key]
 
 
+def _has_integer_bias(layer: QuantizedModule) -> bool:
+    deployed = deployed_class(type(layer))
+    is_linear = deployed is not None and issubclass(deployed, DeployLayer) and deployed.is_linear
+    return is_linear or isinstance(layer, QuantMultiheadAttention)
+
+
+def _add_behind_norm(layer: QuantizedModule, norm: _BatchNorm, args: Any, y: Tensor) -> Tensor:
+    """Forward hook of a BatchNorm: adds the rounding of the bias that the norm and its layer have together."""
+    layer_bias: Any = layer.bias
+    gain, bias = fold_batchnorm(norm, layer_bias)
+    added = _rounding(bias, layer.weight_quantizer, layer.input_quantizer, gain)
+    return y + added.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2))
+
+
+def _shadow_bias(layer: Any, args: Any) -> None:
+    """Forward pre-hook of a layer: hides the bias behind the rounded one.
+
+    Python looks for an attribute in the instance's ``__dict__`` before it calls ``nn.Module.__getattr__``, which looks
+    for a parameter. So an entry of that name is what forward reads, while the parameter stays registered and trains.
+    """
+    name = _bias_name(layer)
+    bias = getattr(layer, name, None)
+    if bias is None:
+        return
+    if isinstance(layer, QuantMultiheadAttention):
+        quantizers = [
+            (getattr(layer, f"{role}_weight_quantizer"), getattr(layer, f"{role}_quantizer")) for role in ROLES
+        ]
+    else:
+        quantizers = [(layer.weight_quantizer, layer.input_quantizer)]
+    chunks = bias.detach().chunk(len(quantizers))
+    added = torch.cat([_rounding(chunk, *pair) for chunk, pair in zip(chunks, quantizers, strict=True)])
+    vars(layer)[name] = bias + added.to(bias.dtype)
+
+
+def _restore_bias(layer: Any, args: Any, y: Any) -> None:
+    """Forward hook of a layer, which runs after a failure as well: uncovers the parameter."""
+    vars(layer).pop(_bias_name(layer), None)
+
+
+def _bias_name(layer: nn.Module) -> str:
+    return "in_proj_bias" if isinstance(layer, QuantMultiheadAttention) else "bias"
+
+
 @torch.no_grad()
-def rounding(
+def _rounding(
     bias: Tensor, weights: LSQQuantizer | None, inputs: LSQQuantizer | None, gain: Tensor | None = None
 ) -> Tensor:
-    """What rounding adds to the bias of a layer: float64, ``(channels,)``.
-
-    Args:
-        bias: with that of a folded BatchNorm in it, ``(channels,)``.
-        weights: the quantizer of the layer's weight.
-        inputs: the quantizer of its input.
-        gain: what a folded BatchNorm multiplies the scale by, float64, ``(channels,)``.
-    """
+    """What rounding adds to a bias of shape ``(channels,)``, in float64. ``gain`` is a folded BatchNorm's."""
     bias = bias.to(torch.float64)
     if not all(q is not None and q.enabled and q.is_initialized for q in (weights, inputs)):
         return torch.zeros_like(bias)
     assert weights is not None
     assert inputs is not None
-    activation, scale = activation_codes(inputs, ""), weights.scale.to(torch.float32)
+    activation, scale = ActivationQuantizer.from_quantizer(inputs), weights.scale.to(torch.float32)
     if gain is not None:
         scale = (scale * gain).to(torch.float32)
-    unit = (activation.scale * (scale * 2.0 ** -room(weights.bits, activation))).to(torch.float64)
-    codes = (bias / unit).round()
-    # A channel without a usable unit has one of its own when it is deployed, in which its bias is almost exact.
-    usable = (unit.abs() >= _SMALLEST) & (codes.abs() <= _INT32_MAX)
-    return torch.where(usable, codes * unit - bias, 0.0)
-
-
-class _Hook:
-    """Base of the hooks, to know them by."""
-
-
-class _BehindNorm(_Hook):
-    """Forward hook of a BatchNorm: adds the rounding of the bias that the norm and its layer have together."""
-
-    def __init__(self, layer: QuantizedModule) -> None:
-        self.layer = layer
-
-    def __call__(self, norm: _BatchNorm, args: Any, y: Tensor) -> Tensor:
-        affine, layer = Affine.of(norm), self.layer
-        bias: Any = layer.bias
-        added = rounding(affine.bias(bias).detach(), layer.weight_quantizer, layer.input_quantizer, affine.gain)
-        return y + added.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2))
-
-
-class _InLayer(_Hook):
-    """Forward pre-hook of a layer: puts the rounded bias before the parameter, as an attribute of the same name."""
-
-    def __call__(self, layer: Any, args: Any) -> None:
-        if isinstance(layer, QuantMultiheadAttention):
-            if layer.in_proj_bias is not None:
-                biases = zip(ROLES, layer.in_proj_bias.detach().chunk(3), strict=True)
-                parts = [
-                    rounding(b, getattr(layer, f"{role}_weight_quantizer"), getattr(layer, f"{role}_quantizer"))
-                    for role, b in biases
-                ]
-                vars(layer)["in_proj_bias"] = layer.in_proj_bias + torch.cat(parts).to(layer.in_proj_bias.dtype)
-        elif layer.bias is not None:
-            added = rounding(layer.bias.detach(), layer.weight_quantizer, layer.input_quantizer)
-            vars(layer)["bias"] = layer.bias + added.to(layer.bias.dtype)
-
-
-class _AfterLayer(_Hook):
-    """Forward hook of a layer, which runs after a failure as well: takes that attribute away."""
-
-    def __call__(self, layer: Any, args: Any, y: Any) -> None:
-        for name in ("bias", "in_proj_bias"):
-            vars(layer).pop(name, None)
+    shift = spare_bits(weights.bits, activation)
+    accumulator_scale = (activation.scale * (scale * 2.0**-shift)).to(torch.float64)
+    codes = (bias / accumulator_scale).round()
+    # A channel without a usable scale gets another one when it is deployed, in which its bias is almost exact.
+    usable = (accumulator_scale.abs() >= _SMALLEST) & (codes.abs() <= _INT32_MAX)
+    return torch.where(usable, codes * accumulator_scale - bias, 0.0)

@@ -1,4 +1,4 @@
-"""Codes of 2 to 8 bits as bit planes: what they cost in a file is their bits, at every width."""
+"""Codes of 2 to 8 bits as bit planes, which take exactly that many bits in a file."""
 
 from __future__ import annotations
 
@@ -10,20 +10,15 @@ from numpy.typing import NDArray
 from ..quant.lsq.functional import MAX_BITS, MIN_BITS, integer_bounds
 
 
-def plane_bytes(count: int) -> int:
-    """The bytes of one plane of ``count`` codes."""
-    return -(-count // 8)
-
-
 def pack_bits(codes: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Split codes into bit planes.
 
-    Plane p has bit p of every code, in two's complement: of code i, in bit i % 8 of byte i // 8, counted from the
-    lowest. The bits that are left over in the last byte are zero. N codes cost ``bits * ceil(N / 8)`` bytes.
+    Plane p holds bit p of every code, in two's complement: that of code i in bit i % 8 of byte i // 8, lowest bits
+    first. The bits left over in the last byte are zero. N codes take ``bits * ceil(N / 8)`` bytes.
 
     Args:
-        codes: of any shape, taken in row-major order; int8 for codes with a sign, uint8 for those without.
-        bits: their width, 2 to 8.
+        codes: of any shape, taken in row-major order; int8 if signed, uint8 if not.
+        bits: bits of a code, 2 to 8.
 
     Returns:
         The planes, of shape ``(bits, ceil(N / 8))``, the lowest bit's first.
@@ -45,10 +40,7 @@ def pack_bits(codes: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArray
             f"codes of {bits} bits must be from {low} to {high}; these are from {codes.min()} to {codes.max()}"
         )
     unsigned = codes.reshape(-1).view(np.uint8)
-    planes = np.empty((bits, plane_bytes(codes.size)), dtype=np.uint8)
-    for p in range(bits):
-        planes[p] = np.packbits(unsigned >> p & 1, bitorder="little")
-    return planes
+    return np.stack([np.packbits(unsigned >> p & 1, bitorder="little") for p in range(bits)])
 
 
 def unpack_bits(
@@ -58,15 +50,12 @@ def unpack_bits(
 
     Args:
         planes: of shape ``(bits, ceil(N / 8))``.
-        bits: width of the codes, 2 to 8.
-        shape: of the codes, N in all.
-        signed: whether they have a sign.
-
-    Returns:
-        The codes, int8 if ``signed`` and uint8 if not.
+        bits: bits of a code, 2 to 8.
+        shape: shape of the codes, N in all.
+        signed: whether the codes are int8 or uint8.
 
     Raises:
-        ValueError: ``bits`` is outside 2..8, or the planes are not of the shape that belongs to ``bits`` and ``shape``.
+        ValueError: ``bits`` is outside 2..8, or the planes do not have the shape for ``bits`` and ``shape``.
 
     Example:
         >>> unpack_bits(np.array([[11], [10], [6]], dtype=np.uint8), bits=3, shape=(2, 2), signed=True).tolist()
@@ -74,10 +63,9 @@ def unpack_bits(
     """
     _check_bits(bits)
     count = math.prod(shape)
-    if planes.shape != (bits, plane_bytes(count)):
-        raise ValueError(
-            f"{bits}-bit codes of shape {shape} have planes of shape {(bits, plane_bytes(count))}, got {planes.shape}"
-        )
+    expected = (bits, -(-count // 8))
+    if planes.shape != expected:
+        raise ValueError(f"{bits}-bit codes of shape {shape} have planes of shape {expected}, got {planes.shape}")
     codes = np.zeros(count, dtype=np.uint8)
     for p in range(bits):
         codes |= np.unpackbits(planes[p], count=count, bitorder="little") << p

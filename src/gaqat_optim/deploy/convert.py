@@ -1,25 +1,20 @@
-"""``convert``: the network that was trained, as the integers that run."""
+"""``convert``: from the trained network to the integers that run."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..quant.graph.output_quantizers import modules_with_output_quantizer, quantize_output
+from ..quant.graph.output_quantizers import modules_with_output_quantizer
 from ..quant.lsq.quantizer import LSQQuantizer
-from ..quant.nn.attention import QuantMultiheadAttention
-from ..quant.nn.base import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
-from .batchnorm_folding import Affine, following_norms
+from ..quant.nn.base import QuantizedModule
+from .batchnorm_folding import following_norms
 from .bias_rounding import remove_rounding
-from .nn.attention import ROLES, DeployMultiheadAttention, projections
-from .nn.integer_parameters import activation_codes, operands
-from .nn.layers import DEPLOYED, DeployLayer, DeployLinear, QuantDequant
-
-# Deployed as floating-point tables of the quantized values: a lookup computes nothing that integers would speed up.
-TABLES: dict[type, type[nn.Module]] = {QuantEmbedding: nn.Embedding, QuantEmbeddingBag: nn.EmbeddingBag}
+from .module_tree import replace_modules
+from .nn.activation_quantizer import ActivationQuantizer, QuantDequant
+from .nn.registry import DeployedModule, deployed_class
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -34,7 +29,7 @@ def convert(model: nn.Module) -> nn.Module:
         u_c = s_a s'_c / 2^k
 
     with an exact sum and one multiplication, in float32. A BatchNorm behind the layer goes into the scale and the
-    bias, with the weight's codes as they were trained:
+    bias; the weight keeps its trained codes:
 
     .. math::
 
@@ -42,29 +37,28 @@ def convert(model: nn.Module) -> nn.Module:
         b_c = \mathrm{round}\left( \frac{\beta_c + (b_c^{\mathrm{float}} - \mu_c) \gamma_c / \sigma_c}{u_c} \right)
         \in \mathrm{int32}
 
-    so that a negative gamma gives a negative scale. This rounding of the bias is the one difference from the network
-    that was trained, beyond the last bits of floating-point sums. In units of the sum (k = 0) it would be coarse at few
-    bits: a trained 3-bit network then decided otherwise for 13 % of its images. So the weight, of b < 8 bits, stands
-    2^k times larger in its 8-bit container, with k up to 8 - b, and the unit of the bias is that much finer.
+    A negative gamma gives a negative scale. The rounding of the bias is the only difference from the trained network,
+    beyond the last bits of floating-point sums. With k = 0 it is coarse at few bits: in a trained 3-bit network it
+    changed 13 % of the predictions. So weight codes of b < 8 bits are shifted up by k <= 8 - b binary digits, which
+    makes the accumulator scale u_c finer.
 
-    A channel whose gamma is zero keeps its bias alone, and so does one whose gamma is so small that the bias would not
-    fit, which is a warning. A layer whose weight or input is in floating point has its bias there too.
+    A channel with gamma = 0 keeps its bias alone. So does a channel whose gamma is so small that the bias does not fit
+    into int32, with a warning. If the weight or the input of a layer is in floating point, so is its bias.
 
-    The BatchNorm is found by tracing the network symbolically, and replaced by an identity. It is folded where it is
-    the only user of the layer's output, is used once, and has running statistics; elsewhere, and in a network that
-    cannot be traced (which is a warning), it stays as it is. So does a subclass with a forward of its own;
-    ``nn.SyncBatchNorm`` is folded.
+    A BatchNorm is found by symbolic tracing, and replaced by an identity. It is folded if it is the only user of the
+    layer's output, is used once, and has running statistics and torch's forward (``nn.SyncBatchNorm`` has). Otherwise
+    it stays as it is, and in a network that cannot be traced, with a warning.
 
     Args:
-        model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set. It stays as it is.
+        model: a network from :func:`~gaqat_optim.quantize_model` whose scales are all set. It stays as it is.
 
     Returns:
         A network of the same class, in evaluation mode and without gradients: the numeric specification of an export.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: nothing is quantized, or it is converted already, or a quantizer is switched off, has no scale yet,
-            or has one that is not finite, or the weights or the BatchNorm's values are not finite.
+        ValueError: nothing is quantized; the model is converted already; a layer has no deployed form; a quantizer is
+            switched off or has no scale yet; or a scale, a weight or a value of a BatchNorm is not finite.
 
     Example:
         >>> from gaqat_optim import QuantConfig, quantize_model
@@ -82,53 +76,54 @@ def convert(model: nn.Module) -> nn.Module:
     """
     _check(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    remove_rounding(model)  # What it adds is in the biases from here on.
+    remove_rounding(model)  # What the hooks add is in the deployed biases.
+    for name, module in model.named_modules():
+        if isinstance(module, LSQQuantizer):
+            module.name = name  # The model may have become part of another one.
     norms = following_norms(model)
-    swapped: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in norms.values()}
-    for module in modules_with_output_quantizer(model):
-        if module not in swapped:
-            quantizer: Any = module.output_quantizer
-            swapped[quantizer] = QuantDequant(activation_codes(quantizer, quantizer.name))
+    folded = set(norms.values())
+    output_quantizers = {module.output_quantizer for module in modules_with_output_quantizer(model)}
+
+    def deployed(name: str, module: nn.Module) -> nn.Module:
+        if isinstance(module, QuantizedModule):
+            return _deployed_class(name, module).from_quantized(name, module, norms.get(module))
+        if module in folded:
+            return nn.Identity()
+        if isinstance(module, LSQQuantizer) and module in output_quantizers:
+            return QuantDequant(ActivationQuantizer.from_quantizer(module))
+        return module
+
     with torch.no_grad():
-        for name, module in model.named_modules():
-            if type(module) in TABLES:
-                swapped[module] = _table(module)
-            elif isinstance(module, QuantMultiheadAttention):
-                swapped[module] = _attention(name, module)
-            elif isinstance(module, QuantizedModule):
-                swapped[module] = _deployed(name, module, norms.get(module))
-    for parent in [*model.modules(), *swapped.values()]:
-        for slot, child in parent._modules.items():
-            if child in swapped:
-                parent._modules[slot] = swapped[child]
-    return swapped.get(model, model).eval()
+        return replace_modules(model, deployed).eval()
 
 
 def _check(model: nn.Module) -> None:
-    """Raise for whatever cannot be converted."""
+    """Raise for a model that cannot be converted."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a model from quantize_model, got {type(model).__name__}")
-    if any(isinstance(module, DeployLayer) for module in model.modules()):
+    if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("the model is converted already: it has deployed layers")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
-    if not layers:
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no quantized layers: call quantize_model first, and train")
-    for name, layer in layers.items():
-        shown = name or "the model"
-        has_form = type(layer) in DEPLOYED or type(layer) is QuantMultiheadAttention
-        if not has_form and not (type(layer) in TABLES and layer.output_quantizer is None):
-            raise ValueError(
-                f"{shown!r}: there is no deployed form of {type(layer).__name__} yet. Leave it in floating point: "
-                f"quantize_model with exclude=({shown!r},)"
-            )
-        for kind, quantizer in layer.quantizers():
-            _check_quantizer(f"{name}.{kind}" if name else kind, quantizer)
-        for what, value in layer.named_parameters(recurse=False):
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{shown!r} has a {what} that is not finite")
-    for module in modules_with_output_quantizer(model):
-        quantizer = module.output_quantizer  # type: ignore[assignment]
-        _check_quantizer(quantizer.name, quantizer)
+    for name, module in model.named_modules():
+        if isinstance(module, LSQQuantizer):
+            _check_quantizer(name, module)
+        elif isinstance(module, QuantizedModule):
+            _deployed_class(name, module)
+            for slot, parameter in module.named_parameters(recurse=False):
+                if not bool(torch.isfinite(parameter).all()):
+                    raise ValueError(f"{name or 'the model'!r} has a {slot} that is not finite")
+
+
+def _deployed_class(name: str, layer: QuantizedModule) -> type[DeployedModule]:
+    deployed = deployed_class(type(layer))
+    if deployed is None:
+        raise ValueError(
+            f"{name or 'the model'!r}: there is no deployed form of {type(layer).__name__}, whose computation is its "
+            f"own. Set deployed_as in that class to a DeployLayer that computes the same, or leave the layer in "
+            f"floating point: quantize_model with exclude=({name!r},)"
+        )
+    return deployed
 
 
 def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:
@@ -141,58 +136,3 @@ def _check_quantizer(name: str, quantizer: LSQQuantizer) -> None:
     scale = quantizer.scale.detach().to(torch.float32)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"the quantizer {name!r} has a scale that is not finite and positive: {scale.tolist()}")
-
-
-def _table(layer: Any) -> nn.Module:
-    """The floating-point embedding with the values that the codes of ``layer`` stand for."""
-    kind = TABLES[type(layer)]
-    table = kind.__new__(kind)
-    table.__dict__ = {k: v for k, v in vars(layer).items() if not k.endswith("_quantizer")}
-    table._modules = {}
-    table._parameters = {"weight": nn.Parameter(layer.quantized_weight(), requires_grad=False)}
-    return table
-
-
-def _deployed(name: str, layer: QuantizedModule, norm: Any) -> DeployLayer:
-    """The deployed form of ``layer``, with the BatchNorm ``norm`` folded in if there is one."""
-    prefix = f"{name}." if name else ""
-    activation = output = None
-    if layer.input_quantizer is not None:
-        activation = activation_codes(layer.input_quantizer, f"{prefix}input_quantizer")
-    if layer.output_quantizer is not None:
-        output = activation_codes(layer.output_quantizer, f"{prefix}output_quantizer")
-    elif norm is not None and quantize_output in norm._forward_hooks.values():
-        output = activation_codes(norm.output_quantizer, norm.output_quantizer.name)
-    bias: Any = layer.bias
-    bias = None if bias is None else bias.detach()
-    gain = None
-    weight = layer.channels_first(layer.weight.detach())
-    if norm is not None:
-        affine = Affine.of(norm)
-        gain, bias = affine.gain, affine.bias(bias)
-        if not bool(torch.isfinite(gain).all() & torch.isfinite(bias).all()):
-            raise ValueError(f"the BatchNorm behind {name!r} has values that are not finite")
-    parts = operands(name or "the model", weight, layer.weight_quantizer, bias, activation, gain)
-    for part in ("codes", "float_weight"):
-        if part in parts:
-            parts[part] = layer.from_channels_first(parts[part])
-    deployed = DEPLOYED[type(layer)](
-        layer, input_quantizer=activation, output_quantizer=output, folded=norm is not None, **parts
-    )
-    for registry in vars(layer):
-        if registry.startswith("_forward_"):  # Hooks stay with the layer.
-            setattr(deployed, registry, getattr(layer, registry))
-    return deployed
-
-
-def _attention(name: str, layer: QuantMultiheadAttention) -> DeployMultiheadAttention:
-    """The deployed form of ``layer``, but for its out-projection, which is a quantized layer of its own."""
-    prefix = f"{name}." if name else ""
-    linears: dict[str, Any] = dict(projections(layer))
-    for role in ROLES:
-        quantizer = getattr(layer, f"{role}_quantizer")
-        activation = None if quantizer is None else activation_codes(quantizer, f"{prefix}{role}_quantizer")
-        weight, bias = linears[role].weight, linears[role].bias
-        parts = operands(f"{prefix}{role}", weight, getattr(layer, f"{role}_weight_quantizer"), bias, activation)
-        linears[role] = DeployLinear(layer, input_quantizer=activation, **parts)
-    return DeployMultiheadAttention(layer, **linears, out_proj=layer.out_proj)

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import pickle
 
 import numpy as np
 import onnx
@@ -11,14 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from deploy.deploy_networks import quantized, run
+from deploy.nn.layer_networks import HEADS, Attention, Decoder, E, L, N, S, ViT, Weights, encoder
 from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT
 from deploy.onnx_runs import run as run_onnx
-from gaqat_optim import QuantConfig, export_onnx, load_packed, quantize_model, save_packed
+from gaqat_optim import QuantConfig, export_onnx, quantize_model
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.nn.attention import DeployMultiheadAttention
-from gaqat_optim.deploy.nn.layers import DeployLayer, DeployLinear
+from gaqat_optim.deploy.nn.base import DeployLayer
+from gaqat_optim.deploy.nn.linear import DeployLinear
 from gaqat_optim.deploy.onnx_export.verification import compare, out_of_range_inputs, recorded_codes
-from gaqat_optim.deploy.packed.container import read, write
 from torchvision_import import import_torchvision
 
 # What these networks leave in floating point, and traced or not, is the business of other tests.
@@ -27,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*cannot be traced symbolically"),
 ]
 
-E, HEADS, N, L, S = 12, 3, 4, 5, 7
 ROLES = ("query", "key", "value")
 SAME = QuantConfig(4, 4, first_last_bits="same")
 CONSTRUCTIONS = {
@@ -38,41 +38,6 @@ CONSTRUCTIONS = {
     "separate": {"kdim": 6, "vdim": 10},
     "all": {"kdim": 6, "vdim": 12, "bias": False, "add_bias_kv": True, "add_zero_attn": True},
 }
-
-
-class Attention(nn.Module):
-    """Query, key and value made of one tensor of (samples, L, E), so that a calibration batch is one tensor."""
-
-    def __init__(self, kind="cross", **options):
-        super().__init__()
-        self.kind = kind
-        self.attention = nn.MultiheadAttention(E, HEADS, **options)
-        for parameter in self.attention.parameters():
-            if parameter.dim() == 1:
-                nn.init.normal_(parameter)
-
-    def inputs(self, x):
-        q = k = v = x
-        if self.kind == "cross":
-            source = torch.cat([x.flip(1), x[:, : S - L] + 1], dim=1)
-            k, v = source[..., : self.attention.kdim], source[..., -self.attention.vdim :] * 2
-        return q, k, v
-
-    def forward(self, x, **options):
-        inputs = self.inputs(x)
-        if not self.attention.batch_first:
-            inputs = tuple(v.transpose(0, 1) for v in inputs)
-        y, weights = self.attention(*inputs, **options)
-        return y if self.attention.batch_first else y.transpose(0, 1), weights
-
-
-def quantized(model, x, config=SAME):
-    return quantize_model(model, config, calibration=x).eval()
-
-
-def run(model, x, **options):
-    with torch.no_grad():
-        return model(x, **options)
 
 
 # -- exact integers and float64 --------------------------------------------------------------------------------------
@@ -97,9 +62,13 @@ def projected(a, weight, bias, input_quantizer, weight_quantizer):
     ratio = weight.detach().numpy() / scale.reshape(-1, 1)
     q = np.rint(np.clip(ratio, weight_quantizer.qmin, weight_quantizer.qmax)).astype(np.int64)
     k = shift_of(weight_quantizer.bits, input_quantizer, bias)
-    unit = step * (scale / np.float32(2**k))
-    codes = 0 if bias is None else np.rint(bias.detach().double().numpy() / unit.astype(np.float64)).astype(np.int64)
-    return ((a.astype(np.int64) @ q.T * 2**k + codes).astype(np.float32) * unit).astype(np.float64)
+    accumulator_scale = step * (scale / np.float32(2**k))
+    codes = (
+        0
+        if bias is None
+        else np.rint(bias.detach().double().numpy() / accumulator_scale.astype(np.float64)).astype(np.int64)
+    )
+    return ((a.astype(np.int64) @ q.T * 2**k + codes).astype(np.float32) * accumulator_scale).astype(np.float64)
 
 
 def attention_oracle(layer, inputs, mask):
@@ -185,12 +154,12 @@ def test_attention_is_exact_integers_and_float64(construction, kind):
                         deployed, far * x, average_attn_weights=average, need_weights=need_weights, **arguments
                     )
                 for role, expected in zip(ROLES, codes, strict=True):
-                    found = recorded[f"attention.{role}_quantizer"][0]
-                    assert np.array_equal(found.reshape(expected.shape), expected), role
-                found = recorded["attention.out_proj.input_quantizer"][0].reshape(out.shape)
-                assert np.abs(found - ratio).max() <= 0.501
+                    actual = recorded[f"attention.{role}_quantizer"][0]
+                    assert np.array_equal(actual.reshape(expected.shape), expected), role
+                actual = recorded["attention.out_proj.input_quantizer"][0].reshape(out.shape)
+                assert np.abs(actual - ratio).max() <= 0.501
                 operands = last.weight, last.bias, last.input_quantizer, last.weight_quantizer
-                assert np.array_equal(y.numpy(), projected(found, *operands).astype(np.float32))
+                assert np.array_equal(y.numpy(), projected(actual, *operands).astype(np.float32))
                 assert (shares is not None) == need_weights
                 if need_weights:
                     expected = weights.mean(1) if average else weights
@@ -200,7 +169,7 @@ def test_attention_is_exact_integers_and_float64(construction, kind):
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_the_bias_rounding_is_the_only_difference_from_the_trained_layer(construction, bits):
-    """With biases that are multiples of the unit there is none, but for the last bits of float32 sums."""
+    """With biases that are multiples of the accumulator scale there is none, but for the last bits of float32 sums."""
     torch.manual_seed(0)
     x = torch.randn(N, L, E)
     model = quantized(
@@ -257,56 +226,6 @@ def test_other_dtypes_and_autocast(dtype):
 
 
 # -- networks --------------------------------------------------------------------------------------------------------
-
-
-class Decoder(nn.Module):
-    """Cross-attention to a part of the sequence, with a mask made in forward."""
-
-    def __init__(self, batch_first=True):
-        super().__init__()
-        self.batch_first = batch_first
-        self.layer = nn.TransformerDecoderLayer(E, HEADS, 14, dropout=0.1, batch_first=batch_first)
-
-    def forward(self, x):
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        x, memory = (x, x[:, :3]) if self.batch_first else (x.transpose(0, 1), x[:, :3].transpose(0, 1))
-        y = self.layer(x, memory, tgt_mask=mask, tgt_is_causal=True)
-        return y if self.batch_first else y.transpose(0, 1)
-
-
-class Weights(nn.Module):
-    """Returns the attention weights too, over learned queries."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens = nn.Parameter(torch.randn(1, 2, E))
-        self.attention = nn.MultiheadAttention(E, HEADS, batch_first=True, add_bias_kv=True, add_zero_attn=True)
-
-    def forward(self, x):
-        return self.attention(self.tokens.expand(x.shape[0], -1, -1), x, x)
-
-
-class ViT(nn.Module):
-    """Patches, a class token, encoder layers and a head, as in a vision transformer."""
-
-    def __init__(self, layers=1):
-        super().__init__()
-        self.patches = nn.Conv2d(3, E, 4, 4)
-        self.token = nn.Parameter(torch.zeros(1, 1, E))
-        self.place = nn.Parameter(torch.randn(1, 5, E))
-        layer = nn.TransformerEncoderLayer(E, HEADS, 24, activation="gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(E), enable_nested_tensor=False)
-        self.head = nn.Linear(E, 7)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.place
-        return self.head(self.encoder(x)[:, 0])
-
-
-def encoder(**options):
-    layer = nn.TransformerEncoderLayer(E, HEADS, 14, dropout=0.1, **options)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
 # The network, an input, and the number of its linear layers.
@@ -406,163 +325,3 @@ def test_the_deployed_layers_are_not_passed_by():
     y, z = run(model, x, src_key_padding_mask=padding), run(deployed, x, src_key_padding_mask=padding)
     assert len(calls) == 2 * (1 + 6)
     assert (y - z).abs().max() <= 0.02 * y.abs().max()
-
-
-# -- the module and the packed file ----------------------------------------------------------------------------------
-
-
-def test_it_is_printed_copied_pickled_loaded_and_exported():
-    model, x, _ = made("vit", QuantConfig(3, 5, first_last_bits="same"))
-    before = {name: v.clone() for name, v in model.state_dict().items()}
-    deployed = convert(model)
-    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
-    expected = run(deployed, x)
-    text = str(deployed)
-    assert "(self_attn): DeployMultiheadAttention(\n          3 heads of 4, batch_first=True\n" in text
-    for slot in (*ROLES, "out_proj"):
-        assert f"({slot}): DeployLinear(\n            3-bit weight (12, 12) per channel, int32 bias" in text
-    assert "LSQ" not in text
-    assert torch.equal(run(copy.deepcopy(deployed), x), expected)
-    assert torch.equal(run(pickle.loads(pickle.dumps(deployed)), x), expected)
-    torch.manual_seed(5)
-    other = convert(quantized(ViT(), x, QuantConfig(3, 5, first_last_bits="same")))
-    assert not torch.equal(run(other, x), expected)
-    other.load_state_dict(deployed.state_dict())
-    assert torch.equal(run(other, x), expected)
-    program = torch.export.export(deployed, (x[:4],), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    for count in (2, 33):
-        assert torch.equal(program.module()(x[:count]), run(deployed, x[:count]))
-
-
-def test_hooks_stay_with_their_layers():
-    x = torch.randn(N, L, E)
-    model = quantized(Attention("self", batch_first=True), x)
-    model.attention.register_forward_hook(lambda module, args, y: (y[0] + 1, y[1]))
-    model.attention.out_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
-    deployed = convert(model)
-    assert bool((run(deployed, x)[0] == deployed.attention.out_proj.bias + 1).all())
-
-
-@pytest.mark.parametrize("name", ["vit", "decoder", "weights"])
-@pytest.mark.parametrize("config", [SAME, QuantConfig(6, None, weight_granularity="tensor"), QuantConfig(None, 5)])
-def test_the_packed_network_comes_back_to_the_bit(name, config, tmp_path):
-    model, x, _ = made(name, config)
-    save_packed(model, tmp_path / "net")
-    deployed = convert(model)
-    saved = deployed.state_dict(keep_vars=True)
-    for target in (NETWORKS[name]()[0], model, quantize_model(NETWORKS[name]()[0], QuantConfig(2, 2, output_bits=5))):
-        before, text = {key: v.clone() for key, v in target.state_dict().items()}, str(target)
-        loaded = load_packed(target, tmp_path / "net")
-        assert str(target) == text
-        assert all(torch.equal(v, before[key]) for key, v in target.state_dict().items())
-        assert str(loaded) == str(deployed)
-        found = loaded.state_dict(keep_vars=True)
-        assert {k: (type(v), v.dtype) for k, v in found.items()} == {k: (type(v), v.dtype) for k, v in saved.items()}
-        assert all(torch.equal(v, saved[key]) for key, v in found.items())
-        for factor in (1, -30):
-            y, z = run(deployed, factor * x), run(loaded, factor * x)
-            assert all(torch.equal(a, b) for a, b in zip(y, z, strict=True))
-        save_packed(loaded, tmp_path / "again")
-        assert (tmp_path / "again").read_bytes() == (tmp_path / "net").read_bytes()
-        assert torch.equal(run(pickle.loads(pickle.dumps(loaded)), x)[0], run(deployed, x)[0])
-
-
-def test_kdim_and_a_network_that_is_one_attention_layer(tmp_path):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(N, L, E), torch.randn(N, S, 6), torch.randn(N, S, 10)
-    model = quantize_model(nn.MultiheadAttention(E, HEADS, kdim=6, vdim=10, batch_first=True), SAME)
-    model(q, k, v)
-    deployed = convert(model.eval())
-    save_packed(model, tmp_path / "net")
-    loaded = load_packed(nn.MultiheadAttention(E, HEADS, kdim=6, vdim=10, batch_first=True), tmp_path / "net")
-    with torch.no_grad():
-        assert torch.equal(loaded(q, k, v)[0], deployed(q, k, v)[0])
-    assert sorted(n for n, _ in loaded.named_children()) == ["key", "out_proj", "query", "value"]
-
-
-def test_one_attention_layer_used_twice_and_hooks_of_the_target(tmp_path):
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(E, HEADS, 14, batch_first=True)
-    net, x = nn.Sequential(layer, layer), torch.randn(N, L, E)
-    model = quantized(net, x, QuantConfig(8, 8))
-    deployed = convert(model)
-    assert deployed[0] is deployed[1]
-    save_packed(model, tmp_path / "net")
-    loaded = load_packed(net, tmp_path / "net")
-    assert loaded[0] is loaded[1]
-    assert torch.equal(run(loaded, x), run(deployed, x))
-    assert export_onnx(model, x, tmp_path / "net.onnx").max_abs_diff <= 1e-4
-    target = copy.deepcopy(model)
-    target[0].self_attn.out_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
-    hooked = load_packed(target, tmp_path / "net")
-    assert not torch.equal(run(hooked, x), run(deployed, x))
-    hooked[0].self_attn.out_proj._forward_pre_hooks.clear()
-    assert len(target[0].self_attn.out_proj._forward_pre_hooks) == 1
-    apart = nn.Sequential(layer, copy.deepcopy(layer))
-    assert torch.equal(run(load_packed(apart, tmp_path / "net"), x), run(deployed, x))
-    save_packed(quantized(apart, x, QuantConfig(8, 8)), tmp_path / "net")
-    with pytest.raises(ValueError, match="is another layer under another name in the network"):
-        load_packed(net, tmp_path / "net")
-
-
-OTHERS = {
-    r"'0' has .*'num_heads': 2.* in the network and .*'num_heads': 3.* in the file": lambda: nn.MultiheadAttention(
-        E, 2
-    ),
-    r"'0' has .*'batch_first': True.* in the network": lambda: nn.MultiheadAttention(E, HEADS, batch_first=True),
-    r"'0' has .*'add_zero_attn': True.* in the network": lambda: nn.MultiheadAttention(E, HEADS, add_zero_attn=True),
-    "'0.query' has a bias only in the file": lambda: nn.MultiheadAttention(E, HEADS, bias=False),
-    r"the file has no entry for '0\.bias_k'": lambda: nn.MultiheadAttention(E, HEADS, add_bias_kv=True),
-    "'0' is a Linear in the network and attention in the file": lambda: nn.Linear(E, E),
-}
-
-
-@pytest.mark.parametrize("message", OTHERS)
-def test_another_layer_is_refused_and_left_as_it_is(message, tmp_path):
-    model = nn.Sequential(nn.MultiheadAttention(E, HEADS))
-    model = quantize_model(model, QuantConfig(4, None))
-    save_packed(model, tmp_path / "net")
-    target = nn.Sequential(OTHERS[message]())
-    text = str(target)
-    with pytest.raises(ValueError, match=f"{message}.*The file was saved from another architecture"):
-        load_packed(target, tmp_path / "net")
-    assert str(target) == text
-    with pytest.raises(ValueError, match="'0' is no module in the network and attention in the file"):
-        load_packed(nn.Sequential(), tmp_path / "net")
-
-
-def test_a_file_without_a_projection_is_refused(tmp_path):
-    net = nn.Sequential(nn.MultiheadAttention(E, HEADS))
-    save_packed(quantize_model(net, QuantConfig(4, None)), tmp_path / "net")
-    settings, tensors = read(tmp_path / "net")
-    assert settings["layers"].pop(0)["names"] == ["0.query"]
-    write(tmp_path / "net", settings, tensors)
-    with pytest.raises(ValueError, match=r"is not as save_packed writes files: .*no entry for 0\.query"):
-        load_packed(net, tmp_path / "net")
-
-
-def broken(change):
-    x = torch.randn(N, L, E)
-    model = quantized(Attention("self"), x)
-    with torch.no_grad():
-        change(model.attention)
-    return model
-
-
-REFUSED = {
-    "'attention' has a in_proj_weight that is not finite": lambda m: m.in_proj_weight[0, 0].fill_(math.nan),
-    "'attention.out_proj' has a weight that is not finite": lambda m: m.out_proj.weight.fill_(math.inf),
-    "'attention.key_quantizer' has a scale": lambda m: m.key_quantizer.raw_scale.fill_(math.nan),
-    "'attention.value_weight_quantizer' has a scale": lambda m: m.value_weight_quantizer.raw_scale.fill_(math.nan),
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_converted_is_named(message):
-    with pytest.raises(ValueError, match=message):
-        convert(broken(REFUSED[message]))
-
-
-def test_attention_without_a_scale_is_named():
-    with pytest.raises(ValueError, match=r"the quantizer '0\.query_quantizer' has no scale yet"):
-        convert(quantize_model(nn.Sequential(nn.MultiheadAttention(E, HEADS))))

@@ -15,7 +15,8 @@ from deploy.deploy_networks import CONFIGS, NETWORKS, cnn, images, randomize_nor
 from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.deploy.convert import convert
-from gaqat_optim.deploy.nn.layers import ActivationQuantizer, DeployLayer
+from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
+from gaqat_optim.deploy.nn.base import DeployLayer
 from gaqat_optim.deploy.onnx_export.export import export_onnx
 from gaqat_optim.deploy.onnx_export.report import ExportReport
 from gaqat_optim.deploy.onnx_export.verification import out_of_range_inputs, tensors

@@ -15,7 +15,7 @@ from deploy.deploy_networks import CONFIGS, images, randomize_norms, trained
 from deploy.onnx_runs import LEVELS, quantized, run
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
 from gaqat_optim.deploy.bit_planes import pack_bits
-from gaqat_optim.deploy.nn.layers import DeployLayer
+from gaqat_optim.deploy.nn.base import DeployLayer
 from gaqat_optim.deploy.onnx_export.weight_storage import pack_int4
 from torchvision_import import import_torchvision
 
@@ -126,7 +126,9 @@ def test_the_scales_of_biases_are_made_when_the_file_is_loaded(written):
     for level in LEVELS:
         proto = onnx.load(reports["auto"].path)
         stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-        assert not any(name.endswith(".unit") and tensor.dims[:] == [32] for name, tensor in stored.items())
+        assert not any(
+            name.endswith(".accumulator_scale") and tensor.dims[:] == [32] for name, tensor in stored.items()
+        )
         bias = next(node for node in proto.graph.node if node.input[0] == "blocks.1.conv1.bias_codes")
         assert bias.op_type in ("DequantizeLinear", "Sub")
         readers = [n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == bias.input[0]]
@@ -136,7 +138,7 @@ def test_the_scales_of_biases_are_made_when_the_file_is_loaded(written):
         options.graph_optimization_level = LEVELS[level]
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         unit, zeros = session.run(names, {"input": images(1).numpy()})
-        assert np.array_equal(unit, layer.unit.numpy())
+        assert np.array_equal(unit, layer.accumulator_scale.numpy())
         assert (zeros.dtype, zeros.shape, zeros.any()) == (np.int32, (32,), False)
 
 

@@ -347,7 +347,7 @@ def test_inside_the_range_the_error_is_half_a_step(case):
 
 
 @given(any_case(shapes=((7,), (3, 5), (3, 3), (2, 3, 4), (2, 3, 2, 3), (2, 3, 1, 2, 3))))
-def test_per_channel_is_per_tensor_channel_by_channel(case):
+def test_per_channel_is_per_tensor_channelchannels_first(case):
     axis = 0 if case.axis is None else case.axis
     size = case.v.shape[axis]
     scale = case.scale.reshape(-1).expand(size) if case.axis is None else case.scale

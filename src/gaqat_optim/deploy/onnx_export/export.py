@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...quant.summary.macs import counted, macs_by_bits
+from ..atomic_write import file_path, write_atomically
 from ..convert import convert
-from ..nn.layers import ActivationQuantizer, DeployLayer
+from ..nn.activation_quantizer import ActivationQuantizer
+from ..nn.base import DeployLayer
 from ..qdq import LOWEST_OPSET, QUANTIZER
 from . import verification as checking
 from .derived_constants import derive_constants
@@ -115,7 +115,7 @@ def export_onnx(
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_onnx takes a model from quantize_model or convert, got {type(model).__name__}")
     sample = _checked(sample, storage, opset)
-    target = _target(path)
+    target = file_path(path)
     _require_packages(check, opset)
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
@@ -144,7 +144,7 @@ def export_onnx(
         compared, messages = _compared(deployed, proto, sample, layer_of, trained)
         for message in messages:
             warnings.warn(message, stacklevel=2)
-    size = _write(proto, target)
+    size = write_atomically(target, proto.SerializeToString())
     compression = 4 * float_values(deployed) / size
     return ExportReport(target, storage, opset, size, compression, macs, **compared)
 
@@ -193,15 +193,6 @@ def _checked(sample: Any, storage: str, opset: Any) -> Tensor:
     if not bool(torch.isfinite(sample).all()):
         raise ValueError("sample has values that are not finite")
     return sample.detach().cpu()
-
-
-def _target(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{str(target)!r} is a folder: path must name a file")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {str(target)!r} does not exist")
-    return target
 
 
 def _require_packages(check: bool, opset: int) -> None:
@@ -307,15 +298,3 @@ def _compared(
         "float_operators": placed.float_operators,
     }
     return fields, [message for message in messages if message is not None]
-
-
-def _write(proto: Any, target: Path) -> int:
-    """Write under another name, then rename: there is the whole file or none. Returns its size."""
-    data = proto.SerializeToString()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(data)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.layers import DeployLayer
+from ..nn.base import DeployLayer
 from .graph_cleanup import MOVED_ACROSS, PRODUCTS
 from .saturation import Saturating, saturating_products
 from .verification import session_options

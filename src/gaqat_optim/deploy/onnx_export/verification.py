@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..nn.layers import ActivationQuantizer
+from ..nn.activation_quantizer import ActivationQuantizer
 from ..qdq import QUANTIZER
 
 Codes = dict[str, list[NDArray[Any]]]

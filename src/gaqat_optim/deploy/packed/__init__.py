@@ -1,1 +1,1 @@
-"""Files of bit planes for a runtime of one's own."""
+"""Packed files: weights in as many bits as were trained, for a custom runtime."""

@@ -9,54 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from ...quant.config import LayerConfig
 from ...quant.graph.output_quantizers import attach, detach, modules_with_output_quantizer
-from ...quant.nn.attention import QuantMultiheadAttention, disable_fast_paths
+from ...quant.nn.attention import disable_fast_paths
 from ...quant.nn.base import QUANTIZED, QuantizedModule
-from ..convert import TABLES
-from ..nn.attention import ROLES, DeployMultiheadAttention, out_projection, projections
-from ..nn.layers import DEPLOYED, ActivationQuantizer, DeployLayer, QuantDequant
-from .manifest import (
-    Contents,
-    PackedLayer,
-    attention_shape,
-    geometry,
-    join,
-    modules_of,
-    parts_of,
-    scale_name,
-    tensors_of,
-)
-from .save import packed_path
+from ..atomic_write import file_path
+from ..module_tree import join, replace_modules, shared_tensors
+from ..nn.activation_quantizer import ActivationQuantizer, QuantDequant
+from ..nn.base import DeployLayer
+from ..nn.registry import DeployedModule, deployed_class
+from .manifest import read_packed, refuse_foreign, stored_tensors
 
-_ALL_FLOAT = LayerConfig(None, None, "tensor", "auto", None, "mse", "log")
 _WRONG_ARCHITECTURE = "The file was saved from another architecture"
 
 
 def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Read a file of :func:`~gaqat_optim.save_packed`: the network computes what the saved one does, bit for bit.
 
-    Nothing in the file is executed: it is JSON and numbers, and is checked against its SHA-256 before any of it is
-    used. That finds damage, not malice: who can write the file can write other weights, and their checksum.
+    The file is JSON and numbers, and nothing in it is executed. It is checked against its SHA-256 first. The checksum
+    finds damage, not malice: whoever can write the file can write other weights with their checksum.
 
     The file is mapped into memory instead of being read into it, so a large one is there once, as the network's
     tensors. These are copies and no views of the file, because bit planes have to be unpacked into int8.
 
     Args:
         model: a network of the same architecture, in floating point or from :func:`~gaqat_optim.quantize_model`, with
-            whatever values; on the meta device, if you like. It stays as it is. What the file does not hold comes from
-            it: the code, plain attributes such as a BatchNorm's eps, hooks, and on which device each tensor is (the
-            CPU, for one on the meta device).
+            any values; the meta device will do. It stays as it is. The code, plain attributes such as a BatchNorm's
+            eps, hooks, and the device of each tensor come from it (the CPU for the meta device).
         path: the file.
 
     Returns:
-        The network that :func:`~gaqat_optim.convert` made, or would have made, of the saved one: a new one, in
-        evaluation mode and without gradients.
+        The network that :func:`~gaqat_optim.convert` makes of the saved one: a new one, in evaluation mode and without
+        gradients.
 
     Raises:
+        ImportError: the extra ``[packed]`` is not installed.
         TypeError: ``model`` is no module.
-        ValueError: the file is none of :func:`~gaqat_optim.save_packed`, is of another version of the format, or
+        ValueError: the file is not from :func:`~gaqat_optim.save_packed`, is of another version of the format, is
             damaged, or was saved from another architecture; or ``model`` is converted already.
         OSError: there is no such file, or it is a folder, or cannot be read.
 
@@ -76,207 +66,119 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_packed takes the float network, or one from quantize_model; got {type(model).__name__}")
-    if any(isinstance(module, DeployLayer) for module in model.modules()):
+    if any(isinstance(module, DeployedModule) for module in model.modules()):
         raise ValueError("the model is converted already: load_packed takes the float network, or the quantized one")
-    contents = Contents.of(packed_path(path))
-    stored = {name: entry.tensor for entry in contents.tensors for name in entry.names}
-    originals = _with_projections(contents, dict(modules_of(model)))
-    _check_modules(contents, originals, stored)
-    # A quantized layer in each place, as when the network was saved, and nowhere else.
-    result = _with_deployed_attention(contents, _empty_copy(model), originals)
-    named = dict(modules_of(result))
-    places = {named[name] for layer in contents.layers for name in layer.names}
-    swapped: dict[nn.Module, nn.Module] = {}
-    for module in named.values():
-        if module in places and not isinstance(module, QuantizedModule):
-            swapped[module] = QUANTIZED[type(module)].from_float(module, _ALL_FLOAT)
-        elif module not in places and isinstance(module, QuantizedModule):
-            swapped[module] = _as_float(module)
-    result = _swap(result, swapped)
-    for module in list(modules_with_output_quantizer(result)):
+    entries, tensors = read_packed(file_path(path))
+    network = _empty_copy(model)
+    for module in list(modules_with_output_quantizer(network)):
         detach(module)
-    disable_fast_paths(result)
-    # Now the deployed layers, which take the geometry and the hooks of those.
-    named = dict(modules_of(result))
-    swapped = {named[name]: nn.Identity() for name in contents.identities if type(named[name]) is not nn.Identity}
-    for layer in contents.layers:
-        device = _device(originals[layer.names[0]].weight)
-        deployed = _deployed(layer, named[layer.names[0]], stored, device)
-        for name in layer.names:
-            if swapped.setdefault(named[name], deployed) is not deployed:
-                raise ValueError(f"{name!r} is another layer under another name in the network. {_WRONG_ARCHITECTURE}")
-    result = _swap(result, swapped)
-    for output in contents.outputs:
-        site = dict(modules_of(result))[output.names[0]]
-        scale = stored[scale_name(output)].to(_default_device(model))
-        attach(site, QuantDequant(ActivationQuantizer(scale, **output.quantizer)))
-    _separate_tables(result, contents)
-    _fill(result, contents, {name: v for names, v in tensors_of(model) for name in names})
-    return result.eval().requires_grad_(False)
+    with refuse_foreign(path):
+        entry_of = {name: entry for entry in entries for name in entry["names"] if entry["kind"] != "QuantDequant"}
+        outputs = [(entry["names"][0], entry) for entry in entries if entry["kind"] == "QuantDequant"]
+    built: dict[str, DeployedModule] = {}  # by first name in the file, where two layers of the network can be one
+
+    def deployed(name: str, module: nn.Module) -> nn.Module:
+        entry = entry_of.get(name)
+        if entry is None:
+            return _float_layer(module) if isinstance(module, QuantizedModule) else module
+        if entry["kind"] == "Identity":
+            return _identity(name, module)
+        first = entry["names"][0]
+        prefix = join(first, "")
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        _check_layer(name, module, entry, own)
+        with refuse_foreign(path):
+            replacement: DeployedModule = _deployed_class(module).from_dict(module, entry, own)
+        return built.setdefault(first, replacement.to(next(module.parameters()).device))
+
+    network = replace_modules(network, deployed)
+    disable_fast_paths(network, DeployLayer)
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for name, entry in entry_of.items():
+        _require_equal(name, "is", f"a {entry['kind']}" if name in modules else "no module", f"a {entry['kind']}")
+        if entry["kind"] != "Identity" and modules[name] is not built.get(entry["names"][0]):
+            raise ValueError(f"{name!r} is another layer under another name in the network. {_WRONG_ARCHITECTURE}")
+    device = next((tensor.device for _, tensor in shared_tensors(network)), None)
+    for name, entry in outputs:
+        host = name.rpartition(".")[0]
+        _require_equal(host, "is", "a module" if host in modules else "no module", "a module")
+        with refuse_foreign(path):
+            scale = tensors[f"{name}.quantizer.scale"]
+            quantizer = ActivationQuantizer(scale, entry["bits"], entry["signed"], entry["name"])
+        attach(modules[host], QuantDequant(quantizer).to(device))
+    _fill(network, tensors)
+    return network.eval().requires_grad_(False)
 
 
-# -- from a float or quantized network to the one in the file ----------------------------------------------------------
-
-
-def _with_projections(contents: Contents, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules with the projections of attention layers as layers of their own, where the file has them so."""
-    modules = dict(modules)
-    for attention in contents.attentions:
-        for name in attention.names:
-            module = modules.get(name)
-            if type(module) not in (nn.MultiheadAttention, QuantMultiheadAttention):
-                found = "no module" if module is None else f"a {type(module).__name__}"
-                raise ValueError(f"{name!r} is {found} in the network and attention in the file. {_WRONG_ARCHITECTURE}")
-            assert module is not None
-            if attention_shape(module) != attention.shape:
-                shapes = f"{attention_shape(module)} in the network and {attention.shape} in the file"
-                raise ValueError(f"{name!r} has {shapes}. {_WRONG_ARCHITECTURE}")
-            modules |= {join(name, role): linear for role, linear in projections(module).items()}
-            modules[join(name, "out_proj")] = out_projection(module)
-    return modules
-
-
-def _with_deployed_attention(contents: Contents, model: nn.Module, originals: dict[str, nn.Module]) -> nn.Module:
-    """The network with deployed attention layers, whose projections are still to be replaced."""
-    named, swapped = dict(modules_of(model)), dict[nn.Module, nn.Module]()
-    for attention in contents.attentions:
-        for name in attention.names:
-            linears = {role: originals[join(name, role)] for role in ROLES}
-            linears["out_proj"] = out_projection(named[name])
-            swapped.setdefault(named[name], DeployMultiheadAttention(named[name], **linears))
-    return _swap(model, swapped)
-
-
-def _check_modules(contents: Contents, modules: dict[str, nn.Module], stored: dict[str, Tensor]) -> None:
-    """Raise where the network has another module than the one that was saved under a name."""
-    for layer in contents.layers:
-        for name in layer.names:
-            module: Any = modules.get(name)
-            kind = type(module) if isinstance(module, QuantizedModule) else QUANTIZED.get(type(module))
-            deployed = DEPLOYED.get(kind) if kind is not None else None
-            if deployed is None or deployed.__name__ != layer.kind:
-                found = "no module" if module is None else f"a {type(module).__name__}"
-                raise ValueError(
-                    f"{name!r} is {found} in the network and a {layer.kind} in the file. {_WRONG_ARCHITECTURE}"
-                )
-            parts = parts_of(layer, stored)
-            weight = parts["codes"] if "codes" in parts else parts["float_weight"]
-            if module.weight.shape != weight.shape:
-                shapes = f"{tuple(module.weight.shape)} in the network and {tuple(weight.shape)} in the file"
-                raise ValueError(f"{name!r} has a weight of shape {shapes}. {_WRONG_ARCHITECTURE}")
-            if geometry(module) != layer.geometry:
-                geometries = f"{geometry(module)} in the network and {layer.geometry} in the file"
-                raise ValueError(f"{name!r} has {geometries}. {_WRONG_ARCHITECTURE}")
-            if not layer.folded and (module.bias is None) == ("bias_codes" in parts or "float_bias" in parts):
-                where = "the file" if module.bias is None else "the network"
-                raise ValueError(f"{name!r} has a bias only in {where}. {_WRONG_ARCHITECTURE}")
-    for output in contents.outputs:
-        if not all(name in modules for name in output.names):
-            raise ValueError(
-                f"{output.names[0]!r} has an output quantizer in the file, and is no module. {_WRONG_ARCHITECTURE}"
-            )
-    for name in contents.identities:
-        if not isinstance(modules.get(name), nn.Identity | _BatchNorm):
-            found = "no module" if name not in modules else f"a {type(modules[name]).__name__}"
-            raise ValueError(
-                f"{name!r} is {found} in the network, and nothing or a folded BatchNorm in the file. "
-                f"{_WRONG_ARCHITECTURE}"
-            )
+def _require_equal(name: str, what: str, in_network: Any, in_file: Any) -> None:
+    if in_network != in_file:
+        raise ValueError(
+            f"{name!r} {what} {in_network} in the network and {in_file} in the file. {_WRONG_ARCHITECTURE}"
+        )
 
 
 def _empty_copy(model: nn.Module) -> nn.Module:
-    """A copy in which each tensor is one value of its own, expanded, to be filled: none are copied to be replaced."""
+    """A copy of a network whose tensors have a shape and no values.
+
+    ``copy.deepcopy`` takes from its memo, by the id of the original, what it has copied already. Here the memo holds a
+    replacement of every tensor: one value, expanded to the shape. So no weights are copied only to be replaced,
+    and a network on the meta device gets tensors on the CPU.
+    """
     memo: dict[int, Any] = {}
-    for _, v in tensors_of(model):
-        empty = torch.empty((), dtype=v.dtype, device=_device(v)).expand(v.shape)
-        memo[id(v)] = nn.Parameter(empty, requires_grad=False) if isinstance(v, nn.Parameter) else empty
+    for _, tensor in shared_tensors(model):
+        if not is_lazy(tensor):
+            device = "cpu" if tensor.is_meta else tensor.device
+            empty = torch.empty((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
     return copy.deepcopy(model, memo)
 
 
-def _default_device(model: nn.Module) -> torch.device:
-    """Where an output quantizer's scale goes, which has no tensor of the network in its place."""
-    return next((_device(v) for _, v in tensors_of(model)), torch.device("cpu"))
+def _deployed_class(layer: nn.Module) -> Any:
+    """The deployed class of a float or quantized layer, or ``None``."""
+    quantized = type(layer) if isinstance(layer, QuantizedModule) else QUANTIZED.get(type(layer))
+    return None if quantized is None else deployed_class(quantized)
 
 
-def _device(v: Any) -> torch.device:
-    """Where the tensor that takes the place of ``v`` goes."""
-    device: torch.device = v.device
-    return torch.device("cpu") if device.type == "meta" else device
+def _check_layer(name: str, layer: nn.Module, entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise if ``layer`` of the network is not the one that was saved."""
+    cls = _deployed_class(layer)
+    kind = type(layer).__name__ if cls is None or cls.__name__ != entry["kind"] else entry["kind"]
+    _require_equal(name, "is", f"a {kind}", f"a {entry['kind']}")
+    weight = next((tensors[slot] for slot in ("codes", "float_weight", "weight") if slot in tensors), None)
+    if weight is not None:
+        _require_equal(name, "has a weight of shape", tuple(layer.weight.shape), tuple(weight.shape))  # type: ignore[arg-type]
+    _require_equal(name, "has", cls.hyperparameters_of(layer), entry.get("hyperparameters"))
+    if not entry.get("folded", True):
+        biases = [getattr(layer, "bias", None) is not None, not tensors.keys().isdisjoint({"bias_codes", "float_bias"})]
+        _require_equal(name, "has", *("a bias" if has_bias else "no bias" for has_bias in biases))
 
 
-def _as_float(module: QuantizedModule) -> nn.Module:
-    """The layer that a quantized one was made from."""
-    kind = next(kind for kind, quantized in QUANTIZED.items() if quantized is type(module))
-    layer = kind.__new__(kind)
-    layer.__dict__ = {k: v for k, v in vars(module).items() if not k.endswith("_quantizer")}
-    layer._modules = {k: v for k, v in module._modules.items() if not k.endswith("_quantizer")}
+def _identity(name: str, module: nn.Module) -> nn.Module:
+    """An identity in the place of a folded BatchNorm, or the identity that is there."""
+    if not isinstance(module, nn.Identity | _BatchNorm):
+        _require_equal(name, "is", f"a {type(module).__name__}", "an Identity or a folded BatchNorm")
+    return module if type(module) is nn.Identity else nn.Identity()
+
+
+def _float_layer(quantized: QuantizedModule) -> nn.Module:
+    """The float layer that a quantized one was made from, with its parameters."""
+    float_class = next(cls for cls, registered in QUANTIZED.items() if registered is type(quantized))
+    layer = float_class.__new__(float_class)
+    layer.__dict__ = vars(quantized).copy()
+    layer._modules = {slot: child for slot, child in quantized._modules.items() if not slot.endswith("_quantizer")}
     return layer
 
 
-def _swap(model: nn.Module, swapped: dict[nn.Module, nn.Module]) -> nn.Module:
-    for parent in [*model.modules(), *swapped.values()]:
-        for slot, child in parent._modules.items():
-            if child in swapped:
-                parent._modules[slot] = swapped[child]
-    return swapped.get(model, model)
-
-
-def _deployed(layer: PackedLayer, source: nn.Module, stored: dict[str, Tensor], device: torch.device) -> DeployLayer:
-    assert isinstance(source, QuantizedModule)
-    parts: dict[str, Any] = {part: v.to(device) for part, v in parts_of(layer, stored).items()}
-    for kind in ("input_quantizer", "output_quantizer"):
-        settings = getattr(layer, kind)
-        if settings is not None:
-            scale = stored[join(layer.names[0], f"{kind}.scale")].to(device)
-            parts[kind] = ActivationQuantizer(scale, **settings)
-    deployed = DEPLOYED[type(source)](
-        source, weight_bits=layer.weight_bits, shift=layer.shift, folded=layer.folded, **parts
-    )
-    for registry in vars(source):
-        if registry.startswith("_forward_"):
-            setattr(deployed, registry, getattr(source, registry))
-    return deployed
-
-
-def _separate_tables(result: nn.Module, contents: Contents) -> None:
-    """Give tables a weight of their own where the network ties it to others and the file has it alone.
-
-    What a quantized embedding deploys are values of its own scales, whatever else was trained with its weight.
-    """
-    modules = dict(modules_of(result))
-    stored = {name: tuple(entry.names) for entry in contents.tensors for name in entry.names}
-    for names, v in tensors_of(result):
-        entries = {stored.get(name, ()) for name in names}
-        for together in entries if len(entries) > 1 else ():
-            places = [(modules.get(prefix), name) for prefix, _, name in (n.rpartition(".") for n in together)]
-            if all(type(module) in TABLES.values() for module, _ in places):
-                own = nn.Parameter(v.detach(), requires_grad=False)
-                for module, name in places:
-                    setattr(module, name, own)
-
-
-def _fill(result: nn.Module, contents: Contents, originals: dict[str, Tensor]) -> None:
-    """Give every tensor outside of the deployed layers its values, and see that none is missing or left over."""
-    empty = {name: v for names, v in tensors_of(result) for name in names}
-    stored = {name for entry in contents.tensors for name in entry.names}
-    for name in empty:
-        if name not in stored:
-            raise ValueError(f"the file has no entry for {name!r}, which the network has. {_WRONG_ARCHITECTURE}")
-    filled: set[int] = set()
-    for entry in contents.tensors:
-        v, targets = entry.tensor, dict[int, tuple[str, Tensor]]()
-        for name in entry.names:
-            if name not in empty:
-                raise ValueError(
-                    f"the file has an entry for {name!r}, which the network does not have. {_WRONG_ARCHITECTURE}"
-                )
-            if name in originals:
-                targets[id(empty[name])] = name, empty[name]
-                if originals[name].shape != v.shape:
-                    shapes = f"{tuple(originals[name].shape)} in the network and {tuple(v.shape)} in the file"
-                    raise ValueError(f"{name!r} has the shape {shapes}. {_WRONG_ARCHITECTURE}")
-        for key, (name, target) in targets.items():
-            if key in filled:
-                raise ValueError(f"{name!r} is another tensor under another name in the network. {_WRONG_ARCHITECTURE}")
-            filled.add(key)
-            target.data = v.to(target.device)
+def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give every tensor of the network its values from the file, on the device of the network."""
+    targets = {name: target for names, target in stored_tensors(network) for name in names}
+    filled: dict[int, Tensor] = {}
+    for name in [*targets, *tensors]:
+        own, stored = ("a tensor" if name in named else "no tensor" for named in (targets, tensors))
+        _require_equal(name, "is", own, stored)
+        target, tensor = targets[name], tensors[name]
+        _require_equal(name, "has the shape", tuple(target.shape), tuple(tensor.shape))
+        if filled.setdefault(id(target), tensor) is not tensor:
+            raise ValueError(f"{name!r} is another tensor under another name in the network. {_WRONG_ARCHITECTURE}")
+        target.data = tensor.to(target.device)

@@ -1,8 +1,17 @@
-"""What a packed file says of a network: its deployed layers, what does nothing, and every tensor by name."""
+"""The manifest of a packed file: its deployed modules, and how its tensors are encoded.
+
+A packed file is a safetensors file. Its header has one metadata entry, ``gaqat-optim``, with the manifest as JSON. The
+manifest is described in the documentation, on the page "Deployment".
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,186 +19,165 @@ import torch
 from torch import Tensor, nn
 
 from ...quant.nn.base import QuantizedModule
-from ..nn.attention import ROLES, SHAPE, DeployMultiheadAttention
-from ..nn.layers import ActivationQuantizer, DeployLayer, QuantDequant
-from .container import Stored, read
+from ..bit_planes import pack_bits, unpack_bits
+from ..module_tree import shared_tensors
+from ..nn.activation_quantizer import QuantDequant
+from ..nn.base import DeployLayer
+from ..nn.registry import DeployedModule
 
-_PARTS = ("codes", "weight_scale", "float_weight", "bias_codes", "float_bias")
-_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+METADATA_KEY, FORMAT = "gaqat-optim", 1
+NO_DIGEST = "0" * 64  # in the place of the checksum while the file is hashed
 
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """What the file says of a deployed layer beside its tensors; several names are those of one layer used as often."""
-
-    names: list[str]
-    kind: str
-    weight_bits: int | None
-    shift: int
-    folded: bool
-    input_quantizer: dict[str, Any] | None
-    output_quantizer: dict[str, Any] | None
-    geometry: dict[str, Any]
+_COMPLEX = (torch.complex64, torch.complex128)
+_DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, *_COMPLEX),
+)
 
 
-@dataclass(frozen=True)
-class PackedOutput:
-    """What the file says of an output quantizer behind a module that is no deployed layer."""
-
-    names: list[str]
-    quantizer: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class PackedAttention:
-    """What the file says of an attention layer beside its projections, which are layers; its names, and its shape."""
-
-    names: list[str]
-    shape: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A file that was read.
-
-    Attributes:
-        layers: the deployed layers.
-        outputs: the output quantizers of other modules.
-        identities: the modules that do nothing, folded BatchNorms among them.
-        tensors: every tensor by name.
-    """
-
-    layers: list[PackedLayer]
-    outputs: list[PackedOutput]
-    attentions: list[PackedAttention]
-    identities: list[str]
-    tensors: list[Stored]
-
-    @classmethod
-    def of(cls, target: Path) -> Contents:
-        settings, tensors = read(target)
-        try:
-            layers = [PackedLayer(**entry) for entry in settings["layers"]]
-            outputs = [PackedOutput(**entry) for entry in settings["outputs"]]
-            stored = {name for entry in tensors for name in entry.names}
-            missing = [name for layer in layers for name in _needed(layer) if name not in stored]
-            missing += [name for output in outputs if (name := scale_name(output)) not in stored]
-            attentions = [PackedAttention(**entry) for entry in settings["attentions"]]
-            projected = {name for layer in layers for name in layer.names}
-            needed = [join(name, slot) for one in attentions for name in one.names for slot in (*ROLES, "out_proj")]
-            missing += [name for name in needed if name not in projected]
-            if missing:
-                raise KeyError(f"no entry for {', '.join(missing)}")
-            return cls(layers, outputs, attentions, [str(name) for name in settings["identities"]], tensors)
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{str(target)!r} is not as save_packed writes files: {error}") from error
-
-
-def _needed(layer: PackedLayer) -> list[str]:
-    """The names of the tensors without which ``layer`` cannot be made."""
-    parts = ["float_weight"] if layer.weight_bits is None else ["codes", "weight_scale"]
-    kinds = ("input_quantizer", "output_quantizer")
-    parts += [f"{kind}.scale" for kind in kinds if getattr(layer, kind) is not None]
-    return [join(layer.names[0], part) for part in parts]
-
-
-def scale_name(output: PackedOutput) -> str:
-    """The name of the scale of an output quantizer."""
-    return join(output.names[0], "output_quantizer.quantizer.scale")
-
-
-def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules, by all their names."""
-    return list(model.named_modules(remove_duplicate=False))
-
-
-def join(prefix: str, name: str) -> str:
-    """The qualified name of ``name`` in ``prefix``."""
-    return f"{prefix}.{name}" if prefix else name
-
-
-def tensors_of(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """All parameters and buffers, each once with all its names, but for the unit, which follows from the scales."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
-    for prefix, module in modules_of(model):
-        for name, v in [*module._parameters.items(), *module._buffers.items()]:
-            if v is not None and not (isinstance(module, DeployLayer) and name == "unit"):
-                found.setdefault(id(v), ([], v))[0].append(join(prefix, name))
-    return list(found.values())
-
-
-def layers_of(deployed: nn.Module) -> list[PackedLayer]:
-    """The deployed layers; raises for what the file would not hold."""
-    found: dict[DeployLayer, list[str]] = {}
-    for name, module in modules_of(deployed):
+def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
+    """The entries of the deployed modules, the identities and the output quantizers of other modules."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in deployed.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedModule):
             raise ValueError(
                 f"{name!r} is quantized and not converted, beside layers that are: convert the whole model"
             )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{name!r} has extra state ({type(module).__name__}.get_extra_state), which no file holds")
-        if isinstance(module, DeployLayer):
-            found.setdefault(module, []).append(name)
-    return [_described(layer, names) for layer, names in found.items()]
+        names.setdefault(module, []).append(name)
+    entries = []
+    for module, module_names in names.items():
+        if isinstance(module, DeployedModule):
+            _check_unchanged(module_names[0], module)
+            entries.append({"names": module_names, "kind": type(module).__name__, **module.to_dict()})
+        elif isinstance(module, QuantDequant):
+            entries.append({"names": module_names, "kind": "QuantDequant", **module.quantizer.to_dict()})
+    identities = [name for module in names if type(module) is nn.Identity for name in names[module]]
+    return [*entries, {"names": identities, "kind": "Identity"}]
 
 
-def outputs_of(deployed: nn.Module) -> list[PackedOutput]:
-    """The output quantizers of modules that are no deployed layers."""
-    found: dict[nn.Module, list[str]] = {}
-    for name, module in modules_of(deployed):
-        if isinstance(module._modules.get("output_quantizer"), QuantDequant):
-            found.setdefault(module, []).append(name)
-    return [PackedOutput(names, _settings(m.output_quantizer.quantizer) or {}) for m, names in found.items()]  # type: ignore[union-attr,arg-type]
-
-
-def attentions_of(model: nn.Module) -> list[PackedAttention]:
-    """The deployed attention layers."""
-    found: dict[DeployMultiheadAttention, list[str]] = {}
-    for name, module in modules_of(model):
-        if isinstance(module, DeployMultiheadAttention):
-            found.setdefault(module, []).append(name)
-    return [PackedAttention(names, attention_shape(module)) for module, names in found.items()]
-
-
-def attention_shape(attention: nn.Module) -> dict[str, Any]:
-    """What an attention layer computes beside its projections, as JSON has it."""
-    return {name: getattr(attention, name) for name in SHAPE}
-
-
-def _described(layer: DeployLayer, names: list[str]) -> PackedLayer:
-    activation = layer.input_quantizer
-    if layer.unit is not None and activation is not None and layer.weight_scale is not None:
-        unit = activation.scale * layer.weight_scale
-        if layer.unit.dtype != unit.dtype or not torch.equal(layer.unit, unit):
+def _check_unchanged(name: str, layer: DeployedModule) -> None:
+    if isinstance(layer, DeployLayer) and layer.accumulator_scale is not None:
+        assert layer.input_quantizer is not None
+        assert layer.weight_scale is not None
+        product = layer.input_quantizer.scale * layer.weight_scale
+        if layer.accumulator_scale.dtype != product.dtype or not torch.equal(layer.accumulator_scale, product):
             raise ValueError(
-                f"{names[0]!r} was changed after convert (by a cast to another dtype?): the unit of its sums is no "
-                "longer the product of its scales"
+                f"{name!r} was changed after convert (by a cast to another dtype?): its accumulator scale is no longer "
+                "the product of its scales"
             )
-    return PackedLayer(
-        names,
-        type(layer).__name__,
-        layer.weight_bits,
-        layer.shift,
-        layer.folded,
-        _settings(activation),
-        _settings(layer.output_quantizer),
-        geometry(layer),
-    )
 
 
-def _settings(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
-    return None if quantizer is None else {name: getattr(quantizer, name) for name in ("bits", "signed", "name")}
+def stored_tensors(deployed: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """The parameters and buffers with all their names, without the accumulator scales, which other scales determine."""
+    derived = {id(m.accumulator_scale) for m in deployed.modules() if isinstance(m, DeployLayer)}
+    return ((names, tensor) for names, tensor in shared_tensors(deployed) if id(tensor) not in derived)
 
 
-def geometry(layer: nn.Module) -> dict[str, Any]:
-    """What the layer's operation needs beside its operands, as JSON has it."""
-    values = {name: getattr(layer, name) for name in _GEOMETRY if hasattr(layer, name)}
-    if not any(values.get("output_padding", ())):  # Only transposed convolutions have any.
-        values.pop("output_padding", None)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+def encode_tensor(name: str, tensor: Tensor, bits: int | None, shift: int) -> tuple[Tensor, dict[str, Any]]:
+    """A tensor in the form of the file, and what :func:`decode_tensor` needs to restore it.
+
+    Codes of a weight have ``bits`` bits and are shifted up by ``shift``; ``bits`` is ``None`` for any other tensor.
+
+    >>> stored, encoding = encode_tensor("fc.codes", torch.tensor([[8, -16]], dtype=torch.int8), bits=3, shift=2)
+    >>> stored.tolist(), encoding
+    ([[0], [1], [2]], {'bits': 3, 'shift': 2, 'shape': [1, 2]})
+    >>> decode_tensor(stored, encoding).tolist()
+    [[8, -16]]
+    """
+    if tensor.is_meta:
+        raise ValueError(f"{name!r} has no data: it is on the meta device")
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+        raise ValueError(f"{name!r} is a tensor of {tensor.dtype} and {tensor.layout}, which a packed file cannot hold")
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if bits is not None:
+        codes = tensor >> shift
+        if bool((codes << shift != tensor).any()):
+            raise ValueError(f"{name!r} was changed after convert: it has codes that are no multiples of 2^{shift}")
+        planes = torch.from_numpy(pack_bits(codes.numpy(), bits))
+        return planes, {"bits": bits, "shift": shift, "shape": list(tensor.shape)}
+    encoding: dict[str, Any] = {}
+    # The memory order is kept (channels last, say), since the order in which a library adds up can depend on it.
+    axes = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if axes != sorted(axes) and tensor.permute(axes).is_contiguous():
+        encoding["axes"], tensor = axes, tensor.permute(axes)
+    if tensor.dtype in _COMPLEX:
+        encoding["complex"], tensor = True, torch.view_as_real(tensor)
+    return tensor.clone(memory_format=torch.contiguous_format), encoding
 
 
-def parts_of(layer: PackedLayer, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of ``layer`` among all that are ``stored``, by the names that a deployed layer has for them."""
-    names = {part: join(layer.names[0], part) for part in _PARTS}
-    return {part: stored[name] for part, name in names.items() if name in stored}
+def decode_tensor(stored: Tensor, encoding: dict[str, Any]) -> Tensor:
+    """The tensor of :func:`encode_tensor`, as a copy."""
+    if "bits" in encoding:
+        codes = unpack_bits(stored.numpy(), encoding["bits"], tuple(encoding["shape"]), signed=True)
+        return torch.from_numpy(codes << encoding["shift"])
+    tensor = torch.view_as_complex(stored.clone()) if encoding.get("complex") else stored.clone()
+    axes = encoding.get("axes", range(tensor.dim()))
+    return tensor.permute(sorted(range(tensor.dim()), key=axes.__getitem__))
+
+
+def content_digest(data: Any, position: int) -> str:
+    """The SHA-256 of a file whose own checksum, of 64 hexadecimal digits at ``position``, is replaced by zeros."""
+    digest = hashlib.sha256()
+    with memoryview(data) as view:
+        for part in (view[:position], NO_DIGEST.encode(), view[position + len(NO_DIGEST) :]):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def read_packed(target: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The entries of the modules, and the tensors by all their names, as copies on the CPU. Raises for other files."""
+    safetensors = import_safetensors("load_packed")
+    with open(target, "rb") as raw:
+        data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(raw.fileno()).st_size else b""
+    try:
+        with safetensors.safe_open(str(target), "pt") as file:
+            manifest = _checked_manifest(target, (file.metadata() or {}).get(METADATA_KEY), data)
+            with refuse_foreign(target):
+                tensors: dict[str, Tensor] = {}
+                for key in file.keys():  # noqa: SIM118 (no dictionary)
+                    encoding = manifest["tensors"].get(key, {})
+                    tensor = decode_tensor(file.get_tensor(key), encoding)
+                    tensors |= dict.fromkeys(encoding.get("names", [key]), tensor)
+                return manifest["modules"], tensors
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{str(target)!r} is not a packed network, or was cut off or damaged: {error}") from error
+
+
+def _checked_manifest(target: Path, text: str | None, data: Any) -> dict[str, Any]:
+    """The manifest, if the file is of this format and not damaged."""
+    if text is None:
+        raise ValueError(f"{str(target)!r} is not a packed network: its header has no entry {METADATA_KEY!r}")
+    with refuse_foreign(target):
+        manifest: dict[str, Any] = json.loads(text)
+        version, digest = manifest["format"], manifest["sha256"].encode()
+    if version != FORMAT:
+        raise ValueError(
+            f"{str(target)!r} is of version {version} of the format, and this gaqat-optim reads version {FORMAT}: it "
+            "was written by a newer gaqat-optim, or is damaged"
+        )
+    if content_digest(data, max(data.find(digest), 0)).encode() != digest:
+        raise ValueError(f"{str(target)!r} is damaged: its content does not match its checksum. Save or copy it again")
+    return manifest
+
+
+@contextmanager
+def refuse_foreign(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn every error into one that says what it means for a file with a checksum: another program wrote it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} is not as save_packed writes files: {type(error).__name__}: {error}"
+        ) from error
+
+
+def import_safetensors(function: str) -> Any:
+    """The package that ``function`` needs, or an error that names the extra."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        message = f'{function} needs safetensors: pip install "gaqat-optim[packed]"'
+        raise ImportError(message, name="safetensors") from error
+    return safetensors

@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..atomic_write import file_path, write_atomically
 from ..convert import convert
-from ..nn.layers import DeployLayer
-from .container import Stored, write
+from ..module_tree import join
+from ..nn.registry import DeployedModule
 from .manifest import (
-    attentions_of,
-    join,
-    layers_of,
-    modules_of,
-    outputs_of,
-    tensors_of,
+    FORMAT,
+    METADATA_KEY,
+    NO_DIGEST,
+    content_digest,
+    describe_modules,
+    encode_tensor,
+    import_safetensors,
+    stored_tensors,
 )
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write a quantized network to one file in which a weight costs as many bits as it was trained with.
 
-    The codes of a layer's weight are stored as bit planes (``deploy.bits``), without the shift that
-    :func:`~gaqat_optim.convert` gives them in 8 bits. Everything else, scales and int32 biases and what is not
-    quantized, is stored as it stands in memory, to the bit; tensors that are shared are stored once. The settings of
-    all layers are in the file too. The code of the network is not: :func:`~gaqat_optim.load_packed` takes it from a
-    network of the same architecture. Equal networks give equal files.
+    The file is a safetensors file. The codes of a layer's weight are stored as bit planes, without the shift that
+    :func:`~gaqat_optim.convert` gives them in 8 bits. All other tensors (scales, int32 biases, layers in floating
+    point) are stored as they are, to the bit; shared tensors are stored once. The hyperparameters of all deployed
+    layers are in the file too. The code of the network is not: :func:`~gaqat_optim.load_packed` takes it from a network
+    of the same architecture. Equal networks give equal files. The page "Deployment" of the documentation describes the
+    file for readers in other languages.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`, with all its scales set, or one from
             :func:`~gaqat_optim.convert`. It stays as it is.
-        path: where the file goes. It appears when it is complete: a failure leaves what was there before.
+        path: where the file goes. A failure leaves the old file.
 
     Returns:
         The number of bytes written.
 
     Raises:
+        ImportError: the extra ``[packed]`` is not installed.
         TypeError: ``model`` is no module.
-        ValueError: the model cannot be converted, was changed after it was, or has something that no file holds: a
-            sparse tensor, one without data, extra state.
+        ValueError: the model cannot be converted, was changed after it was, or has a sparse tensor, a tensor without
+            data, or extra state.
         OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
 
     Example:
@@ -59,29 +64,32 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_packed takes a model from quantize_model or convert, got {type(model).__name__}")
-    target = packed_path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {str(target)!r} does not exist")
-    deployed = model if any(isinstance(m, DeployLayer) for m in model.modules()) else convert(model)
-    layers = layers_of(deployed)
-    tensors = []
-    packed = {join(n, "codes"): (x.weight_bits, x.shift) for x in layers if x.weight_bits is not None for n in x.names}
-    for names, v in tensors_of(deployed):
-        bits, shift = packed.get(names[0], (None, 0))
-        tensors.append(Stored(names, v, bits, shift))
-    settings = {
-        "model": type(deployed).__name__,
-        "layers": [asdict(layer) for layer in layers],
-        "outputs": [asdict(output) for output in outputs_of(deployed)],
-        "attentions": [asdict(attention) for attention in attentions_of(deployed)],
-        "identities": [name for name, module in modules_of(deployed) if type(module) is nn.Identity],
+    safetensors = import_safetensors("save_packed")
+    target = file_path(path)
+    deployed = model if any(isinstance(module, DeployedModule) for module in model.modules()) else convert(model)
+    modules = describe_modules(deployed)
+    tensors, encodings = _encode(deployed, modules)
+    manifest = {"sha256": NO_DIGEST, "format": FORMAT, "modules": modules, "tensors": encodings}
+    data: bytes = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(manifest, separators=(",", ":"))})
+    position = data.index(NO_DIGEST.encode())
+    digest = content_digest(data, position).encode()
+    return write_atomically(target, data[:position] + digest + data[position + len(digest) :])
+
+
+def _encode(deployed: nn.Module, modules: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors of the file and their encodings, both by the first name of each tensor."""
+    tensors, encodings = {}, {}
+    bits_of_codes = {
+        join(name, "codes"): (entry["weight_bits"], entry["shift"])
+        for entry in modules
+        if entry.get("weight_bits") is not None
+        for name in entry["names"]
     }
-    return write(target, settings, tensors)
-
-
-def packed_path(path: str | os.PathLike[str]) -> Path:
-    """``path``, if it is no folder."""
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{str(target)!r} is a folder: path must name a file")
-    return target
+    for names, tensor in stored_tensors(deployed):
+        key = names[0]
+        tensors[key], encoding = encode_tensor(key, tensor, *bits_of_codes.get(key, (None, 0)))
+        if len(names) > 1:
+            encoding["names"] = names
+        if encoding:
+            encodings[key] = encoding
+    return tensors, encodings

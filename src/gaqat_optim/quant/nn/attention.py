@@ -180,7 +180,9 @@ def attention_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def disable_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def disable_fast_paths(
+    model: nn.Module, layer_type: type[nn.Module] = QuantizedModule
+) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's transformers from reading weights past the quantizers of the layers inside them.
 
     In evaluation mode, ``nn.TransformerEncoderLayer`` hands the weights of its layers to one kernel, without calling
@@ -190,6 +192,7 @@ def disable_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
     Args:
         model: a network with quantized layers in their places.
+        layer_type: the class of the layers that the paths would pass by.
 
     Returns:
         What was changed, as (module, attribute, value before).
@@ -206,7 +209,7 @@ def disable_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     changed = []
     for module in model.modules():
         for kind, (name, value) in closed.items():
-            if isinstance(module, kind) and any(isinstance(inner, QuantizedModule) for inner in module.modules()):
+            if isinstance(module, kind) and any(isinstance(inner, layer_type) for inner in module.modules()):
                 before = getattr(module, name, value)
                 if before != value:
                     changed.append((module, name, before))

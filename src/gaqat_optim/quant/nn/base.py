@@ -62,6 +62,8 @@ class QuantizedModule(nn.Module):
     """
 
     quantizes_input: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
+    # How a class with a compute of its own is deployed: a DeployLayer. A class that inherits its compute needs none.
+    deployed_as: ClassVar[type[nn.Module] | None] = None
     recompute_input: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
 
     weight: Tensor
