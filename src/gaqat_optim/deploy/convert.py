@@ -11,7 +11,8 @@ from torch import nn
 from ..quant.graph.output_quantizers import modules_with_output_quantizer, quantize_output
 from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.attention import QuantMultiheadAttention
-from ..quant.nn.base import QuantEmbedding, QuantEmbeddingBag, QuantizedModule
+from ..quant.nn.base import QuantizedModule
+from ..quant.nn.embedding import QuantEmbedding, QuantEmbeddingBag
 from .batchnorm_folding import Affine, following_norms
 from .bias_rounding import remove_rounding
 from .nn.attention import ROLES, DeployMultiheadAttention, projections

@@ -8,16 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant.nn.base import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantConv3d,
-    QuantConvTranspose1d,
-    QuantConvTranspose2d,
-    QuantConvTranspose3d,
-    QuantizedModule,
-    QuantLinear,
-)
+from ...quant.nn.base import QuantizedModule
+from ...quant.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
+from ...quant.nn.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
+from ...quant.nn.linear import QuantLinear
 from .base import ActivationQuantizer, DeployLayer, QuantDequant, max_accumulator
 from .transposed import DeployConvTranspose
 

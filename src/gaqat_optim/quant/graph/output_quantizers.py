@@ -14,16 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..lsq.quantizer import LSQQuantizer
-from ..nn.base import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantConv3d,
-    QuantConvTranspose1d,
-    QuantConvTranspose2d,
-    QuantConvTranspose3d,
-    QuantizedModule,
-    QuantLinear,
-)
+from ..nn.base import QuantizedModule
+from ..nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
+from ..nn.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
+from ..nn.linear import QuantLinear
 from .fx_trace import Trace, admit_child, trace
 
 # Operations that a runtime fuses into the integer layer in front of them: they clip. Those without negative results

@@ -13,7 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..config import LayerConfig
 from ..lsq.quantizer import LSQQuantizer
 from .attention_functional import ROLES, attend
-from .base import QuantizedModule, QuantLinear, register_quantized
+from .base import QuantizedModule, register_quantized
+from .linear import QuantLinear
 
 
 @register_quantized(nn.MultiheadAttention)

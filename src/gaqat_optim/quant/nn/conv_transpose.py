@@ -1,0 +1,59 @@
+"""Quantized transposed convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import QuantizedModule, register_quantized
+
+
+class _QuantConvTranspose(QuantizedModule):
+    """What the transposed convolutions share.
+
+    Their weight has the shape (inputs, outputs / groups, ...): the output channels of group g are axis 1 of the g-th
+    part of axis 0.
+    """
+
+    operation: ClassVar[Callable[..., Tensor]]
+
+    def compute(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+        layer: Any = self  # the attributes of torch's class beside this one
+        padding = layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
+        )
+        arguments = (layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+        y: Tensor = type(self).operation(x, weight, *arguments)
+        return y
+
+    def channels_first(self, weight: Tensor) -> Tensor:
+        groups: Any = self.groups
+        return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def from_channels_first(self, weight: Tensor) -> Tensor:
+        return self.channels_first(weight)  # Exchanging the two axes within each group is its own inverse.
+
+
+@register_quantized(nn.ConvTranspose1d)
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """:class:`torch.nn.ConvTranspose1d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose1d)
+
+
+@register_quantized(nn.ConvTranspose2d)
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose2d)
+
+
+@register_quantized(nn.ConvTranspose3d)
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """:class:`torch.nn.ConvTranspose3d` on a quantized input and weight."""
+
+    operation = staticmethod(F.conv_transpose3d)
