@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quant.graph.output_quantizers import modules_with_output_quantizer, quantize_output
+from ..quant.graph.output_hook import modules_with_output_quantizer, quantize_output
 from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.attention import QuantMultiheadAttention
 from ..quant.nn.base import QuantizedModule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from types import MethodType
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
-from .isolation import copy_without_workers, isolate_rng
+from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
 from .lsq.quantizer import LSQQuantizer
 
 # A progress bar appears when calibration takes longer than this many seconds.
@@ -47,20 +49,15 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
 
     untrained = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_untrained(m)]
     synchronised = [m for m in untrained if type(m).forward is nn.SyncBatchNorm.forward and "forward" not in vars(m)]
-    was_training = {module: module.training for module in model.modules()}
-    was_enabled = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
     hooks = [q.register_forward_pre_hook(observe) for q in waiting]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     try:
-        model.eval()
-        for norm in untrained:
-            norm.training, norm.track_running_stats = True, False
-        for norm in synchronised:  # As BatchNorm does, without waiting for other ranks, which may have fewer batches.
-            vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
-        for quantizer in was_enabled:
-            quantizer.enabled = False
-        count = 0
-        with torch.no_grad(), isolate_rng(batches, device):
+        with evaluation_mode(model), quantization_disabled(model), torch.no_grad(), isolate_rng(device, batches):
+            for norm in untrained:
+                norm.training, norm.track_running_stats = True, False
+            for norm in synchronised:  # As BatchNorm, without waiting for other ranks, which may have fewer batches.
+                vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
+            count = 0
             for x in _inputs(batches):
                 model(x.to(device))
                 count += 1
@@ -73,10 +70,6 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
             del vars(norm)["forward"]
         for hook in hooks:
             hook.remove()
-        for quantizer, enabled in was_enabled.items():
-            quantizer.enabled = enabled
-        for module, training in was_training.items():
-            module.training = training
     for quantizer, parts in seen.items():
         quantizer.initialize(torch.cat(parts))
     unseen = [q.name for q in waiting if q not in seen]
@@ -96,7 +89,7 @@ def _is_untrained(norm: _BatchNorm) -> bool:
 
 def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     """The input tensor of each batch."""
-    for batch in [batches] if isinstance(batches, Tensor) else _with_progress(copy_without_workers(batches)):
+    for batch in [batches] if isinstance(batches, Tensor) else _with_progress(_copy_without_workers(batches)):
         x = batch
         if isinstance(batch, Mapping):
             x = next(iter(batch.values()), None)
@@ -108,6 +101,15 @@ def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
                 f"got {type(batch).__name__} with {type(x).__name__}"
             )
         yield x
+
+
+def _copy_without_workers(batches: Iterable[Any]) -> Iterable[Any]:
+    """``batches``; a ``DataLoader`` as a copy, so that its persistent workers and their place in the data stay."""
+    if not isinstance(batches, DataLoader):
+        return batches
+    loader = copy.copy(batches)
+    loader._iterator = None
+    return loader
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:

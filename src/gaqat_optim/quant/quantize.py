@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -150,33 +149,6 @@ def _quantized(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedMod
         quantizer.name = f"{name}.{attribute}" if name else attribute
     quantized.initialize_weight()
     return quantized
-
-
-@contextmanager
-def quantization_disabled(model: nn.Module) -> Iterator[None]:
-    """Turn every quantizer of ``model`` off for the length of a ``with`` block: the floating-point network.
-
-    For comparison, or to train in floating point for a while with the optimizer of the quantized network.
-
-    Args:
-        model: a network from :func:`quantize_model`.
-
-    Example:
-        >>> import torch
-        >>> net = quantize_model(torch.nn.Linear(2, 1, bias=False), calibration=torch.rand(8, 2))
-        >>> x = torch.rand(1, 2)
-        >>> with quantization_disabled(net):
-        ...     bool(net(x) == torch.nn.functional.linear(x, net.weight))
-        True
-    """
-    before = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
-    try:
-        for quantizer in before:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer, enabled in before.items():
-            quantizer.enabled = enabled
 
 
 def param_groups(model: nn.Module, *, weight_decay: float = 0.0, scale_lr: float | None = None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...quant.lsq.functional import integer_bounds
 from ...quant.nn.base import QuantizedModule
-from ...quant.summary.record import QuantRecord, storage_bytes
+from ...quant.summary import QuantRecord, storage_bytes
 from ..qdq import dequantize_constant, is_onnx_export, quantize_clip_dequantize, zero_point
 
 # Integers of smaller magnitude are float32 numbers, and so are all sums of them that stay below it.

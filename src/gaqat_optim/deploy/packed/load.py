@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...quant.config import LayerConfig
-from ...quant.graph.output_quantizers import attach, detach, modules_with_output_quantizer
+from ...quant.graph.output_hook import attach, detach, modules_with_output_quantizer
 from ...quant.nn.attention import QuantMultiheadAttention, disable_fast_paths
 from ...quant.nn.base import QUANTIZED, QuantizedModule
 from ..convert import TABLES

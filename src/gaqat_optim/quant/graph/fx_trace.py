@@ -13,6 +13,7 @@ import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..evaluation import evaluation_mode
 from ..nn.base import QuantizedModule
 
 
@@ -93,14 +94,13 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
 def _traced(model: nn.Module) -> tuple[_Tracer, torch.fx.Graph]:
     """The graph of ``model`` in evaluation mode, which stays as it is."""
     tracer = _Tracer()
-    before, was_training = set(vars(model)), {module: module.training for module in model.modules()}
+    attributes = set(vars(model))
     try:
-        return tracer, tracer.trace(model.eval())
+        with evaluation_mode(model):
+            return tracer, tracer.trace(model)
     finally:
-        for constant in set(vars(model)) - before:  # The tracer leaves the tensors that forward makes on the model.
+        for constant in set(vars(model)) - attributes:  # The tracer leaves the tensors that forward makes on the model.
             delattr(model, constant)
-        for module, training in was_training.items():
-            module.training = training
 
 
 # torch's own that choose their way by their input's values or shape. Nothing in them can be folded.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import LayerConfig
 from ..lsq.quantizer import LSQQuantizer, is_unmodified
-from ..summary.record import QuantRecord, storage_bytes
+from ..summary import QuantRecord, storage_bytes
 from .input_scale_gradient import with_scale_gradient
 from .saved import quantized_again
 

@@ -1,0 +1,298 @@
+"""What a network costs, layer by layer: bits, bytes and multiply-accumulates (MACs)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
+
+from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class QuantRecord:
+    """One quantized layer, in training or converted.
+
+    Attributes:
+        name: qualified name in the model.
+        type: name of the module's class.
+        weight_bits: width of the weights, or ``None`` for floating point; likewise the other widths.
+        weight_granularity: ``"channel"`` or ``"tensor"``; ``None`` without a weight quantizer.
+        weight_scale: mean of the weight scales.
+        weight_snr: signal to noise of the quantized weight in decibel, 10 log10(sum w^2 / sum (w_hat - w)^2); ``None``
+            for a converted layer, which has no other weight.
+        activation_bits: width of the input.
+        activation_signed: whether the input's codes have a sign; ``None`` while not calibrated.
+        activation_scale: the input's scale, ``None`` while not calibrated.
+        output_bits: width of the output.
+        weights: number of weights.
+        bytes: what the layer takes in packed form: its weights in their bits (8 of them to a byte in each bit plane) or
+            as float32, and four bytes for each scale (of weight, input and output) and each entry of the bias. Layers
+            with one weight count it each. A BatchNorm that is still to be folded adds a bias, where there is none.
+        macs: multiply-accumulates for one sample, ``None`` where none was given.
+    """
+
+    name: str
+    type: str
+    weight_bits: int | None
+    weight_granularity: str | None
+    weight_scale: float | None
+    weight_snr: float | None
+    activation_bits: int | None
+    activation_signed: bool | None
+    activation_scale: float | None
+    output_bits: int | None
+    weights: int
+    bytes: int
+    macs: int | None = None
+
+
+@runtime_checkable
+class Summarizable(Protocol):
+    """A layer that a summary lists: a quantized one, or what it becomes when it is converted."""
+
+    def quant_record(self, name: str) -> QuantRecord:
+        """What there is to say of the layer, whose qualified name is ``name``."""
+        ...
+
+
+def storage_bytes(weights: int, bits: int | None, numbers: int) -> int:
+    """The bytes of weights of ``bits`` bits, or in float32, and of ``numbers`` further values of four bytes.
+
+    >>> storage_bytes(10, 3, numbers=2), storage_bytes(10, None, numbers=2)
+    (14, 48)
+    """
+    return (4 * weights if bits is None else bits * -(-weights // 8)) + 4 * numbers
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+class QuantSummary(list[QuantRecord]):
+    """A list of :class:`QuantRecord` that prints as a table, with totals and what stayed in floating point below.
+
+    Attributes:
+        left_in_float: the modules with weights that are in floating point, with their types.
+        macs: multiply-accumulates for one sample by the widths of weight and input, those in floating point included;
+            ``None`` where no sample was given.
+    """
+
+    def __init__(
+        self, records: list[QuantRecord], left_in_float: list[str], macs: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(records)
+        self.left_in_float = left_in_float
+        self.macs = None if macs is None else dict(macs)
+
+    @property
+    def bytes(self) -> int:
+        """What the quantized layers take in packed form."""
+        return sum(record.bytes for record in self)
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "weights", "signal/noise", "activations", "output", "bytes", "MACs")
+        rows = [header, *map(_row, self)]
+        if self.macs is None:
+            rows = [row[:-1] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"in all: {self.bytes:,} bytes")
+        if self.macs is not None:
+            lines.append("MACs of one sample: " + (format_macs(self.macs) or "none"))
+        if self.left_in_float:
+            lines.append("in floating point: " + ", ".join(self.left_in_float))
+        return "\n".join(lines)
+
+
+def _row(record: QuantRecord) -> tuple[str, ...]:
+    weights = activations = output = "floating"
+    snr = "" if record.weight_snr is None else f"{record.weight_snr:.1f} dB"
+    if record.weight_bits is not None:
+        weights = f"{record.weight_bits} bits per {record.weight_granularity}"
+    if record.activation_bits is not None:
+        sign = {True: "signed", False: "unsigned", None: ""}[record.activation_signed]
+        activations = (
+            f"{record.activation_bits} bits {sign if record.activation_scale is not None else '(not calibrated)'}"
+        )
+    if record.output_bits is not None:
+        output = f"{record.output_bits} bits"
+    macs = "" if record.macs is None else f"{record.macs:,}"
+    return record.name or "(model)", record.type, weights, snr, activations, output, f"{record.bytes:,}", macs
+
+
+def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> QuantSummary:
+    """List the quantized layers of ``model`` and what they cost; ``str()`` of the result is a table.
+
+    Below the table stand the sums, and the modules with weights (parameters of two axes or more) that are in floating
+    point.
+
+    With a sample, the network runs once, in evaluation mode, and what its convolutions and matrix products multiply and
+    add is counted: for each layer as often as it is called, and by the widths of weight and input. ``float`` are those
+    of modules in floating point and those of two activations, such as attention's. Elementwise operations, lookups and
+    pooling are not counted. The model is left as it was: training flags, buffers and random states.
+
+    Args:
+        model: a network from :func:`quantize_model` or :func:`convert`.
+        sample: an input with the batch on axis 0, any number of entries; the counts are for one of them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gaqat_optim import QuantConfig, quantize_model
+        >>> _ = torch.manual_seed(0)
+        >>> net = quantize_model(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), QuantConfig(3, 3, exclude=["1"]))
+        >>> print(quantization_summary(net))
+        layer  type         weights             signal/noise  activations              output    bytes
+        0      QuantLinear  8 bits per channel  ... dB        8 bits (not calibrated)  floating  28
+        in all: 28 bytes
+        in floating point: 1 (Linear)
+        >>> quantization_summary(net, torch.rand(5, 4)).macs
+        {'8x8 bits': 8, 'float': 4}
+    """
+    counts = None if sample is None else multiply_accumulates(model, sample)
+    records, left = [], []
+    for name, module in model.named_modules():
+        macs = None if counts is None else counts.get(module, 0)
+        if isinstance(module, Summarizable):
+            records.append(replace(module.quant_record(name), macs=macs))
+        elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+            left.append(f"{name or 'the model'} ({type(module).__name__})")
+    return QuantSummary(records, left, None if counts is None else macs_by_bits(model, counts))
+
+
+# -- multiply-accumulates ------------------------------------------------------------------------------------------
+
+
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.bmm, _aten.baddbmm)
+_ATTENTION = (
+    *(_aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention),
+    *(_aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_cudnn_attention),
+)
+
+
+@contextmanager
+def count_macs(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
+    """Count the multiply-accumulates of each quantized or deployed layer while the block runs ``model``.
+
+    An operation counts for the innermost such layer that is running, and for ``None`` outside of all. Products of two
+    activations inside a layer, as of queries and keys, count for ``None`` as well: they are in floating point.
+
+    Counted are convolutions and matrix products, as :mod:`torch.utils.flop_counter` counts them, a multiplication and
+    an addition as one. Not counted are elementwise operations, lookups, pooling and recurrent kernels.
+    """
+    macs: Counter[nn.Module | None] = Counter()
+    running: list[tuple[nn.Module, int]] = []  # the layers around an operation, each with the FLOPs before it
+    activation_flops = 0
+
+    def batched_product(*operands: Any, out_val: Any = None, **_: Any) -> int:
+        nonlocal activation_flops
+        a, b = operands[-2:]
+        flops: int = bmm_flop(a.shape, b.shape)
+        if a.stride(0) and b.stride(0):  # else torch has expanded a weight to a batch
+            activation_flops += flops
+        return flops
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+        nonlocal activation_flops
+        flops: int = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
+        activation_flops += flops
+        return flops
+
+    formulas: dict[Any, Any] = {**dict.fromkeys(_PRODUCTS, batched_product), **dict.fromkeys(_ATTENTION, attention)}
+    for formula in formulas.values():
+        formula._get_raw = True  # FlopCounterMode then passes tensors, not their shapes
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+
+    def weight_flops() -> int:
+        return counter.get_total_flops() - activation_flops
+
+    def enter(layer: nn.Module, args: Any) -> None:
+        running.append((layer, weight_flops()))
+
+    def leave(layer: nn.Module, args: Any, output: Any) -> None:
+        flops = weight_flops() - running.pop()[1]
+        macs[layer] += flops // 2
+        macs[running[-1][0] if running else None] -= flops // 2  # the layer around it, which counts them too
+
+    layers = [module for module in model.modules() if isinstance(module, Summarizable)]
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    try:
+        with counter:
+            yield macs
+    finally:
+        for handle in handles:
+            handle.remove()
+    macs[None] += counter.get_total_flops() // 2
+
+
+def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | None, int]:
+    """The multiply-accumulates of each layer for one entry on axis 0 of ``sample``, by one run; see :func:`count_macs`.
+
+    The run is in evaluation mode, without gradients and with all quantizers off, so that they need no scales yet.
+    Training flags, buffers and random states are restored afterwards, also when the run fails.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = device_of(model)
+    try:
+        with (
+            evaluation_mode(model),
+            quantization_disabled(model),
+            isolate_rng(device),
+            torch.no_grad(),
+            count_macs(model) as macs,
+        ):
+            model(sample.to(device))
+    finally:
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
+    return {module: count // len(sample) for module, count in macs.items()}
+
+
+def macs_by_bits(model: nn.Module, counts: Mapping[nn.Module | None, int]) -> dict[str, int]:
+    """The sums over the layers with the same bits of weight and input, the largest first.
+
+    Args:
+        model: the network that was counted.
+        counts: from :func:`multiply_accumulates`.
+    """
+    sums: Counter[str] = Counter()
+    for module in dict.fromkeys([*model.modules(), None]):
+        if counts.get(module):
+            record = module.quant_record("") if isinstance(module, Summarizable) else None
+            bits = FLOAT if record is None else operand_bits(record.weight_bits, record.activation_bits)
+            sums[bits] += counts[module]
+    return dict(sums.most_common())
+
+
+def operand_bits(weight_bits: int | None, activation_bits: int | None) -> str:
+    """The name of products whose operands have so many bits.
+
+    >>> operand_bits(4, 8), operand_bits(4, None), operand_bits(None, None)
+    ('4x8 bits', '4 bits x float', 'float')
+    """
+    if weight_bits is not None and activation_bits is not None:
+        return f"{weight_bits}x{activation_bits} bits"
+    if weight_bits is not None:
+        return f"{weight_bits} bits x float"
+    return FLOAT if activation_bits is None else f"float x {activation_bits} bits"
+
+
+def format_macs(macs: Mapping[str, int]) -> str:
+    """Counts by widths in words.
+
+    >>> format_macs({"4x4 bits": 1200, "float": 64})
+    '1,200 at 4x4 bits, 64 in floating point'
+    """
+    where = {FLOAT: "in floating point"}
+    return ", ".join(f"{count:,} {where.get(widths, f'at {widths}')}" for widths, count in macs.items())
