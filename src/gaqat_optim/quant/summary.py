@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
 
@@ -171,12 +172,46 @@ def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> Quan
 # -- multiply-accumulates ------------------------------------------------------------------------------------------
 
 
-_aten = torch.ops.aten
-_PRODUCTS = (_aten.bmm, _aten.baddbmm)
-_ATTENTION = (
-    *(_aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention),
-    *(_aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_cudnn_attention),
-)
+_WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+_BATCH_PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation, and knows in which layer it is.
+
+    torch's ``FlopCounterMode`` has the same formulas, but it follows modules by their gradients: without gradients it
+    fails at a view of a weight, as in a transposed convolution.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: Counter[nn.Module | None] = Counter()
+        self._layers: list[nn.Module] = []
+
+    def enter(self, layer: nn.Module, args: Any) -> None:
+        self._layers.append(layer)
+
+    def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self._layers.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, operation = kwargs or {}, func._overloadpacket
+        if operation not in flop_registry:
+            with self:
+                output = func.decompose(*args, **kwargs)  # An operation that torch writes in terms of others.
+            if output is not NotImplemented:
+                return output
+        output = func(*args, **kwargs)
+        if operation.__name__.startswith("_scaled_dot_product"):  # The registry lacks that of the CPU.
+            self.macs[None] += sdpa_flop_count(*(v.shape for v in args[:3])) // 2  # type: ignore[no-untyped-call]
+        elif operation in flop_registry:
+            # torch expands a weight that multiplies a batch of matrices: its stride is then 0.
+            has_weight = operation in _WEIGHT_PRODUCTS or (
+                operation in _BATCH_PRODUCTS and any(v.dim() == 3 and v.stride(0) == 0 for v in args)
+            )
+            layer = self._layers[-1] if self._layers and has_weight else None
+            self.macs[layer] += flop_registry[operation](*args, **kwargs, out_val=output) // 2
+        return output
 
 
 @contextmanager
@@ -189,50 +224,16 @@ def count_macs(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
     Counted are convolutions and matrix products, as :mod:`torch.utils.flop_counter` counts them, a multiplication and
     an addition as one. Not counted are elementwise operations, lookups, pooling and recurrent kernels.
     """
-    macs: Counter[nn.Module | None] = Counter()
-    running: list[tuple[nn.Module, int]] = []  # the layers around an operation, each with the FLOPs before it
-    activation_flops = 0
-
-    def batched_product(*operands: Any, out_val: Any = None, **_: Any) -> int:
-        nonlocal activation_flops
-        a, b = operands[-2:]
-        flops: int = bmm_flop(a.shape, b.shape)
-        if a.stride(0) and b.stride(0):  # else torch has expanded a weight to a batch
-            activation_flops += flops
-        return flops
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-        nonlocal activation_flops
-        flops: int = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
-        activation_flops += flops
-        return flops
-
-    formulas: dict[Any, Any] = {**dict.fromkeys(_PRODUCTS, batched_product), **dict.fromkeys(_ATTENTION, attention)}
-    for formula in formulas.values():
-        formula._get_raw = True  # FlopCounterMode then passes tensors, not their shapes
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-
-    def weight_flops() -> int:
-        return counter.get_total_flops() - activation_flops
-
-    def enter(layer: nn.Module, args: Any) -> None:
-        running.append((layer, weight_flops()))
-
-    def leave(layer: nn.Module, args: Any, output: Any) -> None:
-        flops = weight_flops() - running.pop()[1]
-        macs[layer] += flops // 2
-        macs[running[-1][0] if running else None] -= flops // 2  # the layer around it, which counts them too
-
-    layers = [module for module in model.modules() if isinstance(module, Summarizable)]
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
-    handles += [layer.register_forward_hook(leave) for layer in layers]
+    counter, handles = _MacCounter(), []
+    for module in model.modules():
+        if isinstance(module, Summarizable):
+            handles += [module.register_forward_pre_hook(counter.enter), module.register_forward_hook(counter.leave)]
     try:
         with counter:
-            yield macs
+            yield counter.macs
     finally:
         for handle in handles:
             handle.remove()
-    macs[None] += counter.get_total_flops() // 2
 
 
 def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | None, int]:
