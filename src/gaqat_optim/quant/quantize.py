@@ -15,7 +15,7 @@ from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule
-from .nn.unsupported import refusal
+from .nn.unsupported import unsupported_reason
 
 
 def quantize_model(
@@ -112,7 +112,7 @@ def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Modul
                 f"the model is quantized already: {name!r} is a quantizer. Call quantize_model once, on the float model"
             )
     modules = dict(model.named_modules(remove_duplicate=False))
-    reasons = {name: reason for name, module in modules.items() if (reason := refusal(module)) is not None}
+    reasons = {name: reason for name, module in modules.items() if (reason := unsupported_reason(module)) is not None}
     layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
     excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
     for name, reason in reasons.items():

@@ -48,7 +48,7 @@ def _both_ways(request):
 def lsq_quantize(v, scale, qmin, qmax, grad_scale=1.0, channel_axis=None):
     if KEEPS_OUTPUT[0]:
         axis = None if channel_axis is None else channel_axis % v.dim()
-        return functional.quantized(v, scale, qmin, qmax, grad_scale, axis, save_output_for_backward=True)
+        return functional.lsq_quantize_unchecked(v, scale, qmin, qmax, grad_scale, axis, save_output_for_backward=True)
     return functional.lsq_quantize(v, scale, qmin, qmax, grad_scale=grad_scale, channel_axis=channel_axis)
 
 

@@ -20,8 +20,9 @@ from gaqat_optim import (
 )
 from gaqat_optim.quant.calibration import calibrate
 from gaqat_optim.quant.config import LayerConfig
-from gaqat_optim.quant.nn.attention import QuantMultiheadAttention, attention_refusal, disable_fast_paths
+from gaqat_optim.quant.nn.attention import QuantMultiheadAttention, disable_fast_paths
 from gaqat_optim.quant.nn.base import QUANTIZED, QuantizedModule
+from gaqat_optim.quant.nn.unsupported import unsupported_reason
 
 E, HEADS, N, L, S = 8, 2, 3, 5, 4
 DEFAULTS = {
@@ -550,10 +551,10 @@ def test_computed_weights_are_refused():
         (parametrized, "a ParametrizedNonDynamicallyQuantizableLinear as out_proj"),
         (replaced, "a LowRank as out_proj"),
     ):
-        assert words in attention_refusal(module)
+        assert words in unsupported_reason(module)
         with pytest.raises(ValueError, match=words):
-            QuantMultiheadAttention.from_float(module, LayerConfig(**DEFAULTS))
-    assert attention_refusal(nn.Linear(2, 2)) is None
+            quantize_model(nn.Sequential(module))
+    assert unsupported_reason(nn.Linear(2, 2)) is None
 
 
 def test_a_subclass_keeps_its_own_forward():

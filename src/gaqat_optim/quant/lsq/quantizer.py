@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
 from ...scale_names import LINEAR_SCALE, LOG_SCALE, SCALE_IS_SIGNED, SCALE_RANGE
-from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, quantized
+from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, lsq_quantize_unchecked
 from .scale_init import initial_scale
 
 # How far a scale may go from its initial value, either way. No network needs more; and from much further away it would
@@ -34,6 +34,16 @@ class _ClampStraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
+
+
+class LSQArguments(NamedTuple):
+    """The arguments of :func:`~gaqat_optim.lsq_quantize` that belong to a quantizer, ready for one call."""
+
+    scale: Tensor
+    qmin: int
+    qmax: int
+    grad_scale: float
+    channel_axis: int | None
 
 
 class LSQQuantizer(nn.Module):
@@ -228,26 +238,31 @@ class LSQQuantizer(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         if not self.enabled:
             return v
+        scale, qmin, qmax, grad_scale, channel_axis = self.lsq_arguments(v)
+        if self.save_output_for_backward:
+            return lsq_quantize_unchecked(v, scale, qmin, qmax, grad_scale, channel_axis, True)
+        return lsq_quantize(v, scale, qmin, qmax, grad_scale=grad_scale, channel_axis=channel_axis)
+
+    def lsq_arguments(self, v: Tensor) -> LSQArguments:
+        """What :meth:`forward` passes to :func:`lsq_quantize` beside ``v``; sets a scale that has no value yet."""
         if self._range is None:
-            self._read_buffers()  # AveragedModel or a broadcast may have filled them, without a word.
+            self._read_buffers()  # AveragedModel and broadcasts fill them without telling the module
         if self._range is None:
             if not self.training:
                 raise RuntimeError(self._unset_message())
             self.initialize(v.detach())
         # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
         if torch.is_grad_enabled() and not _is_exporting():
-            factor, raw = self.grad_scale_for(v), self.raw_scale
+            grad_scale, raw = self.grad_scale_for(v), self.raw_scale
             with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
                 raw.clamp_(low, min(high, torch.finfo(raw.dtype).max))
             # In half precision the bound itself may have been rounded up.
             scale = self.scale if raw.dtype.itemsize < 4 else self._of_raw(raw)
         else:
-            factor, scale = 1.0, self.scale
+            grad_scale, scale = 1.0, self.scale
         qmin, qmax = integer_bounds(self.bits, self._decided_sign())
-        if self.save_output_for_backward:
-            return quantized(v, scale, qmin, qmax, factor, self.channel_axis, save_output_for_backward=True)
-        return lsq_quantize(v, scale, qmin, qmax, grad_scale=factor, channel_axis=self.channel_axis)
+        return LSQArguments(scale, qmin, qmax, grad_scale, self.channel_axis)
 
     def grad_scale_for(self, v: Tensor) -> float:
         """LSQ's g for values like ``v``."""
@@ -280,7 +295,8 @@ def is_unmodified(quantizer: LSQQuantizer) -> bool:
     """
     q = quantizer
     hooks = q._forward_pre_hooks, q._forward_hooks, q._backward_pre_hooks, q._backward_hooks
-    return type(q) is LSQQuantizer and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    is_own = type(q) is LSQQuantizer and "forward" not in vars(q)
+    return is_own and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _is_exporting() -> bool:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import LayerConfig
 from ..lsq.quantizer import LSQQuantizer
 from .attention_functional import ROLES, attend
-from .base import QuantizedModule, register_quantized
+from .base import QuantizedModule, build_quantizers, register_quantized
 from .linear import QuantLinear
 
 
@@ -34,35 +33,14 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
 
     @classmethod
     def from_float(cls, module: nn.Module, layer: LayerConfig) -> QuantMultiheadAttention:
-        """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is.
-
-        Raises:
-            ValueError: a weight is not a parameter, but computed (:func:`attention_refusal`).
-        """
-        reason = attention_refusal(module)
-        if reason is not None:
-            raise ValueError(reason)
-        quantized = cls.__new__(cls)
-        quantized.__dict__ = module.__dict__.copy()
-        for registry in ("_parameters", "_buffers", "_modules"):
-            quantized.__dict__[registry] = module.__dict__[registry].copy()
-        quantized.out_proj = QuantLinear.from_float(quantized.out_proj, layer)  # type: ignore[assignment]
+        """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is."""
+        quantized = cls._sharing_state(module)
+        quantized.out_proj = QuantLinear.from_float(quantized.out_proj, layer)
         for role, weight in zip(ROLES, quantized._weights(), strict=True):
-            kinds: dict[str, Any] = {"init": layer.init, "scale_domain": layer.scale_domain, "device": weight.device}
-            of_weight = of_input = None
-            if layer.weight_bits is not None:
-                per_channel = {"channels": weight.shape[0], "channel_axis": 0}
-                granularity: dict[str, Any] = per_channel if layer.weight_granularity == "channel" else {}
-                of_weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds).train(module.training)
-            if layer.activation_bits is not None:
-                signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
-                of_input = LSQQuantizer(layer.activation_bits, signed=signed, axis0_is_batch=True, **kinds)
-                of_input.train(module.training)
-            for quantizer in (of_weight, of_input):
-                if quantizer is not None:
-                    quantizer.save_output_for_backward = True
-            setattr(quantized, f"{role}_weight_quantizer", of_weight)
-            setattr(quantized, f"{role}_quantizer", of_input)
+            quantizers = build_quantizers(layer, weight.shape[0], weight.device)
+            for operand, attribute in (("weight", f"{role}_weight_quantizer"), ("input", f"{role}_quantizer")):
+                quantizer = quantizers[operand]
+                setattr(quantized, attribute, quantizer if quantizer is None else quantizer.train(module.training))
         return quantized
 
     # -- what QuantizedModule offers for every layer, here of the in-projection --------------------------------
@@ -155,30 +133,6 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     def _through(self, name: str, v: Tensor) -> Tensor:
         quantizer = self._quantizer(name)
         return v if quantizer is None else quantizer(v)
-
-
-def attention_refusal(module: nn.Module) -> str | None:
-    """Why an ``nn.MultiheadAttention`` cannot be quantized; ``None`` where it can, as for any other module.
-
-    >>> attention_refusal(nn.MultiheadAttention(4, 2)) is None
-    True
-    >>> attention = nn.MultiheadAttention(4, 2)
-    >>> _ = nn.utils.parametrizations.weight_norm(attention.out_proj)
-    >>> print(attention_refusal(attention))  # doctest: +ELLIPSIS
-    MultiheadAttention has a Parametrized... as out_proj: only torch's own can be quantized
-    """
-    if not isinstance(module, nn.MultiheadAttention):
-        return None
-    out = module.out_proj
-    if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or "weight" not in out._parameters:
-        return f"MultiheadAttention has a {type(out).__name__} as out_proj: only torch's own can be quantized"
-    names = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    computed = [name for name in names if module._parameters.get(name) is None]
-    if computed:
-        return (
-            f"MultiheadAttention computes its {computed[0]} in a hook: fold that in with remove_weight_norm or the like"
-        )
-    return None
 
 
 def disable_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

@@ -1,19 +1,20 @@
-"""Quantized versions of torch's modules, and the registry that :func:`quantize_model` swaps by."""
+"""The quantized layer: quantizers around what a float layer computes, and the registry of all such layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from ..config import LayerConfig
+from ..lsq.functional import lsq_quantize_unchecked
 from ..lsq.quantizer import LSQQuantizer, is_unmodified
 from ..summary import QuantRecord, storage_bytes
 from .input_scale_gradient import with_scale_gradient
-from .saved import quantized_again
 
 Q = TypeVar("Q", bound="type[QuantizedModule]")
 
@@ -69,29 +70,23 @@ class QuantizedModule(nn.Module):
     output_quantizer: LSQQuantizer | None
 
     @classmethod
-    def from_float(cls, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
+    def from_float(cls, module: nn.Module, layer: LayerConfig) -> Self:
         """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is."""
+        quantized = cls._sharing_state(module)
+        channels = quantized.channels_first(quantized.weight).shape[0]
+        quantizers = build_quantizers(layer, channels, quantized.weight.device)
+        quantized.weight_quantizer = quantizers["weight"]
+        quantized.input_quantizer = quantizers["input"] if cls.quantizes_input else None
+        quantized.output_quantizer = quantizers["output"]
+        return quantized.train(module.training)
+
+    @classmethod
+    def _sharing_state(cls, module: nn.Module) -> Self:
+        """An object of this class with all attributes of ``module``, and registries of its own."""
         quantized = cls.__new__(cls)
         quantized.__dict__ = module.__dict__.copy()
         for registry in ("_parameters", "_buffers", "_modules"):
             quantized.__dict__[registry] = module.__dict__[registry].copy()
-        device = quantized.weight.device
-        kinds = {"init": layer.init, "scale_domain": layer.scale_domain, "device": device}
-        per_channel = {"channels": quantized.channels_first(quantized.weight).shape[0], "channel_axis": 0}
-        weight = activation = output = None
-        if layer.weight_bits is not None:
-            granularity = per_channel if layer.weight_granularity == "channel" else {}
-            weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds)  # type: ignore[arg-type]
-        if layer.activation_bits is not None and cls.quantizes_input:
-            signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
-            activation = LSQQuantizer(layer.activation_bits, signed=signed, axis0_is_batch=True, **kinds)  # type: ignore[arg-type]
-        if layer.output_bits is not None:
-            output = LSQQuantizer(layer.output_bits, axis0_is_batch=True, **kinds)  # type: ignore[arg-type]
-        for quantizer in (weight, activation):
-            if quantizer is not None:
-                quantizer.save_output_for_backward = True
-        quantized.weight_quantizer, quantized.input_quantizer, quantized.output_quantizer = weight, activation, output
-        quantized.train(module.training)
         return quantized
 
     def quantizers(self) -> Iterator[tuple[str, LSQQuantizer]]:
@@ -113,19 +108,40 @@ class QuantizedModule(nn.Module):
         return self.from_channels_first(self.weight_quantizer(self.channels_first(self.weight)))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
-        quantizer = self.input_quantizer
-        x = quantizer(input) if quantizer is not None else input
-        weight = self.quantized_weight()
-        eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
-        known = eager and is_unmodified(quantizer)  # type: ignore[arg-type]  # x is LSQ's of the input
-        # Where only the scale before a convolution learns, there is a shorter way to its gradient.
-        product = self.product() if known and x.requires_grad and not input.requires_grad else None
-        x = x.detach() if product is not None else x
-        with quantized_again(quantizer, input, x) if known and self.recompute_input else nullcontext():  # type: ignore[arg-type]
-            y = self.compute(x, weight, *args, **kwargs)
-        if product is not None:
-            y = with_scale_gradient(y, quantizer, input, weight, product)  # type: ignore[arg-type]
+        weight, quantizer = self.quantized_weight(), self.input_quantizer
+        if quantizer is None or torch.compiler.is_compiling() or not (quantizer.enabled and is_unmodified(quantizer)):
+            y = self.compute(input if quantizer is None else quantizer(input), weight, *args, **kwargs)
+        else:
+            y = self._compute_eagerly(quantizer, input, weight, *args, **kwargs)
         return self.output_quantizer(y) if self.output_quantizer is not None else y
+
+    def _compute_eagerly(self, quantizer: LSQQuantizer, v: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """:meth:`compute` on ``quantizer(v)``, with two ways to save time or memory in backward.
+
+        Both need to know that the quantizer does LSQ and nothing else, and a compiler has better ways of its own.
+
+        1. In a first layer, the input needs no gradient and its scale does. :func:`with_scale_gradient` then computes
+           that gradient, and the quantized input is a constant for autograd.
+        2. With :attr:`recompute_input`, backward quantizes the input again. The checkpoint ends at the first operation
+           of :meth:`compute` that saves its operands, so that no convolution runs twice.
+        """
+        scale, qmin, qmax, grad_scale, channel_axis = quantizer.lsq_arguments(v)
+        constants = qmin, qmax, grad_scale, channel_axis, quantizer.save_output_for_backward
+        linear_part = self.linear_part() if scale.requires_grad and not v.requires_grad else None
+
+        def quantize_and_compute(v: Tensor, scale: Tensor, weight: Tensor, *args: Any) -> Tensor:
+            return self.compute(lsq_quantize_unchecked(v, scale, *constants), weight, *args, **kwargs)
+
+        # All that backward reads is an argument, in which the checkpoint notices a change in place.
+        operands = v, scale if linear_part is None else scale.detach(), weight, *args
+        # torch.func forbids what checkpoints are made of.
+        if self.recompute_input and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            y: Tensor = checkpoint(quantize_and_compute, *operands, use_reentrant=False)
+        else:
+            y = quantize_and_compute(*operands)
+        if linear_part is not None:
+            y = with_scale_gradient(y, v, scale, weight, linear_part, qmin, qmax, grad_scale)
+        return y
 
     def quant_record(self, name: str) -> QuantRecord:
         """What :func:`quantization_summary` says of the layer, whose qualified name is ``name``."""
@@ -157,14 +173,17 @@ class QuantizedModule(nn.Module):
         noise = (self.quantized_weight().double() - weight).square().sum()
         return (10 * torch.log10(weight.square().sum() / noise)).item()
 
-    # -- what the kinds of layers differ in --------------------------------------------------------------------
+    # -- what a family of layers defines -----------------------------------------------------------------------
 
     def compute(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the float layer computes, on quantized operands; further arguments are those of its forward."""
         raise NotImplementedError
 
-    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """:meth:`compute` without its bias, if it is linear in the input and its gradient worth a shorter way."""
+    def linear_part(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """:meth:`compute` without its bias, if it is linear in the input; ``None`` forgoes :func:`with_scale_gradient`.
+
+        It pays for convolutions, whose gradient of the input is expensive.
+        """
         return None
 
     def channels_first(self, weight: Tensor) -> Tensor:
@@ -174,6 +193,24 @@ class QuantizedModule(nn.Module):
     def from_channels_first(self, weight: Tensor) -> Tensor:
         """The inverse of :meth:`channels_first`."""
         return weight
+
+
+def build_quantizers(layer: LayerConfig, channels: int, device: torch.device) -> dict[str, LSQQuantizer | None]:
+    """The quantizers of ``"weight"``, ``"input"`` and ``"output"``; ``None`` where one stays in floating point."""
+
+    def build(bits: int | None, **options: Any) -> LSQQuantizer | None:
+        if bits is None:
+            return None
+        return LSQQuantizer(bits, init=layer.init, scale_domain=layer.scale_domain, device=device, **options)
+
+    per_channel = {"channels": channels, "channel_axis": 0} if layer.weight_granularity == "channel" else {}
+    signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
+    weight = build(layer.weight_bits, signed=True, **per_channel)
+    activation = build(layer.activation_bits, signed=signed, axis0_is_batch=True)
+    for quantizer in (weight, activation):
+        if quantizer is not None:
+            quantizer.save_output_for_backward = True  # the layer saves it too, and does not change it
+    return {"weight": weight, "input": activation, "output": build(layer.output_bits, axis0_is_batch=True)}
 
 
 def _mean_scale(quantizer: LSQQuantizer | None) -> float | None:

@@ -20,7 +20,7 @@ class _QuantConv(QuantizedModule):
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return,operator]
 
-    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def linear_part(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         cls: Any = type(self)
         if cls.compute is not _QuantConv.compute or cls._conv_forward not in _CONVOLUTIONS:
             return None  # A user's class may compute something else.
