@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -18,8 +19,8 @@ from .lsq.quantizer import LSQQuantizer
 
 # A progress bar appears when calibration takes longer than this many seconds.
 PROGRESS_DELAY = 2.0
-# Values kept per quantizer and batch: enough for a scale, little enough for many layers and batches.
-_SAMPLE = 16384
+# Values recorded per quantizer and batch: enough for a scale, few enough for many layers and batches.
+_SAMPLE_SIZE = 16384
 
 
 def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
@@ -38,53 +39,51 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
 
     Raises:
         ValueError: there are no batches, or an activation is not finite.
-        TypeError: a batch is not of these kinds.
+        TypeError: a batch is none of these.
     """
-    waiting = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
-    seen: dict[LSQQuantizer, list[Tensor]] = {}
+    uninitialized = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
+    samples: dict[LSQQuantizer, list[Tensor]] = {}
 
-    def observe(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(quantizer, LSQQuantizer)
-        seen.setdefault(quantizer, []).append(_sample(args[0].detach()))
+        samples.setdefault(quantizer, []).append(_sample(args[0].detach()))
 
-    untrained = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_untrained(m)]
-    synchronised = [m for m in untrained if type(m).forward is nn.SyncBatchNorm.forward and "forward" not in vars(m)]
-    hooks = [q.register_forward_pre_hook(observe) for q in waiting]
-    device = device_of(model)
-    try:
-        with evaluation_mode(model), quantization_disabled(model), torch.no_grad(), isolate_rng(device, batches):
-            for norm in untrained:
-                norm.training, norm.track_running_stats = True, False
-            for norm in synchronised:  # As BatchNorm, without waiting for other ranks, which may have fewer batches.
+    count = 0
+    with ExitStack() as restore:
+        for quantizer in uninitialized:
+            restore.callback(quantizer.register_forward_pre_hook(record).remove)
+        device = device_of(model)
+        for context in (evaluation_mode(model), quantization_disabled(model), isolate_rng(device, batches)):
+            restore.enter_context(context)
+        for norm in filter(_is_untrained, model.modules()):
+            restore.callback(setattr, norm, "track_running_stats", True)
+            norm.train().track_running_stats = False  # type: ignore[assignment]
+            if type(norm).forward is nn.SyncBatchNorm.forward and "forward" not in vars(norm):
+                # As BatchNorm, without waiting for other ranks, which may have fewer batches.
+                restore.callback(vars(norm).pop, "forward")
                 vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
-            count = 0
+        with torch.no_grad():
             for x in _inputs(batches):
                 model(x.to(device))
                 count += 1
-        if count == 0:
-            raise ValueError("calibration is empty: give a tensor, or an iterable with at least one batch")
-    finally:
-        for norm in untrained:
-            norm.track_running_stats = True
-        for norm in synchronised:
-            del vars(norm)["forward"]
-        for hook in hooks:
-            hook.remove()
-    for quantizer, parts in seen.items():
-        quantizer.initialize(torch.cat(parts))
-    unseen = [q.name for q in waiting if q not in seen]
-    if unseen:
+    if count == 0:
+        raise ValueError("calibration is empty: give a tensor, or an iterable with at least one batch")
+    for quantizer, values in samples.items():
+        quantizer.initialize(torch.cat(values))
+    unreached = [q.name for q in uninitialized if q not in samples]
+    if unreached:
         warnings.warn(
-            f"calibration never reached {', '.join(unseen)}: each takes its scale from its first training forward",
+            f"calibration never reached {', '.join(unreached)}: each takes its scale from its first training forward",
             stacklevel=3,
         )
 
 
-def _is_untrained(norm: _BatchNorm) -> bool:
-    # Not by num_batches_tracked, which is 0 after loading weights from before it existed.
-    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+def _is_untrained(module: nn.Module) -> bool:
+    if not isinstance(module, _BatchNorm) or not module.track_running_stats:
         return False
-    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
+    # Not by num_batches_tracked, which is 0 after loading weights from before it existed.
+    mean, var = module.running_mean, module.running_var
+    return mean is not None and var is not None and bool((mean == 0).all()) and bool((var == 1).all())
 
 
 def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
@@ -122,9 +121,9 @@ def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _sample(v: Tensor) -> Tensor:
-    """At most ``_SAMPLE`` of the values, evenly spread, and always the smallest and the largest."""
+    """At most ``_SAMPLE_SIZE`` of the values, evenly spread, and always the smallest and the largest."""
     flat = v.reshape(-1)
-    if flat.numel() <= _SAMPLE:
+    if flat.numel() <= _SAMPLE_SIZE:
         return flat.clone()
-    spread = torch.linspace(0, flat.numel() - 1, _SAMPLE, device=v.device, dtype=torch.float64).long()
+    spread = torch.linspace(0, flat.numel() - 1, _SAMPLE_SIZE, device=v.device, dtype=torch.float64).long()
     return torch.cat([flat[spread], torch.stack(torch.aminmax(flat))])

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -350,20 +351,20 @@ def test_no_fast_kernel_runs(monkeypatch):
     assert fast == []
 
 
-def test_what_disable_fast_paths_changes_can_be_put_back():
-    model = transformer("encoder", True, False, True)
-    quantized = copy.deepcopy(model)
-    assert disable_fast_paths(quantized) == []
-    first = quantized.inner.layers[1]
-    first.linear1 = QUANTIZED[nn.Linear].from_float(first.linear1, LayerConfig(**DEFAULTS))
-    changed = disable_fast_paths(quantized)
-    assert changed == [(quantized.inner, "use_nested_tensor", True), (first, "activation_relu_or_gelu", 1)]
-    assert disable_fast_paths(quantized) == []
-    for module, name, value in changed:
-        setattr(module, name, value)
-    assert first.activation_relu_or_gelu == 1
-    assert quantized.inner.use_nested_tensor is True
-    assert quantized.inner.layers[0].activation_relu_or_gelu == 1
+def test_disabled_fast_paths_can_be_enabled_again():
+    model = transformer("encoder", True, False, True).inner
+
+    def attributes():
+        return model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)
+
+    with ExitStack() as undo:
+        disable_fast_paths(model, undo)
+        assert attributes() == (True, 1, 1)  # nothing is quantized
+        model.layers[1].linear1 = swap(model.layers[1].linear1)
+        for _ in range(2):
+            disable_fast_paths(model, undo)
+            assert attributes() == (False, 1, 0)
+    assert attributes() == (True, 1, 1)
 
 
 def test_an_encoder_built_of_a_quantized_layer_stays_off_the_fast_path():

@@ -28,8 +28,8 @@ _NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` computes what torch's BatchNorm does in evaluation mode.
 
-    A class that has another name or checks other shapes does, and ``nn.SyncBatchNorm``, which differs in training
-    alone; one with a forward of its own may not.
+    Subclasses that only check other shapes do, and so does ``nn.SyncBatchNorm``, which differs in training alone. A
+    subclass with a forward of its own may not.
     """
     forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     return isinstance(module, _BatchNorm) and type(module).forward in forwards and "forward" not in vars(module)

@@ -9,12 +9,12 @@ from torch import nn
 
 
 def quantize_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook: the quantizer that stands behind ``module``, which is its child ``output_quantizer``."""
+    """A forward hook that calls the child ``output_quantizer`` of ``module`` on its output."""
     return module.output_quantizer(output)  # type: ignore[operator]
 
 
 def modules_with_output_quantizer(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that have a quantizer behind them by that hook, and are no quantized layers."""
+    """The modules with that hook: modules that are no quantized layers and have an output quantizer."""
     for module in model.modules():
         if quantize_output in module._forward_hooks.values():
             yield module
@@ -27,7 +27,7 @@ def attach(module: nn.Module, quantizer: nn.Module) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Take the quantizer away that :func:`attach` put behind ``module``."""
+    """Remove the quantizer that :func:`attach` put behind ``module``."""
     for key, hook in list(module._forward_hooks.items()):
         if hook is quantize_output:
             del module._forward_hooks[key]

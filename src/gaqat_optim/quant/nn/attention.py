@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -135,35 +135,24 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         return v if quantizer is None else quantizer(v)
 
 
-def disable_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def disable_fast_paths(model: nn.Module, undo: ExitStack | None = None) -> None:
     """Keep torch's transformers from reading weights past the quantizers of the layers inside them.
 
     In evaluation mode, ``nn.TransformerEncoderLayer`` hands the weights of its layers to one kernel, without calling
-    the layers, and ``nn.TransformerEncoder`` passes nested tensors on to layers that it believes to do so. Each takes
-    that path only under conditions on attributes that serve nothing else; here they are set to fail. Attributes, not
-    hooks: they survive copies, pickling and the deployed form, and cost nothing in each call.
+    the layers, and ``nn.TransformerEncoder`` makes nested tensors for layers that it expects to do so. Each checks an
+    attribute first that serves nothing else; here that attribute is set to a value that fails the check. Attributes,
+    unlike hooks, survive copies, pickling and conversion, and cost nothing in each call.
 
     Args:
         model: a network with quantized layers in their places.
-
-    Returns:
-        What was changed, as (module, attribute, value before).
-
-    Example:
-        >>> layer = nn.TransformerEncoderLayer(4, 2, batch_first=True)
-        >>> disable_fast_paths(layer)  # nothing in it is quantized
-        []
+        undo: takes what restores the attributes.
     """
-    closed: dict[type[nn.Module], tuple[str, Any]] = {
-        nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-        nn.TransformerEncoder: ("use_nested_tensor", False),
-    }
-    changed = []
     for module in model.modules():
-        for kind, (name, value) in closed.items():
+        for kind, attribute, value in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+            (nn.TransformerEncoder, "use_nested_tensor", False),
+        ):
             if isinstance(module, kind) and any(isinstance(inner, QuantizedModule) for inner in module.modules()):
-                before = getattr(module, name, value)
-                if before != value:
-                    changed.append((module, name, before))
-                    setattr(module, name, value)
-    return changed
+                if undo is not None:
+                    undo.callback(setattr, module, attribute, getattr(module, attribute, value))
+                setattr(module, attribute, value)

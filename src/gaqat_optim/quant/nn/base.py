@@ -76,7 +76,7 @@ class QuantizedModule(nn.Module):
         channels = quantized.channels_first(quantized.weight).shape[0]
         quantizers = build_quantizers(layer, channels, quantized.weight.device)
         quantized.weight_quantizer = quantizers["weight"]
-        quantized.input_quantizer = quantizers["input"] if cls.quantizes_input else None
+        quantized.input_quantizer = quantizers["input"]
         quantized.output_quantizer = quantizers["output"]
         return quantized.train(module.training)
 
