@@ -20,25 +20,25 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class QuantRecord:
-    """One quantized layer, in training or converted.
+    """One quantized or deployed layer.
 
     Attributes:
         name: qualified name in the model.
         type: name of the module's class.
-        weight_bits: width of the weights, or ``None`` for floating point; likewise the other widths.
+        weight_bits: bits of a weight, or ``None`` for floating point; likewise the other bits.
         weight_granularity: ``"channel"`` or ``"tensor"``; ``None`` without a weight quantizer.
         weight_scale: mean of the weight scales.
         weight_snr: signal to noise of the quantized weight in decibel, 10 log10(sum w^2 / sum (w_hat - w)^2); ``None``
-            for a converted layer, which has no other weight.
-        activation_bits: width of the input.
+            for a deployed layer, which has only codes.
+        activation_bits: bits of the input.
         activation_signed: whether the input's codes have a sign; ``None`` while not calibrated.
         activation_scale: the input's scale, ``None`` while not calibrated.
-        output_bits: width of the output.
+        output_bits: bits of the output.
         weights: number of weights.
-        bytes: what the layer takes in packed form: its weights in their bits (8 of them to a byte in each bit plane) or
-            as float32, and four bytes for each scale (of weight, input and output) and each entry of the bias. Layers
-            with one weight count it each. A BatchNorm that is still to be folded adds a bias, where there is none.
-        macs: multiply-accumulates for one sample, ``None`` where none was given.
+        bytes: size of the layer in packed form: its weights in their bits (8 of them to a byte in each bit plane) or
+            as float32, and four bytes for each scale (of weight, input and output) and each entry of the bias. Each
+            of two layers with one weight counts it. Folding a BatchNorm adds a bias to a layer without one.
+        macs: multiply-accumulates for one sample, ``None`` without a sample.
     """
 
     name: str
@@ -58,15 +58,15 @@ class QuantRecord:
 
 @runtime_checkable
 class Summarizable(Protocol):
-    """A layer that a summary lists: a quantized one, or what it becomes when it is converted."""
+    """A layer that a summary lists: a quantized or a deployed one."""
 
     def quant_record(self, name: str) -> QuantRecord:
-        """What there is to say of the layer, whose qualified name is ``name``."""
+        """The record of the layer, whose qualified name is ``name``."""
         ...
 
 
 def storage_bytes(weights: int, bits: int | None, numbers: int) -> int:
-    """The bytes of weights of ``bits`` bits, or in float32, and of ``numbers`` further values of four bytes.
+    """The bytes of weights with ``bits`` bits, or in float32, and of ``numbers`` other values of four bytes.
 
     >>> storage_bytes(10, 3, numbers=2), storage_bytes(10, None, numbers=2)
     (14, 48)
@@ -81,9 +81,9 @@ class QuantSummary(list[QuantRecord]):
     """A list of :class:`QuantRecord` that prints as a table, with totals and what stayed in floating point below.
 
     Attributes:
-        left_in_float: the modules with weights that are in floating point, with their types.
-        macs: multiply-accumulates for one sample by the widths of weight and input, those in floating point included;
-            ``None`` where no sample was given.
+        left_in_float: the modules with weights in floating point, with their types.
+        macs: multiply-accumulates for one sample by the bits of weight and input, ``"float"`` included; ``None``
+            without a sample.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class QuantSummary(list[QuantRecord]):
 
     @property
     def bytes(self) -> int:
-        """What the quantized layers take in packed form."""
+        """Size of the quantized layers in packed form."""
         return sum(record.bytes for record in self)
 
     def __str__(self) -> str:
@@ -132,13 +132,12 @@ def _row(record: QuantRecord) -> tuple[str, ...]:
 def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> QuantSummary:
     """List the quantized layers of ``model`` and what they cost; ``str()`` of the result is a table.
 
-    Below the table stand the sums, and the modules with weights (parameters of two axes or more) that are in floating
-    point.
+    Below the table stand the sums, and the modules with weights (parameters of two axes or more) in floating point.
 
-    With a sample, the network runs once, in evaluation mode, and what its convolutions and matrix products multiply and
-    add is counted: for each layer as often as it is called, and by the widths of weight and input. ``float`` are those
-    of modules in floating point and those of two activations, such as attention's. Elementwise operations, lookups and
-    pooling are not counted. The model is left as it was: training flags, buffers and random states.
+    With a sample, the network runs once, in evaluation mode, and the multiply-accumulates of its convolutions and
+    matrix products are counted: for each layer in each of its calls, and by the bits of weight and input. ``float`` are
+    those of modules in floating point and those of two activations, such as attention's. Elementwise operations,
+    lookups and pooling are not counted. The model's training flags, buffers and random states stay as they were.
 
     Args:
         model: a network from :func:`quantize_model` or :func:`convert`.
@@ -159,14 +158,14 @@ def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> Quan
         {'8x8 bits': 8, 'float': 4}
     """
     counts = None if sample is None else multiply_accumulates(model, sample)
-    records, left = [], []
+    records, left_in_float = [], []
     for name, module in model.named_modules():
         macs = None if counts is None else counts.get(module, 0)
         if isinstance(module, Summarizable):
             records.append(replace(module.quant_record(name), macs=macs))
         elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
-            left.append(f"{name or 'the model'} ({type(module).__name__})")
-    return QuantSummary(records, left, None if counts is None else macs_by_bits(model, counts))
+            left_in_float.append(f"{name or 'the model'} ({type(module).__name__})")
+    return QuantSummary(records, left_in_float, None if counts is None else macs_by_bits(model, counts))
 
 
 # -- multiply-accumulates ------------------------------------------------------------------------------------------
@@ -218,11 +217,9 @@ class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def count_macs(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
     """Count the multiply-accumulates of each quantized or deployed layer while the block runs ``model``.
 
-    An operation counts for the innermost such layer that is running, and for ``None`` outside of all. Products of two
-    activations inside a layer, as of queries and keys, count for ``None`` as well: they are in floating point.
-
-    Counted are convolutions and matrix products, as :mod:`torch.utils.flop_counter` counts them, a multiplication and
-    an addition as one. Not counted are elementwise operations, lookups, pooling and recurrent kernels.
+    An operation counts for the innermost such layer that is running, and for ``None`` outside all of them. Products of
+    two activations in a layer, as of queries and keys, count for ``None`` as well: they are in floating point.
+    Convolutions and matrix products are counted, elementwise operations, lookups, pooling and recurrent kernels not.
     """
     counter, handles = _MacCounter(), []
     for module in model.modules():
@@ -237,10 +234,9 @@ def count_macs(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
 
 
 def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | None, int]:
-    """The multiply-accumulates of each layer for one entry on axis 0 of ``sample``, by one run; see :func:`count_macs`.
+    """The multiply-accumulates of each layer for one entry on axis 0 of ``sample``; see :func:`count_macs`.
 
-    The run is in evaluation mode, without gradients and with all quantizers off, so that they need no scales yet.
-    Training flags, buffers and random states are restored afterwards, also when the run fails.
+    Quantizers are off in that run, so that they need no scales yet.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = device_of(model)
@@ -261,12 +257,7 @@ def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | N
 
 
 def macs_by_bits(model: nn.Module, counts: Mapping[nn.Module | None, int]) -> dict[str, int]:
-    """The sums over the layers with the same bits of weight and input, the largest first.
-
-    Args:
-        model: the network that was counted.
-        counts: from :func:`multiply_accumulates`.
-    """
+    """The sums of ``counts`` over the layers of ``model`` with the same bits of weight and input, the largest first."""
     sums: Counter[str] = Counter()
     for module in dict.fromkeys([*model.modules(), None]):
         if counts.get(module):
@@ -290,10 +281,10 @@ def operand_bits(weight_bits: int | None, activation_bits: int | None) -> str:
 
 
 def format_macs(macs: Mapping[str, int]) -> str:
-    """Counts by widths in words.
+    """Counts by bits in words.
 
     >>> format_macs({"4x4 bits": 1200, "float": 64})
     '1,200 at 4x4 bits, 64 in floating point'
     """
-    where = {FLOAT: "in floating point"}
-    return ", ".join(f"{count:,} {where.get(widths, f'at {widths}')}" for widths, count in macs.items())
+    names = {FLOAT: "in floating point"}
+    return ", ".join(f"{count:,} {names.get(bits, f'at {bits}')}" for bits, count in macs.items())

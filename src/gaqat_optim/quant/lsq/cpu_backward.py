@@ -30,15 +30,6 @@ def lsq_gradients(
     (1, 0) and the gradient of the scale is (4 + 6 - 3) / 2 = 3.5. By LSQ's definition it is d = 2 - 1.5 for the first
     value and Qp = 3 for the second.
 
-    Args:
-        grad: the gradient G of ``v_hat``.
-        v: the values that were quantized.
-        scale: of one entry or, with ``channel_axis``, ``(channels,)``.
-        v_hat: the quantized values.
-        qmin: lower integer bound.
-        qmax: upper integer bound.
-        channel_axis: the axis of ``v`` that has one scale per index, or ``None``.
-
     Returns:
         ``dv``, of the shape of ``v``, and the gradient of the scale, of shape ``()`` or ``(channels,)``. ``None`` if
         the latter or the scale is not finite: the plain form has a finite gradient for an infinite v.

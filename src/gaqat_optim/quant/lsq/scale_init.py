@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# A channel needs no more values than this for its scale: beyond it, the optimum moves by well under a percent.
+# Values of a channel that are used: with more, the optimum moves by well under a percent.
 _MOST_VALUES = 4096
 
 
@@ -47,11 +47,11 @@ def lsq_scale(rows: Tensor, qmax: int) -> Tensor:
 def mse_scale(rows: Tensor, qmin: int, qmax: int) -> Tensor:
     """The scale with the least squared quantization error, for each row.
 
-    A search over fractions of the largest useful scale (the one that represents the largest value without clipping),
-    coarse, then fine around the best: the error has many local minima, so that a descent would stop early.
+    It is searched among fractions of the largest useful scale, which clips no value: coarsely, then finely around the
+    best. The error has many local minima, in which a descent would stop.
     """
     if rows.shape[1] > _MOST_VALUES:
-        # A stride that shares no factor with common layer sizes prefers no channel and no position in a kernel.
+        # A stride without a common factor with usual layer sizes prefers no channel and no position in a kernel.
         stride = rows.shape[1] // _MOST_VALUES + 1
         while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
             stride += 1

@@ -1,4 +1,4 @@
-"""Quantized :class:`torch.nn.MultiheadAttention`, and the fast paths of torch's transformers turned off for it."""
+"""Quantized multi-head attention, and how torch's transformers are kept from their fast paths."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` with quantized projections.
 
     The projections of query, key and value are quantized as three linear layers, each with its own quantizers of input
-    (``query_quantizer``, ...) and weight (``query_weight_quantizer``, ...), whether or not their weights are packed in
-    one parameter and their inputs are one tensor. A quantizer that only some calls reach would have a scale without
-    gradient, and one shared by self-attention and cross-attention would span two distributions. The out-projection is
-    a :class:`QuantLinear` in its old place. Scores, softmax and the sum over values stay in floating point.
+    (``query_quantizer``, ...) and weight (``query_weight_quantizer``, ...), even if their weights are packed in one
+    parameter or their inputs are one tensor. A quantizer that only some calls reach would have a scale without a
+    gradient, and one shared by self-attention and cross-attention would span two distributions. The out-projection
+    becomes a :class:`QuantLinear`. Scores, softmax and the sum over values stay in floating point.
     """
 
     out_proj: QuantLinear  # type: ignore[assignment]
@@ -43,21 +43,21 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
                 setattr(quantized, attribute, quantizer if quantizer is None else quantizer.train(module.training))
         return quantized
 
-    # -- what QuantizedModule offers for every layer, here of the in-projection --------------------------------
+    # -- the interface of QuantizedModule, for the in-projection -----------------------------------------------
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight of the in-projection; where query, key and value have one each, these side by side."""
+        """The weight of the in-projection; separate weights of query, key and value side by side."""
         return self.in_proj_weight if self.in_proj_weight is not None else torch.cat(self._weights(), dim=1)
 
     @property
     def weight_quantizer(self) -> LSQQuantizer | None:  # type: ignore[override]
-        """The quantizer of the query's weight; those of key and value have the same settings."""
+        """The quantizer of the query's weight; those of key and value have the same configuration."""
         return self._quantizer("query_weight_quantizer")
 
     @property
     def input_quantizer(self) -> LSQQuantizer | None:  # type: ignore[override]
-        """The quantizer of the query; those of key and value have the same settings."""
+        """The quantizer of the query; those of key and value have the same configuration."""
         return self._quantizer("query_quantizer")
 
     @property
@@ -66,7 +66,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         return self.out_proj.output_quantizer
 
     def quantizers(self) -> Iterator[tuple[str, LSQQuantizer]]:
-        """The quantizers that exist, by the path of their attribute, those of the out-projection included."""
+        """The quantizers that exist, by the path of their attribute, with those of the out-projection."""
         for suffix in ("weight_quantizer", "quantizer"):
             for role in ROLES:
                 quantizer = self._quantizer(f"{role}_{suffix}")
@@ -86,7 +86,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     def quantized_weight(self) -> Tensor:
         """The weight of the in-projection that the layer computes with, in the layout of :attr:`weight`."""
         weights = zip(ROLES, self._weights(), strict=True)
-        quantized = [self._through(f"{role}_weight_quantizer", weight) for role, weight in weights]
+        quantized = [self._quantize(f"{role}_weight_quantizer", weight) for role, weight in weights]
         return torch.cat(quantized, dim=0 if self.in_proj_weight is not None else 1)
 
     # -- forward -----------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        # Not by F.multi_head_attention_forward, which leaves no place for a quantizer before the out-projection.
+        # Not F.multi_head_attention_forward, which has no place for a quantizer before the out-projection.
         return attend(
             self,
             self._project,
@@ -117,7 +117,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     def _project(self, inputs: tuple[Tensor, ...]) -> Iterator[Tensor]:
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         for role, x, weight, bias in zip(ROLES, inputs, self._weights(), biases, strict=True):
-            x, weight = self._through(f"{role}_quantizer", x), self._through(f"{role}_weight_quantizer", weight)
+            x, weight = self._quantize(f"{role}_quantizer", x), self._quantize(f"{role}_weight_quantizer", weight)
             yield F.linear(x, weight, bias)
 
     def _weights(self) -> tuple[Tensor, ...]:
@@ -127,10 +127,10 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def _quantizer(self, name: str) -> LSQQuantizer | None:
-        found: LSQQuantizer | None = getattr(self, name)
-        return found
+        quantizer: LSQQuantizer | None = getattr(self, name)
+        return quantizer
 
-    def _through(self, name: str, v: Tensor) -> Tensor:
+    def _quantize(self, name: str, v: Tensor) -> Tensor:
         quantizer = self._quantizer(name)
         return v if quantizer is None else quantizer(v)
 

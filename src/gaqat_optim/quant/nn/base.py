@@ -23,13 +23,13 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
 
 
 def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
-    """Register a class as the quantized version of a module type, for :func:`quantize_model` to swap by.
+    """Register a class as the quantized version of module types, for :func:`quantize_model`.
 
-    The class derives from :class:`QuantizedModule` and from the type, and says in ``compute`` what the layer does with
-    a quantized input and weight.
+    The class derives from :class:`QuantizedModule` and from the type. Its ``compute`` is the layer's forward on a
+    quantized input and weight.
 
     Args:
-        types: the exact types that it replaces.
+        types: the exact types that the class replaces.
 
     Example:
         >>> import torch
@@ -57,12 +57,12 @@ def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
 class QuantizedModule(nn.Module):
     """Mixin of the quantized layers: up to three quantizers, each ``None`` where that part stays in floating point.
 
-    A quantized layer is made from a float layer by :meth:`from_float`, never by its constructor. It holds the very
-    Parameter objects of the float layer, under their old names, so that optimizers, tied weights and state dicts go on.
+    A quantized layer is made from a float layer by :meth:`from_float`, never by its constructor. It holds the Parameter
+    objects of the float layer under their old names, so that optimizers, tied weights and state dicts stay valid.
     """
 
-    quantizes_input: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
-    recompute_input: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
+    quantizes_input: ClassVar[bool] = True  # False for indices
+    recompute_input: bool = False  # whether backward quantizes the input again (recompute_activations)
 
     weight: Tensor
     weight_quantizer: LSQQuantizer | None
@@ -98,7 +98,7 @@ class QuantizedModule(nn.Module):
 
     def initialize_weight(self) -> None:
         """Set the scales of the weight from its values."""
-        if self.weight_quantizer is not None and not self.weight.is_meta:  # else by a state dict, or in training
+        if self.weight_quantizer is not None and not self.weight.is_meta:  # a state dict or training sets these
             self.weight_quantizer.initialize(self.channels_first(self.weight))
 
     def quantized_weight(self) -> Tensor:
@@ -144,7 +144,7 @@ class QuantizedModule(nn.Module):
         return y
 
     def quant_record(self, name: str) -> QuantRecord:
-        """What :func:`quantization_summary` says of the layer, whose qualified name is ``name``."""
+        """The record of the layer in :func:`quantization_summary`, where its qualified name is ``name``."""
         weight, activation, output = self.weight_quantizer, self.input_quantizer, self.output_quantizer
         scales = sum(q.scale.numel() for q in self._modules.values() if isinstance(q, LSQQuantizer))
         biases = sum(p.numel() for kind, p in self.named_parameters(recurse=False) if "bias" in kind)
@@ -166,7 +166,7 @@ class QuantizedModule(nn.Module):
 
     @torch.no_grad()
     def _signal_to_noise(self) -> float | None:
-        """Of the weight, in decibel: infinite where it is represented exactly, NaN for zeros."""
+        """Signal to noise of the quantized weight in decibel: infinite if it is exact, NaN for zeros."""
         if self.weight_quantizer is None or not self.weight_quantizer.is_initialized:
             return None
         weight = self.weight.double()
@@ -176,7 +176,7 @@ class QuantizedModule(nn.Module):
     # -- what a family of layers defines -----------------------------------------------------------------------
 
     def compute(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the float layer computes, on quantized operands; further arguments are those of its forward."""
+        """The forward of the float layer on quantized operands, with its further arguments."""
         raise NotImplementedError
 
     def linear_part(self) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -187,7 +187,7 @@ class QuantizedModule(nn.Module):
         return None
 
     def channels_first(self, weight: Tensor) -> Tensor:
-        """The weight with its output channels on axis 0, where the quantizer looks for them."""
+        """The weight with its output channels on axis 0, where the quantizer expects them."""
         return weight
 
     def from_channels_first(self, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ _CONVOLUTIONS = nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._con
 
 
 class _QuantConv(QuantizedModule):
-    """What the convolutions share: torch's own ``_conv_forward`` takes the weight and knows the padding mode."""
+    """Base of the convolutions: torch's own ``_conv_forward`` takes the weight and knows the padding mode."""
 
     bias: Tensor | None
 

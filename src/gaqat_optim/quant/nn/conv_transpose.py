@@ -13,7 +13,7 @@ from .base import QuantizedModule, register_quantized
 
 
 class _QuantConvTranspose(QuantizedModule):
-    """What the transposed convolutions share.
+    """Base of the transposed convolutions.
 
     Their weight has the shape (inputs, outputs / groups, ...): the output channels of group g are axis 1 of the g-th
     part of axis 0.
@@ -22,7 +22,7 @@ class _QuantConvTranspose(QuantizedModule):
     operation: ClassVar[Callable[..., Tensor]]
 
     def compute(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
-        layer: Any = self  # the attributes of torch's class beside this one
+        layer: Any = self  # with the attributes of torch's class
         padding = layer._output_padding(
             x, output_size, layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
         )

@@ -10,9 +10,9 @@ from .base import QuantizedModule, register_quantized
 
 @register_quantized(nn.Embedding)
 class QuantEmbedding(QuantizedModule, nn.Embedding):
-    """:class:`torch.nn.Embedding` with a quantized weight, one scale a row. Its input are indices, and stay so."""
+    """:class:`torch.nn.Embedding` with a quantized weight, one scale a row."""
 
-    quantizes_input = False
+    quantizes_input = False  # indices
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
@@ -20,9 +20,9 @@ class QuantEmbedding(QuantizedModule, nn.Embedding):
 
 @register_quantized(nn.EmbeddingBag)
 class QuantEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
-    """:class:`torch.nn.EmbeddingBag` with a quantized weight, one scale a row. Its input are indices, and stay so."""
+    """:class:`torch.nn.EmbeddingBag` with a quantized weight, one scale a row."""
 
-    quantizes_input = False
+    quantizes_input = False  # indices
 
     def compute(
         self, x: Tensor, weight: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None

@@ -36,15 +36,8 @@ def with_scale_gradient(
     For a layer y = 3 v_hat, with s = 2, v = 3 (so v/s = 1.5, rounded to 2, and d = 0.5) and Y = 10: the gradient of the
     input is G = 30 and G d = 15; the other way, A d = 1.5 and Y A d = 15.
 
-    Args:
-        y: what the layer computed from the quantized input, as a constant.
-        v: the input before it was quantized, which needs no gradient.
-        scale: of one entry.
-        weight: the weight that the layer computed with.
-        linear_part: A, as a function of input and weight.
-        qmin: lower integer bound.
-        qmax: upper integer bound.
-        grad_scale: LSQ's factor g.
+    ``y`` was computed with ``weight`` from the quantized ``v`` as a constant. ``scale`` has one entry, and
+    ``linear_part`` is A as a function of input and weight.
     """
     return _ScaleGradient.apply(y, scale, v, weight, linear_part, qmin, qmax, grad_scale)  # type: ignore[no-any-return,no-untyped-call]
 
