@@ -32,14 +32,9 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     generators and that of a ``DataLoader`` are left as they were; an iterator, which cannot be rewound, is used up.
     Where tqdm is installed, a calibration of more than two seconds shows a progress bar.
 
-    Args:
-        model: a network whose layers were already swapped.
-        batches: a tensor, or an iterable of batches: each a tensor, or a tuple, list or mapping whose first item is
-            the input.
-
     Raises:
         ValueError: there are no batches, or an activation is not finite.
-        TypeError: a batch is none of these.
+        TypeError: a batch is neither a tensor nor a tuple, list or mapping whose first item is one.
     """
     uninitialized = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
     samples: dict[LSQQuantizer, list[Tensor]] = {}

@@ -17,13 +17,9 @@ from .lsq.quantizer import LSQQuantizer
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within the block, every module of ``model`` is in evaluation mode."""
-    was_training = {module: module.training for module in model.modules()}
-    try:
+    with _restored("training", model.modules()):
         model.eval()
         yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 @contextmanager
@@ -43,14 +39,21 @@ def quantization_disabled(model: nn.Module) -> Iterator[None]:
         ...     bool(net(x) == torch.nn.functional.linear(x, net.weight))
         True
     """
-    was_enabled = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
-    try:
-        for quantizer in was_enabled:
+    quantizers = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
+    with _restored("enabled", quantizers):
+        for quantizer in quantizers:
             quantizer.enabled = False
         yield
+
+
+@contextmanager
+def _restored(attribute: str, modules: Iterable[nn.Module]) -> Iterator[None]:
+    values = {module: getattr(module, attribute) for module in modules}
+    try:
+        yield
     finally:
-        for quantizer, enabled in was_enabled.items():
-            quantizer.enabled = enabled
+        for module, value in values.items():
+            setattr(module, attribute, value)
 
 
 @contextmanager
@@ -58,11 +61,7 @@ def isolate_rng(device: torch.device, batches: Iterable[Any] = ()) -> Iterator[N
     """Restore all random states after the block.
 
     These are torch's generators of the CPU and of ``device``, those of Python and numpy, which data augmentation
-    uses, and those of a ``DataLoader`` and its samplers.
-
-    Args:
-        device: where the block computes.
-        batches: what the block iterates over.
+    uses, and those of a ``DataLoader`` in ``batches`` and its samplers.
     """
     generators = _generators(batches)
     states = [generator.get_state() for generator in generators]

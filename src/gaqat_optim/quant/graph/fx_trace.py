@@ -35,12 +35,7 @@ class Trace:
 
 
 def trace(model: nn.Module, consequence: str) -> Trace | None:
-    """Trace ``model``, which stays as it is; ``None``, with a warning, where that is not possible.
-
-    Args:
-        model: a network with quantized layers, and not one of them itself.
-        consequence: what happens without a trace, for the warning.
-    """
+    """Trace ``model``, which holds quantized layers; ``None``, and a warning with ``consequence``, if it cannot be."""
     try:
         tracer, graph = _traced(model)
     except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
@@ -63,11 +58,6 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
 
     It changes something where a forward runs over the children of its module, as that of ``nn.Sequential`` does, or
     counts them. The type does not tell: the network is traced again with such a child in each.
-
-    Args:
-        model: a network that can be traced.
-        modules: modules in it that have no child ``name``.
-        name: the name of the child.
     """
     expected_graph, admitting = str(_traced(model)[1]), set(modules)
     while admitting:

@@ -50,9 +50,7 @@ def place_output_quantizers(model: nn.Module, undo: ExitStack) -> None:
 
     A sum of two values that have such quantizers gets one itself, by the same rules: a residual stream.
 
-    Args:
-        model: a network after its layers were swapped, and before calibration.
-        undo: takes what undoes each change.
+    Calibration comes after this. ``undo`` takes what undoes each change.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantizedModule) and m._modules.get("output_quantizer")]
     if not layers or isinstance(model, QuantizedModule):

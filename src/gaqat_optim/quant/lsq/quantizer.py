@@ -159,17 +159,17 @@ class LSQQuantizer(nn.Module):
     @property
     def qmin(self) -> int:
         """Lower integer bound Qn."""
-        return integer_bounds(self.bits, self._decided_sign())[0]
+        return self._integer_bounds()[0]
 
     @property
     def qmax(self) -> int:
         """Upper integer bound Qp."""
-        return integer_bounds(self.bits, self._decided_sign())[1]
+        return self._integer_bounds()[1]
 
-    def _decided_sign(self) -> bool:
+    def _integer_bounds(self) -> tuple[int, int]:
         if self._signed is None:
             raise RuntimeError(self._unset_message())
-        return self._signed
+        return integer_bounds(self.bits, self._signed)
 
     def _unset_message(self) -> str:
         return (
@@ -247,8 +247,7 @@ class LSQQuantizer(nn.Module):
             scale = self.scale if raw.dtype.itemsize < 4 else self._of_raw(raw)
         else:
             grad_scale, scale = 1.0, self.scale
-        qmin, qmax = integer_bounds(self.bits, self._decided_sign())
-        return scale, qmin, qmax, grad_scale, self.channel_axis
+        return scale, *self._integer_bounds(), grad_scale, self.channel_axis
 
     def grad_scale_for(self, v: Tensor) -> float:
         """LSQ's g for values like ``v``."""

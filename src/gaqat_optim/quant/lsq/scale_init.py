@@ -12,14 +12,7 @@ _MOST_VALUES = 4096
 
 
 def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, method: str) -> Tensor:
-    """Initial step size for the values ``v``, by ``method`` ``"mse"`` or ``"lsq"``.
-
-    Args:
-        v: finite values, of any shape and floating dtype.
-        qmin: lower integer bound.
-        qmax: upper integer bound.
-        channel_axis: the axis with one scale per index, or ``None``.
-        method: ``"lsq"`` for 2 mean|v| / sqrt(Qp), ``"mse"`` for the least mean squared error.
+    """Initial scale for finite values ``v``: of least squared error (``"mse"``), or 2 mean|v| / sqrt(Qp) (``"lsq"``).
 
     Returns:
         float32, shape ``(1,)`` or ``(channels,)``, positive. A channel of zeros, which determines no scale, takes the

@@ -141,11 +141,8 @@ def disable_fast_paths(model: nn.Module, undo: ExitStack | None = None) -> None:
     In evaluation mode, ``nn.TransformerEncoderLayer`` hands the weights of its layers to one kernel, without calling
     the layers, and ``nn.TransformerEncoder`` makes nested tensors for layers that it expects to do so. Each checks an
     attribute first that serves nothing else; here that attribute is set to a value that fails the check. Attributes,
-    unlike hooks, survive copies, pickling and conversion, and cost nothing in each call.
-
-    Args:
-        model: a network with quantized layers in their places.
-        undo: takes what restores the attributes.
+    unlike hooks, survive copies, pickling and conversion, and cost nothing in each call. ``undo`` takes what restores
+    them.
     """
     for module in model.modules():
         for kind, attribute, value in (
