@@ -29,7 +29,7 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     The network runs in evaluation mode, without gradients and with all quantizers off. A BatchNorm that was never
     trained (running mean 0 and variance 1) normalizes by the batch instead: its statistics would let activations grow
     from layer to layer as they never do in training. Training flags, running statistics, the state of all random
-    generators and that of a ``DataLoader`` are left as they were; an iterator, which cannot be rewound, is used up.
+    generators and of a ``DataLoader`` are left as they were; an iterator, which cannot be rewound, is used up.
     Where tqdm is installed, a calibration of more than two seconds shows a progress bar.
 
     Raises:

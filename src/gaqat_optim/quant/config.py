@@ -136,7 +136,7 @@ class QuantConfig:
                 _override(base, changes)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{_show(key)}]: {error}") from None
-            # In one order, since only that of the overrides has a meaning.
+            # In one order, since the order within an override has no meaning.
             checked[key] = _FrozenDict({name: changes[name] for name in _LAYER_FIELDS if name in changes})
         return _FrozenDict(checked)
 

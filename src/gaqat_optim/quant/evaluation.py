@@ -60,8 +60,8 @@ def _restored(attribute: str, modules: Iterable[nn.Module]) -> Iterator[None]:
 def isolate_rng(device: torch.device, batches: Iterable[Any] = ()) -> Iterator[None]:
     """Restore all random states after the block.
 
-    These are torch's generators of the CPU and of ``device``, those of Python and numpy, which data augmentation
-    uses, and those of a ``DataLoader`` in ``batches`` and its samplers.
+    Restored are torch's generators of the CPU and of ``device``, Python's and numpy's, which data augmentation uses,
+    and the generators of ``batches``, if it is a ``DataLoader``, and of its samplers.
     """
     generators = _generators(batches)
     states = [generator.get_state() for generator in generators]

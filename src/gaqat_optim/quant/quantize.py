@@ -33,8 +33,8 @@ def quantize_model(
     projections of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers
     are turned off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by
     exact type: a subclass keeps its own forward, in floating point, unless it is registered
-    (``gaqat_optim.register_quantized``). Every other module, every hook and every key of the state dict stays; the new
-    keys are those of the quantizers.
+    (``gaqat_optim.register_quantized``). Every other module, every hook and every key of the state dict stays; only
+    the keys of the quantizers are new.
 
     Build the optimizer after this call, or it will not train the scales, and call
     ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
@@ -144,7 +144,7 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, scale_lr: float
     Args:
         model: a network, quantized or not.
         weight_decay: weight decay of all parameters but the scales.
-        scale_lr: learning rate of the scales; ``None`` for that of the optimizer.
+        scale_lr: learning rate of the scales; ``None`` for the optimizer's.
 
     Returns:
         One group for weights and the like and, if the model has scales, one for them.

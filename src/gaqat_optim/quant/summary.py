@@ -103,8 +103,8 @@ class QuantSummary(list[QuantRecord]):
         rows = [header, *map(_row, self)]
         if self.macs is None:
             rows = [row[:-1] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, sizes, strict=True)).rstrip() for row in rows]
         lines.append(f"in all: {self.bytes:,} bytes")
         if self.macs is not None:
             lines.append("MACs of one sample: " + (format_macs(self.macs) or "none"))
@@ -135,8 +135,8 @@ def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> Quan
     Below the table stand the sums, and the modules with weights (parameters of two axes or more) in floating point.
 
     With a sample, the network runs once, in evaluation mode, and the multiply-accumulates of its convolutions and
-    matrix products are counted: for each layer in each of its calls, and by the bits of weight and input. ``float`` are
-    those of modules in floating point and those of two activations, such as attention's. Elementwise operations,
+    matrix products are counted: for each layer in each of its calls, and by the bits of weight and input. ``float``
+    stands for modules in floating point and products of two activations, such as attention's. Elementwise operations,
     lookups and pooling are not counted. The model's training flags, buffers and random states stay as they were.
 
     Args:
@@ -201,7 +201,7 @@ class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if output is not NotImplemented:
                 return output
         output = func(*args, **kwargs)
-        if operation.__name__.startswith("_scaled_dot_product"):  # The registry lacks that of the CPU.
+        if operation.__name__.startswith("_scaled_dot_product"):  # The registry lacks the CPU's.
             self.macs[None] += sdpa_flop_count(*(v.shape for v in args[:3])) // 2  # type: ignore[no-untyped-call]
         elif operation in flop_registry:
             # torch expands a weight that multiplies a batch of matrices: its stride is then 0.

@@ -161,8 +161,8 @@ def make_scale(count, content, dtype, generator):
 
 def make_steps(shape, content, qmin, qmax, dtype, generator):
     """v/s in float64."""
-    width = max(-qmin, qmax)
-    steps = torch.randn(shape, generator=generator, dtype=torch.float64) * width * 0.7
+    largest_code = max(-qmin, qmax)
+    steps = torch.randn(shape, generator=generator, dtype=torch.float64) * largest_code * 0.7
     if content == "ties and bounds":
         edges = [qmin - 0.5, qmin, qmin + 0.5, -0.5, 0, 0.5, 1.5, qmax - 0.5, qmax, qmax + 0.5]
         return torch.where(steps > 0, pick(edges, shape, generator), (2 * steps).round() / 2)

@@ -43,7 +43,7 @@ def test_forward_and_both_gradients_against_the_oracle(dtype, content):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_integer_bounds_use_every_code_of_their_width(bits):
+def test_integer_bounds_use_every_code(bits):
     assert integer_bounds(bits, signed=True) == (-(2**bits) // 2, 2**bits // 2 - 1)
     assert integer_bounds(bits, signed=False) == (0, 2**bits - 1)
 

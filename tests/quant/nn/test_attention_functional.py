@@ -32,7 +32,7 @@ def cases():
         CONSTRUCTIONS, (False, True), ("self", "cross", "three", "unbatched")
     ):
         if "kdim" in CONSTRUCTIONS[construction] and kind in ("self", "cross"):
-            continue  # One tensor cannot have two widths.
+            continue  # One tensor cannot have two numbers of features.
         yield construction, batch_first, kind
 
 

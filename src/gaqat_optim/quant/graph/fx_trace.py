@@ -56,8 +56,8 @@ def trace(model: nn.Module, consequence: str) -> Trace | None:
 def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> set[nn.Module]:
     """The ``modules`` in which a new child ``name`` changes nothing that ``model`` computes.
 
-    It changes something where a forward runs over the children of its module, as that of ``nn.Sequential`` does, or
-    counts them. The type does not tell: the network is traced again with such a child in each.
+    It changes something where a forward runs over the children of its module, as in ``nn.Sequential``, or counts them.
+    The type does not tell: the network is traced again with such a child in each.
     """
     expected_graph, admitting = str(_traced(model)[1]), set(modules)
     while admitting:

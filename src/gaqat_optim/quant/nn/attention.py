@@ -52,12 +52,12 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
 
     @property
     def weight_quantizer(self) -> LSQQuantizer | None:  # type: ignore[override]
-        """The quantizer of the query's weight; those of key and value have the same configuration."""
+        """The quantizer of the query's weight; key and value have the same configuration."""
         return self._quantizer("query_weight_quantizer")
 
     @property
     def input_quantizer(self) -> LSQQuantizer | None:  # type: ignore[override]
-        """The quantizer of the query; those of key and value have the same configuration."""
+        """The quantizer of the query; key and value have the same configuration."""
         return self._quantizer("query_quantizer")
 
     @property
@@ -66,7 +66,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         return self.out_proj.output_quantizer
 
     def quantizers(self) -> Iterator[tuple[str, LSQQuantizer]]:
-        """The quantizers that exist, by the path of their attribute, with those of the out-projection."""
+        """The quantizers that exist, the out-projection's included, by the path of their attribute."""
         for suffix in ("weight_quantizer", "quantizer"):
             for role in ROLES:
                 quantizer = self._quantizer(f"{role}_{suffix}")

@@ -28,7 +28,7 @@ def attend(
     """The forward of :class:`torch.nn.MultiheadAttention` with other projections.
 
     ``layer`` has the attributes of torch's layer, ``out_proj`` among them. ``project`` maps query, key and value, each
-    of shape (samples, positions, features), to their projections. The other arguments are those of torch's forward.
+    of shape (samples, positions, features), to their projections. torch documents the other arguments.
 
     Raises:
         ValueError: nested tensors, or inputs with different numbers of axes.
