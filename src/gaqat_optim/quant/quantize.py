@@ -147,7 +147,7 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, scale_lr: float
         scale_lr: learning rate of the scales; ``None`` for the optimizer's.
 
     Returns:
-        One group for weights and the like and, if the model has scales, one for them.
+        One group for all other parameters and, if the model has scales, one for them.
 
     Example:
         >>> import torch

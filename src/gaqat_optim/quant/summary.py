@@ -78,7 +78,7 @@ def storage_bytes(weights: int, bits: int | None, numbers: int) -> int:
 
 
 class QuantSummary(list[QuantRecord]):
-    """A list of :class:`QuantRecord` that prints as a table, with totals and what stayed in floating point below.
+    """A list of :class:`QuantRecord` that prints as a table, with totals and modules in floating point below.
 
     Attributes:
         left_in_float: the modules with weights in floating point, with their types.

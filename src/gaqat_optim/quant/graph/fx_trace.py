@@ -19,7 +19,7 @@ from ..nn.base import QuantizedModule
 
 @dataclass(frozen=True)
 class Trace:
-    """What calls what in the forward pass of a network in evaluation mode.
+    """The calls in the forward pass of a network in evaluation mode.
 
     Attributes:
         nodes: all calls, in order.
@@ -112,8 +112,8 @@ class _Tracer(torch.fx.Tracer):
         self.returned: list[tuple[nn.Module, torch.fx.Node]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kinds = (QuantizedModule, _BatchNorm)
-        return isinstance(m, (*kinds, *_UNTRACEABLE)) or not any(isinstance(child, kinds) for child in m.modules())
+        leaves = (QuantizedModule, _BatchNorm)
+        return isinstance(m, (*leaves, *_UNTRACEABLE)) or not any(isinstance(child, leaves) for child in m.modules())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -17,7 +17,7 @@ MIN_BITS, MAX_BITS = 2, 8
 
 
 def integer_bounds(bits: int, signed: bool) -> tuple[int, int]:
-    """The integer range (Qn, Qp) of a ``bits``-wide code.
+    """The integer range (Qn, Qp) of a code with ``bits`` bits.
 
     >>> integer_bounds(3, signed=True), integer_bounds(3, signed=False)
     ((-4, 3), (0, 7))

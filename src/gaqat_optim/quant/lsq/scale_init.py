@@ -26,10 +26,10 @@ def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, met
     rows = rows.reshape(1, -1) if channel_axis is None else rows.movedim(channel_axis, 0)
     rows = rows.reshape(len(rows), -1)
     scale = lsq_scale(rows, qmax) if method == "lsq" else mse_scale(rows, qmin, qmax)
-    known = scale > 0
-    if bool(known.all()):
+    is_positive = scale > 0
+    if bool(is_positive.all()):
         return scale
-    return torch.where(known, scale, scale[known].mean() if bool(known.any()) else 1.0 / qmax)
+    return torch.where(is_positive, scale, scale[is_positive].mean() if bool(is_positive.any()) else 1.0 / qmax)
 
 
 def lsq_scale(rows: Tensor, qmax: int) -> Tensor:

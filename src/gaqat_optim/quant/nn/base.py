@@ -32,7 +32,7 @@ def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
         types: the exact types that the class replaces.
 
     Example:
-        >>> import torch
+        >>> import torch.nn.functional as F
         >>> from gaqat_optim import quantize_model
         >>> class Cosine(nn.Linear):
         ...     def forward(self, x):
