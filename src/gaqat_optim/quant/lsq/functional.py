@@ -36,7 +36,7 @@ def lsq_quantize(
     grad_scale: float = 1.0,
     channel_axis: int | None = None,
 ) -> Tensor:
-    r"""Fake-quantize ``v`` with a learned step size, with LSQ's exact gradient.
+    r"""Fake-quantize ``v`` with a learned scale (step size), with LSQ's exact gradient.
 
     .. math::
 
@@ -54,7 +54,7 @@ def lsq_quantize(
 
     Args:
         v: tensor of any shape and floating dtype.
-        scale: the step size s > 0, of shape ``()``, ``(1,)`` or, with ``channel_axis``, ``(channels,)``.
+        scale: s > 0, of shape ``()``, ``(1,)`` or, with ``channel_axis``, ``(channels,)``.
         qmin: lower integer bound, Qn <= 0.
         qmax: upper integer bound, Qp > 0.
         grad_scale: LSQ's factor g on the gradient of ``scale``; it does not touch the gradient of ``v``.

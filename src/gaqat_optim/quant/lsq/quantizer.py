@@ -1,4 +1,4 @@
-"""The LSQ quantizer as a module: one learned step size, or one per channel."""
+"""The LSQ quantizer as a module: one learned scale, or one per channel."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class LSQQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The step size s > 0, float32 or float64, of shape ``(1,)`` or ``(channels,)``; differentiable."""
+        """The scale s > 0, float32 or float64, of shape ``(1,)`` or ``(channels,)``; differentiable."""
         # At least float32 in a half-precision model, since float16 has no number near the lower bound.
         raw = self.raw_scale.to(torch.promote_types(self.raw_scale.dtype, torch.float32))
         bounded: Tensor = _ClampStraightThrough.apply(raw, *self._raw_bounds)  # type: ignore[no-untyped-call]
