@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +49,7 @@ def lsq_gradients(
         return (grad_v, scale.new_tensor(total)) if math.isfinite(total) else None
     u, _ = divide_by_scale(v, scale, channel_axis)
     grad_v = torch.ops.aten.hardtanh_backward.grad_input(grad, u, qmin, qmax, grad_input=u)
-    products = (_rowwise_dot(a, b, channel_axis, scale) for a, b in ((grad, v_hat), (grad_v, v)))
-    totals = (next(products) - next(products)) / scale
+    totals = (_rowwise_dot(grad, v_hat, channel_axis, scale) - _rowwise_dot(grad_v, v, channel_axis, scale)) / scale
     return (grad_v, totals) if math.isfinite(totals.sum().item()) else None
 
 
@@ -71,8 +71,7 @@ def clipping_interval(s: float, qmin: int, qmax: int) -> tuple[float, float]:
 @cache
 def _halfway(bound: int) -> float:
     """Halfway from ``bound`` to the float32 before it."""
-    bits = torch.tensor(float(bound)).view(torch.int32)
-    before = (bits - 1).view(torch.float32) if bound else -torch.tensor(1, dtype=torch.int32).view(torch.float32)
+    before = np.nextafter(np.float32(bound), np.float32(-1))
     return (bound + float(before)) / 2
 
 
@@ -98,11 +97,11 @@ def _flat_view(x: Tensor) -> Tensor | None:
     return x.view(-1) if x.is_contiguous() else None
 
 
-def _rowwise_dot(a: Tensor, b: Tensor, channel_axis: int, ones_like: Tensor) -> Tensor:
+def _rowwise_dot(a: Tensor, b: Tensor, channel_axis: int, gamma: Tensor) -> Tensor:
     """Inner products along all axes but one, in one pass and without writing the products.
 
-    GroupNorm computes them for the gradient of its weight. With a mean of 0 and a deviation of 1, that gradient is
-    sum(grad * input) for each row; torch has no other kernel that does so.
+    GroupNorm computes them for the gradient of its weight gamma, which does not depend on gamma's values. With a mean
+    of 0 and a deviation of 1, that gradient is sum(a * b) for each row. torch has no other kernel that does so.
     """
     channels = a.shape[channel_axis]
     # As matrices: the kernel would take a 1x1 convolution, whose strides are ambiguous, for channels last.
@@ -110,7 +109,7 @@ def _rowwise_dot(a: Tensor, b: Tensor, channel_axis: int, ones_like: Tensor) -> 
     mean, inverse_deviation = a.new_zeros(1, channels), a.new_ones(1, channels)
     sizes = 1, channels, a.numel() // channels, channels  # samples, channels, elements of each, groups
     gradients = torch.ops.aten.native_group_norm_backward(
-        a, b, mean, inverse_deviation, ones_like, *sizes, [False, True, False]
+        a, b, mean, inverse_deviation, gamma, *sizes, [False, True, False]
     )
     grad_of_weight: Tensor = gradients[1]
     return grad_of_weight
