@@ -90,7 +90,7 @@ def quantize_model(
                     parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
         place_output_quantizers(result, undo)
-        disable_fast_paths(result, undo)  # before calibration, whose evaluation mode would take them
+        disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
             calibrate(result, calibration)
         undo.pop_all()

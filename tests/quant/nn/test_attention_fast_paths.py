@@ -109,11 +109,11 @@ def test_disabled_fast_paths_can_be_enabled_again():
         return model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)
 
     with ExitStack() as undo:
-        disable_fast_paths(model, undo)
+        disable_fast_paths(model, undo=undo)
         assert attributes() == (True, 1, 1)  # nothing is quantized
         model.layers[1].linear1 = swap(model.layers[1].linear1)
         for _ in range(2):
-            disable_fast_paths(model, undo)
+            disable_fast_paths(model, undo=undo)
             assert attributes() == (False, 1, 0)
     assert attributes() == (True, 1, 1)
 

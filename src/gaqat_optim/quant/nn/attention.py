@@ -135,21 +135,23 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         return v if quantizer is None else quantizer(v)
 
 
-def disable_fast_paths(model: nn.Module, undo: ExitStack | None = None) -> None:
+def disable_fast_paths(
+    model: nn.Module, layer_type: type[nn.Module] = QuantizedModule, *, undo: ExitStack | None = None
+) -> None:
     """Keep torch's transformers from reading weights past the quantizers of the layers inside them.
 
     In evaluation mode, ``nn.TransformerEncoderLayer`` hands the weights of its layers to one kernel, without calling
     the layers, and ``nn.TransformerEncoder`` makes nested tensors for layers that it expects to do so. Each checks an
     attribute first that serves nothing else; here that attribute is set to a value that fails the check. Attributes,
-    unlike hooks, survive copies, pickling and conversion, and cost nothing in each call. ``undo`` takes what restores
-    them.
+    unlike hooks, survive copies, pickling and conversion, and cost nothing in each call. They are set on modules that
+    hold a layer of ``layer_type``, and ``undo`` takes what restores them.
     """
     for module in model.modules():
         for kind, attribute, value in (
             (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
             (nn.TransformerEncoder, "use_nested_tensor", False),
         ):
-            if isinstance(module, kind) and any(isinstance(inner, QuantizedModule) for inner in module.modules()):
+            if isinstance(module, kind) and any(isinstance(inner, layer_type) for inner in module.modules()):
                 if undo is not None:
                     undo.callback(setattr, module, attribute, getattr(module, attribute, value))
                 setattr(module, attribute, value)

@@ -62,6 +62,8 @@ class QuantizedModule(nn.Module):
     """
 
     quantizes_input: ClassVar[bool] = True  # False for indices
+    # How a class with a compute of its own is deployed: a DeployLayer. A class that inherits its compute needs none.
+    deployed_as: ClassVar[type[nn.Module] | None] = None
     recompute_input: bool = False  # whether backward quantizes the input again (recompute_activations)
 
     weight: Tensor
