@@ -135,7 +135,7 @@ def test_random_states_stay_after_a_failure_too():
 def test_a_long_calibration_shows_its_progress_and_a_short_one_nothing(capsys, monkeypatch):
     quantize_model(mlp(), calibration=[X] * 3)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gaqat_optim.quant.calibration.PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr(sys.modules["gaqat_optim.quant.calibration"], "PROGRESS_DELAY", 0.0)
     quantize_model(mlp(), calibration=[X] * 3)
     assert "calibration" in capsys.readouterr().err
 
