@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import QuantizedModule, register_quantized
+
+# By the number of spatial axes.
+_OPERATIONS: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class _QuantConvTranspose(QuantizedModule):
@@ -19,16 +22,13 @@ class _QuantConvTranspose(QuantizedModule):
     part of axis 0.
     """
 
-    operation: ClassVar[Callable[..., Tensor]]
-
     def compute(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
         layer: Any = self  # with the attributes of torch's class
         padding = layer._output_padding(
             x, output_size, layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
         )
         arguments = (layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
-        y: Tensor = type(self).operation(x, weight, *arguments)
-        return y
+        return _OPERATIONS[len(layer.kernel_size)](x, weight, *arguments)
 
     def channels_first(self, weight: Tensor) -> Tensor:
         groups: Any = self.groups
@@ -42,18 +42,12 @@ class _QuantConvTranspose(QuantizedModule):
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
     """:class:`torch.nn.ConvTranspose1d` on a quantized input and weight."""
 
-    operation = staticmethod(F.conv_transpose1d)
-
 
 @register_quantized(nn.ConvTranspose2d)
 class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
     """:class:`torch.nn.ConvTranspose2d` on a quantized input and weight."""
 
-    operation = staticmethod(F.conv_transpose2d)
-
 
 @register_quantized(nn.ConvTranspose3d)
 class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
     """:class:`torch.nn.ConvTranspose3d` on a quantized input and weight."""
-
-    operation = staticmethod(F.conv_transpose3d)
