@@ -97,7 +97,7 @@ class WordClassifier(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's, with a projection where the shape changes."""
+    """ResNet's block, with a projection where the shape changes."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -121,7 +121,7 @@ def resnet():
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's: expand, depthwise, project, ReLU6 in between."""
+    """MobileNetV2's block: expand, depthwise, project, with ReLU6 between them."""
 
     def __init__(self, channels, expansion):
         super().__init__()
@@ -203,8 +203,8 @@ NETWORKS = {
     "single layer": (single_layer, (8,)),
 }
 
-# Of full size, without trained weights: for tests that can wait for them. Their builders import torchvision, which only
-# works in a test that asked for the fixture of that name. Images of 64 pixels leave BatchNorm 2 x 2 of them at the end.
+# Networks of full size with random weights, for slow tests. Their builders import torchvision, which works only in a
+# test with the fixture of that name. Images of 64 pixels end as 2 x 2 at the last BatchNorm.
 TORCHVISION = {
     "resnet18": (resnet18, (3, 64, 64)),
     "mobilenet_v3_small": (mobilenet_v3_small, (3, 64, 64)),
@@ -213,12 +213,12 @@ TORCHVISION = {
 
 
 def build(name, batch=None):
-    """The network, inputs and labels; by default 16 of them, and 2 for a network of full size."""
+    """A network, inputs and labels: by default 16, or 2 for a network of full size."""
     torch.manual_seed(0)
     builder, shape = {**NETWORKS, **TORCHVISION}[name]
     batch = batch or (2 if name in TORCHVISION else 16)
     model, x, y = builder(), torch.randn(batch, *shape), torch.randint(4, (batch,))
     if name in TORCHVISION:
-        # With the running statistics that a network is born with, so many layers would fade out in evaluation.
+        # With initial running statistics, the values of so many layers would vanish in evaluation.
         torch.optim.swa_utils.update_bn([x], model)
     return model, x, y

@@ -21,13 +21,13 @@ from .optim.perturbations import ASAM, GSAM, SAGM, SAM, Perturbation
 from .optim.report import ScaleRecord, plot_conflict
 from .optim.sign_statistics import WindowStatistics
 from .quant.config import QuantConfig
+from .quant.evaluation import quantization_disabled
 from .quant.lsq.functional import lsq_quantize
 from .quant.lsq.quantizer import LSQQuantizer
 from .quant.nn.base import QuantizedModule, register_quantized
 from .quant.nn.recompute import recompute_activations
-from .quant.quantize import param_groups, quantization_disabled, quantize_model, scale_parameters
-from .quant.summary.record import QuantRecord
-from .quant.summary.table import quantization_summary
+from .quant.quantize import param_groups, quantize_model, scale_parameters
+from .quant.summary import QuantRecord, quantization_summary
 
 if TYPE_CHECKING:
     from .deploy.benchmark import benchmark_onnx

@@ -1,8 +1,8 @@
-"""A quantized network computed again, forward and backward, in float64 and by other means than the package's.
+"""A quantized network computed again, forward and backward, in float64 and without the package's code.
 
-The float network that was quantized runs with its own layers' code, on weights and inputs that a composition of plain
-operations quantizes; autograd differentiates it. Of the quantized network only scales, widths, signs and whether a
-scale is one per channel are read. No quantizer and no quantized layer of the package runs.
+The original float network runs with its own layers, on weights and inputs that a composition of plain operations
+quantizes, and autograd differentiates it. Of the quantized network the oracle reads only scales, bits, signs and
+whether a scale is one per channel. No quantizer and no quantized layer of the package runs.
 """
 
 import copy
@@ -27,18 +27,18 @@ def fake_quantize(v, scale, bits, signed, count):
 
 
 class Scale:
-    """All that is read of one quantizer, and what one value is quantized with."""
+    """What the oracle reads of one quantizer, and the value of its scale as a leaf of autograd."""
 
     def __init__(self, source):
         self.bits, self.signed, self.per_channel = source.bits, source.signed, source.channel_axis is not None
         self.is_log = source.scale_domain == "log"
         self.value = source.scale.detach().double().clone().requires_grad_()
 
-    def of_activation(self, x):
+    def quantize_activation(self, x):
         features = math.prod(x.shape[1:]) if x.dim() > 1 else x.numel()  # of one sample, not of the batch
         return fake_quantize(x, self.value.reshape(()), self.bits, self.signed, features)
 
-    def of_weight(self, weight, layer):
+    def quantize_weight(self, weight, layer):
         scale = self._by_output_channel(weight, layer) if self.per_channel else self.value.reshape(())
         return fake_quantize(weight, scale, self.bits, self.signed, weight.numel() // len(self.value))
 
@@ -54,16 +54,16 @@ class Scale:
         return torch.stack(rows).reshape(layer.in_channels, outputs, *ones)
 
     def gradient(self):
-        """Of the parameter: of s, or of log(s), for which ds = s d(log s)."""
+        """The gradient of the parameter: s, or log(s), for which ds = s d(log s)."""
         return self.value.grad * self.value.detach() if self.is_log else self.value.grad
 
 
-def _of_activation(scale, x):
-    return x if scale is None else scale.of_activation(x)
+def _quantize_activation(scale, x):
+    return x if scale is None else scale.quantize_activation(x)
 
 
-def _of_weight(scale, weight, layer):
-    return weight if scale is None else scale.of_weight(weight, layer)
+def _quantize_weight(scale, weight, layer):
+    return weight if scale is None else scale.quantize_weight(weight, layer)
 
 
 def layer_forward(layer, scales):
@@ -71,10 +71,10 @@ def layer_forward(layer, scales):
     bare = copy.copy(layer)  # Same parameters; its forward stays the class's.
 
     def forward(x, *args, **kwargs):
-        x = _of_activation(scales.get("input_quantizer"), x)
-        weight = _of_weight(scales.get("weight_quantizer"), layer.weight, layer)
+        x = _quantize_activation(scales.get("input_quantizer"), x)
+        weight = _quantize_weight(scales.get("weight_quantizer"), layer.weight, layer)
         y = torch.func.functional_call(bare, {"weight": weight}, (x, *args), kwargs)
-        return _of_activation(scales.get("output_quantizer"), y)
+        return _quantize_activation(scales.get("output_quantizer"), y)
 
     return forward
 
@@ -92,8 +92,8 @@ def attention_forward(layer, scales):
         roles = zip(("query", "key", "value"), (query, key, value), range(3), strict=True)
         for role, x, part in roles:
             rows = slice(part * layer.embed_dim, (part + 1) * layer.embed_dim)
-            x = _of_activation(scales.get(f"{role}_quantizer"), x)
-            weight = _of_weight(scales.get(f"{role}_weight_quantizer"), layer.in_proj_weight[rows], layer)
+            x = _quantize_activation(scales.get(f"{role}_quantizer"), x)
+            weight = _quantize_weight(scales.get(f"{role}_weight_quantizer"), layer.in_proj_weight[rows], layer)
             projected.append(x @ weight.T + layer.in_proj_bias[rows])
         heads = []
         for q, k, v in zip(*(x.split(layer.head_dim, dim=-1) for x in projected), strict=True):
@@ -121,7 +121,9 @@ def recompute(original, quantized, x, cotangent):
         own = {key.rpartition(".")[2]: scale for key, scale in scales.items() if key.rpartition(".")[0] == name}
         if own.keys() == {"output_quantizer"} and not isinstance(quantized.get_submodule(name), QuantizedModule):
             # Behind a module that is no quantized layer: a norm, an activation, a block.
-            layer.register_forward_hook(lambda module, args, y, scale=own["output_quantizer"]: _of_activation(scale, y))
+            layer.register_forward_hook(
+                lambda module, args, y, scale=own["output_quantizer"]: _quantize_activation(scale, y)
+            )
         elif own:
             kind = attention_forward if isinstance(layer, nn.MultiheadAttention) else layer_forward
             layer.forward = kind(layer, own)

@@ -135,7 +135,7 @@ def test_random_states_stay_after_a_failure_too():
 def test_a_long_calibration_shows_its_progress_and_a_short_one_nothing(capsys, monkeypatch):
     quantize_model(mlp(), calibration=[X] * 3)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gaqat_optim.quant.calibration.PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr(sys.modules["gaqat_optim.quant.calibration"], "PROGRESS_DELAY", 0.0)
     quantize_model(mlp(), calibration=[X] * 3)
     assert "calibration" in capsys.readouterr().err
 
@@ -199,3 +199,17 @@ def test_an_untrained_batchnorm_normalizes_by_the_batch(norm):
     trained = quantize_model(model, QuantConfig(init="lsq"), calibration=X)
     hidden = (X @ model[0].weight.T + model[0].bias - 1) / 100
     assert trained[2].input_quantizer.scale.item() == pytest.approx(2 * hidden.abs().mean().item() / 127**0.5, rel=1e-3)
+
+
+class ControlFlow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.small(x) if x.abs().mean() < 1 else self.large(x)
+
+
+def test_branches_on_data_are_calibrated_each():
+    model = quantize_model(ControlFlow(), calibration=[torch.rand(16, 8), 10 * torch.rand(16, 8)])
+    assert model.large.input_quantizer.scale > 5 * model.small.input_quantizer.scale

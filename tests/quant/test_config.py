@@ -21,7 +21,7 @@ def bits(resolved):
     }
 
 
-def test_first_and_last_layer_get_their_own_width():
+def test_first_and_last_layer_get_their_own_bits():
     assert bits(QuantConfig(3, 4).resolve(five_layers())) == {
         "stem": (8, 8), "body.0": (3, 4), "body.1": (3, 4), "body.2": (3, 4), "head": (8, 8),
     }  # fmt: skip
@@ -59,7 +59,7 @@ def test_a_layer_with_two_names_has_one_setting():
 
 @pytest.mark.parametrize("value", [1, 9, 0, -4, 4.0, True, "4"])
 @pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "output_bits", "first_last_bits"])
-def test_widths_outside_2_to_8_are_refused_by_name(name, value):
+def test_bits_outside_2_to_8_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} must be an integer from 2 to 8"):
         QuantConfig(**{name: value})
 

@@ -116,3 +116,18 @@ def test_one_quantizer(dtype, channels, scale):
         q(v).square().sum().backward()
         found.append((v.grad, q.raw_scale.grad))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_an_untrained_network_without_calibration_does_not_diverge():
+    model, x, y = build("resnet")
+    model = quantize_model(model, QuantConfig(4, 4)).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < 0.8 * losses[0]

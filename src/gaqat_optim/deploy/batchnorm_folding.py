@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..quant.graph.batch_norm import folded_norm, is_batch_norm
 from ..quant.graph.fx_trace import trace
-from ..quant.graph.output_quantizers import folded_norm, is_batch_norm
 from ..quant.nn.base import QuantizedModule
 
 

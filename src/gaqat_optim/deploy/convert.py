@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from ..quant.graph.output_quantizers import modules_with_output_quantizer
+from ..quant.graph.output_hook import modules_with_output_quantizer
 from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.base import QuantizedModule
 from .batchnorm_folding import following_norms

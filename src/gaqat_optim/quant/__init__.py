@@ -1,1 +1,1 @@
-"""Low-bit quantization with learned step sizes: the quantizer, its modules, and the swap."""
+"""Low-bit quantization with learned scales: from a float network to one that trains at 2 to 8 bits."""

@@ -1,9 +1,9 @@
-"""What to quantize, and to how many bits: :class:`QuantConfig` and its resolution per layer."""
+"""``QuantConfig``: what to quantize, to how many bits, and what that means for each layer."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
@@ -18,7 +18,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """The settings of one layer: a :class:`QuantConfig` with its overrides already applied."""
+    """The configuration of one layer: a :class:`QuantConfig` with its overrides applied."""
 
     weight_bits: int | None
     activation_bits: int | None
@@ -38,12 +38,12 @@ class LayerConfig:
 
     @property
     def quantizes_nothing(self) -> bool:
-        """Whether a layer with these settings stays in floating point."""
+        """Whether the layer stays in floating point."""
         return self.weight_bits is None and self.activation_bits is None and self.output_bits is None
 
 
 class _FrozenDict(dict[K, V]):
-    """A dict that stays as it is, and so has a hash. In a comparison of two, the order counts."""
+    """An immutable dict, and so hashable. Two are equal if their order is, too: the last override wins."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
@@ -53,9 +53,9 @@ class _FrozenDict(dict[K, V]):
             return list(self.items()) == list(other.items())
         return super().__eq__(other)
 
-    __ne__ = object.__ne__  # dict has one of its own
+    __ne__ = object.__ne__  # dict's own ignores the order
 
-    def __reduce__(self) -> tuple[Any, ...]:  # A copy is otherwise filled item by item.
+    def __reduce__(self) -> tuple[Any, ...]:  # copy and pickle would set item by item
         return type(self), (dict(self),)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,32 +68,31 @@ class _FrozenDict(dict[K, V]):
 class QuantConfig:
     """How :func:`quantize_model` quantizes a network.
 
-    A configuration is a value: it cannot be changed, has a hash, and equals one with the same settings.
-    ``dataclasses.replace`` makes another.
+    A configuration is immutable and hashable. ``dataclasses.replace`` makes another.
 
     Args:
-        weight_bits: width of the weights, 2 to 8; ``None`` leaves them in floating point.
-        activation_bits: width of each layer's input, 2 to 8; ``None`` leaves it in floating point.
+        weight_bits: bits of the weights, 2 to 8; ``None`` leaves them in floating point.
+        activation_bits: bits of each layer's input, 2 to 8; ``None`` leaves it in floating point.
         weight_granularity: one scale per output ``"channel"``, or one per ``"tensor"`` (as in the LSQ paper).
         activation_signed: whether activation codes have a sign; ``"auto"`` decides by calibration (or by the first
             training batch): signed if any value is negative.
-        first_last_bits: width of weights and input of the first and the last quantizable layer, in the order of
+        first_last_bits: bits of weights and input of the first and the last quantizable layer, in the order of
             ``model.named_modules()``. ``"same"`` treats them like the others, ``None`` leaves them in floating point.
-        output_bits: width of an additional quantizer for each layer's output; ``None`` for none. It stands where it
-            makes integers of floating point in deployment: behind a BatchNorm and a ReLU that follow, on residual sums
-            as well, and not at all where the next layer quantizes the value anyway.
+        output_bits: bits of an additional quantizer for each layer's output; ``None`` for none. It stands where it
+            lets a runtime use an integer kernel: behind a BatchNorm and a ReLU that follow, on residual sums as well,
+            and nowhere if the next layer quantizes the value anyway.
         init: initial scales, ``"mse"`` (least squared error) or ``"lsq"`` (2 mean|v| / sqrt(Qp)).
-        scale_domain: ``"log"`` learns log(s): positive whatever the optimizer does, and a step of the optimizer is
-            relative to s. ``"linear"`` learns s itself, as in the paper, with a floor.
-        overrides: settings for some layers: a pattern (``fnmatch`` on the qualified name, as in ``"layer4.*"``) or a
-            module type (exact) to a mapping from ``weight_bits``, ``activation_bits``, ``weight_granularity``,
-            ``activation_signed``, ``output_bits``, ``init``, ``scale_domain`` to a value. They are applied in order,
-            after ``first_last_bits``, so that the last match wins.
+        scale_domain: ``"log"`` learns log(s): s is always positive, and a step of the optimizer is relative to s.
+            ``"linear"`` learns s itself, as in the paper, with a floor.
+        overrides: maps a pattern (``fnmatch`` on the qualified name, as in ``"layer4.*"``) or a module type (exact) to
+            a mapping from ``weight_bits``, ``activation_bits``, ``weight_granularity``, ``activation_signed``,
+            ``output_bits``, ``init``, ``scale_domain`` to a value. They are applied in order, after
+            ``first_last_bits``, so that the last match wins.
         exclude: patterns of layers that stay in floating point.
 
     Raises:
-        ValueError: a width outside 2..8, an unknown choice, or an unknown key in ``overrides``.
-        TypeError: a width, pattern or override that is not of the right type.
+        ValueError: bits outside 2..8, an unknown choice, or an unknown key in ``overrides``.
+        TypeError: a pattern or an override of the wrong type.
 
     Example:
         >>> config = QuantConfig(3, 3, overrides={"head.*": {"weight_bits": 8}})
@@ -126,7 +125,7 @@ class QuantConfig:
         object.__setattr__(self, "exclude", exclude)
 
     def _checked_overrides(self) -> _FrozenDict[str | type, _FrozenDict[str, Any]]:
-        """A copy of ``overrides`` that cannot be changed; raises for whatever a layer cannot have."""
+        """An immutable copy of ``overrides``; raises for all that a layer cannot have."""
         base, checked = self._base(), {}
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map a pattern or a module type to settings, got {self.overrides!r}")
@@ -137,7 +136,7 @@ class QuantConfig:
                 _override(base, changes)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{_show(key)}]: {error}") from None
-            # In one order, for that of settings means nothing.
+            # In one order, since the order within an override has no meaning.
             checked[key] = _FrozenDict({name: changes[name] for name in _LAYER_FIELDS if name in changes})
         return _FrozenDict(checked)
 
@@ -145,38 +144,37 @@ class QuantConfig:
         return LayerConfig(**{name: getattr(self, name) for name in _LAYER_FIELDS})
 
     def excluded(self, modules: Mapping[str, nn.Module]) -> set[nn.Module]:
-        """Those of ``modules`` that ``exclude`` names.
+        """The ``modules`` that match ``exclude``.
 
         Raises:
-            ValueError: a pattern that matches none of them.
+            ValueError: a pattern matches no module.
         """
-        found = {id(module): module for module in modules.values()}
-        return {found[i] for pattern in self.exclude for i in _matches(pattern, modules, "exclude")}
+        return {module for pattern in self.exclude for module in _matches(pattern, modules, "exclude")}
 
     def resolve(
         self, layers: Mapping[str, nn.Module], excluded: Collection[nn.Module] | None = None
     ) -> dict[str, LayerConfig | None]:
-        """The settings of every layer, or ``None`` where it stays in floating point.
+        """The configuration of every layer, or ``None`` where it stays in floating point.
 
         Args:
             layers: the quantizable layers by qualified name, in order; one used twice stands under both names.
-            excluded: what :meth:`excluded` found among them and others; by default, among them.
+            excluded: what :meth:`excluded` returned, if it was asked about more modules than ``layers``.
 
         Raises:
-            ValueError: a pattern or type in ``overrides`` or ``exclude`` that matches no layer.
+            ValueError: a pattern or type in ``overrides`` or ``exclude`` matches no layer.
         """
         excluded = self.excluded(layers) if excluded is None else excluded
-        # By identity, so that a layer with two names has one setting whichever of them a pattern meets.
-        settings = {id(layer): self._base() for layer in layers.values()}
-        if self.first_last_bits != "same" and layers:
+        # By module, so that a layer with two names has one configuration, no matter which of them a pattern matches.
+        configs = dict.fromkeys(layers.values(), self._base())
+        if self.first_last_bits != "same":
             modules = list(layers.values())
-            for module in {id(modules[0]), id(modules[-1])}:
-                settings[module] = self._first_or_last(settings[module])
+            for module in {*modules[:1], *modules[-1:]}:
+                configs[module] = self._first_or_last(configs[module])
         for key, changes in self.overrides.items():
             for module in _matches(key, layers, "overrides"):
-                settings[module] = _override(settings[module], changes)
+                configs[module] = _override(configs[module], changes)
         return {
-            name: None if layer in excluded or settings[id(layer)].quantizes_nothing else settings[id(layer)]
+            name: None if layer in excluded or configs[layer].quantizes_nothing else configs[layer]
             for name, layer in layers.items()
         }
 
@@ -184,7 +182,7 @@ class QuantConfig:
         bits: Any = self.first_last_bits
         return replace(
             layer,
-            # A part that no other layer quantizes either stays in floating point here too.
+            # Weights or inputs that are in floating point everywhere are so here.
             weight_bits=None if layer.weight_bits is None else bits,
             activation_bits=None if layer.activation_bits is None else bits,
             output_bits=None if bits is None else layer.output_bits,
@@ -221,23 +219,22 @@ def _show(key: str | type) -> str:
     return repr(key) if isinstance(key, str) else key.__name__
 
 
-def _matches(key: str | type, layers: Mapping[str, nn.Module], where: str) -> set[int]:
-    """The layers (by identity) that ``key`` means; none is an error that lists what is near."""
+def _matches(key: str | type, layers: Mapping[str, nn.Module], argument: str) -> set[nn.Module]:
+    """The layers that ``key`` means; it is an error that lists the nearest names if there are none."""
     if isinstance(key, str):
-        found = {id(module) for name, module in layers.items() if fnmatchcase(name, key)}
+        matches = {module for name, module in layers.items() if fnmatchcase(name, key)}
     else:
-        found = {id(module) for module in layers.values() if type(module) is key}
-    if found:
-        return found
+        matches = {module for module in layers.values() if type(module) is key}
+    if matches:
+        return matches
     if isinstance(key, str):
-        hint = "near it: " + ", ".join(map(repr, _near(key, layers)))
+        hint = "near it: " + ", ".join(map(repr, _nearest_names(key, list(layers))))
     else:
         hint = "their types: " + ", ".join(sorted({type(module).__name__ for module in layers.values()}))
-    raise ValueError(f"{where}: {_show(key)} matches none of the {len(layers)} quantizable layers; {hint}")
+    raise ValueError(f"{argument}: {_show(key)} matches none of the {len(layers)} quantizable layers; {hint}")
 
 
-def _near(pattern: str, names: Iterable[str], most: int = 5) -> list[str]:
-    names = list(names)
+def _nearest_names(pattern: str, names: list[str], most: int = 5) -> list[str]:
     inside = [f"{pattern}.*"] if any(name.startswith(f"{pattern}.") for name in names) else []
     close = difflib.get_close_matches(pattern.strip("*."), names, n=most, cutoff=0.3)
     return (inside + close or names)[:most]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule
-from .nn.unsupported import refusal
+from .nn.unsupported import unsupported_reason
 
 
 def quantize_model(
@@ -28,12 +29,14 @@ def quantize_model(
 ) -> nn.Module:
     """Replace the layers of ``model`` by versions that train through LSQ quantizers.
 
-    Those are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d``, the projections
-    of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers are turned
-    off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by exact type: a
-    subclass keeps its own forward, in floating point, unless it is registered
-    (``gaqat_optim.register_quantized``). Every other module, every hook and every key of the state dict stays; the new
-    keys are those of the quantizers. Build the optimizer after this call, or it will not train the scales, and call
+    The layers are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d``, the
+    projections of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers
+    are turned off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by
+    exact type: a subclass keeps its own forward, in floating point, unless it is registered
+    (``gaqat_optim.register_quantized``). Every other module, every hook and every key of the state dict stays; only
+    the keys of the quantizers are new.
+
+    Build the optimizer after this call, or it will not train the scales, and call
     ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
 
     Args:
@@ -41,18 +44,18 @@ def quantize_model(
         config: what to quantize and to how many bits.
         calibration: inputs that set the activation scales: a tensor, or an iterable of batches (each a tensor, or a
             tuple, list or mapping whose first item is the input). A few batches of training data do. Without it,
-            activation scales are set by the first forward pass in training mode.
-        inplace: change ``model`` itself, with the very same Parameter objects, instead of a copy. A model that is
-            itself a layer cannot be changed in place: use the returned module.
+            the first forward pass in training mode sets the activation scales.
+        inplace: change ``model`` itself, with the same Parameter objects, instead of a copy. A model that is itself a
+            layer cannot be changed in place: use the returned module.
 
     Returns:
         The quantized network.
 
     Raises:
-        TypeError: ``model`` or ``config`` is of the wrong type, or a calibration batch is.
+        TypeError: ``model``, ``config`` or a calibration batch is of the wrong type.
         ValueError: nothing to quantize, already quantized, a module that cannot be (such as an LSTM), a pattern that
-            matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then as
-            it was.
+            matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then
+            unchanged.
 
     Example:
         >>> import torch
@@ -70,50 +73,39 @@ def quantize_model(
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    settings = _settings(model, config)  # Everything that can be refused is, before the copy.
+    layer_configs = _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
-        settings = _settings(model, config)
+        layer_configs = _layer_configs(model, config)
 
     replacements: dict[nn.Module, QuantizedModule] = {}
-    for name, module, layer in settings:
+    for name, module, layer in layer_configs:
         if module not in replacements:
-            replacements[module] = _quantized(name, module, layer)
-    replaced = []
-    flags: list[tuple[nn.Module, str, Any]] = []
-    moved: list[Callable[[], None]] = []
-    try:
+            replacements[module] = _quantized_layer(name, module, layer)
+    with ExitStack() as undo:  # runs in reverse if anything below fails
         for parent in list(model.modules()):
-            for slot, child in parent._modules.items():
+            for slot, child in list(parent._modules.items()):
                 if child in replacements:
-                    replaced.append((parent, slot, child))
-        for parent, slot, child in replaced:
-            parent._modules[slot] = replacements[child]
+                    undo.callback(parent._modules.__setitem__, slot, child)
+                    parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
-        moved = place_output_quantizers(result)
-        flags = disable_fast_paths(result)  # Calibration runs in evaluation mode, where they are taken.
+        place_output_quantizers(result, undo)
+        disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
             calibrate(result, calibration)
-    except BaseException:
-        for undo in reversed(moved):
-            undo()
-        for parent, slot, child in replaced:
-            parent._modules[slot] = child
-        for module, attribute, before in flags:
-            setattr(module, attribute, before)
-        raise
+        undo.pop_all()
     return result
 
 
-def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Module, LayerConfig]]:
-    """The layers to quantize with their names and settings; raises for whatever cannot be done."""
+def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Module, LayerConfig]]:
+    """The layers to quantize, with names and configurations; raises for all that cannot be quantized."""
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
             raise ValueError(
                 f"the model is quantized already: {name!r} is a quantizer. Call quantize_model once, on the float model"
             )
     modules = dict(model.named_modules(remove_duplicate=False))
-    reasons = {name: reason for name, module in modules.items() if (reason := refusal(module)) is not None}
+    reasons = {name: reason for name, module in modules.items() if (reason := unsupported_reason(module)) is not None}
     layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
     excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
     for name, reason in reasons.items():
@@ -122,61 +114,28 @@ def _settings(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Modul
                 raise ValueError(f"the model cannot be quantized. {reason}")
             raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is with exclude=({name!r},)")
     if not layers:
-        held = sorted(
-            {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
-        )
+        types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(
             f"nothing to quantize: {type(model).__name__} has no {', '.join(t.__name__ for t in QUANTIZED)} "
-            f"(exact types; a subclass is left alone). Its modules with parameters: {', '.join(held) or 'none'}"
+            f"(exact types; a subclass is left alone). Its modules with parameters: {', '.join(types) or 'none'}"
         )
-    settings = [
-        (name, layers[name], layer)
-        for name, layer in config.resolve(layers, excluded).items()
-        if layer is not None and not _only_the_input(layers[name], layer)
-    ]
-    if not settings:
+    layer_configs = []
+    for name, layer_config in config.resolve(layers, excluded).items():
+        if layer_config is not None and not QUANTIZED[type(layers[name])].quantizes_input:
+            layer_config = replace(layer_config, activation_bits=None)
+        if layer_config is not None and not layer_config.quantizes_nothing:
+            layer_configs.append((name, layers[name], layer_config))
+    if not layer_configs:
         raise ValueError(f"nothing to quantize: the configuration leaves all {len(layers)} layers in floating point")
-    return settings
+    return layer_configs
 
 
-def _only_the_input(module: nn.Module, layer: LayerConfig) -> bool:
-    """Whether nothing but the input would be quantized, in a module whose input is indices."""
-    return not QUANTIZED[type(module)].quantizes_input and layer.weight_bits is None and layer.output_bits is None
-
-
-def _quantized(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
+def _quantized_layer(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
     quantized = QUANTIZED[type(module)].from_float(module, layer)
     for attribute, quantizer in quantized.quantizers():
         quantizer.name = f"{name}.{attribute}" if name else attribute
     quantized.initialize_weight()
     return quantized
-
-
-@contextmanager
-def quantization_disabled(model: nn.Module) -> Iterator[None]:
-    """Turn every quantizer of ``model`` off for the length of a ``with`` block: the floating-point network.
-
-    For comparison, or to train in floating point for a while with the optimizer of the quantized network.
-
-    Args:
-        model: a network from :func:`quantize_model`.
-
-    Example:
-        >>> import torch
-        >>> net = quantize_model(torch.nn.Linear(2, 1, bias=False), calibration=torch.rand(8, 2))
-        >>> x = torch.rand(1, 2)
-        >>> with quantization_disabled(net):
-        ...     bool(net(x) == torch.nn.functional.linear(x, net.weight))
-        True
-    """
-    before = {q: q.enabled for q in model.modules() if isinstance(q, LSQQuantizer)}
-    try:
-        for quantizer in before:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer, enabled in before.items():
-            quantizer.enabled = enabled
 
 
 def param_groups(model: nn.Module, *, weight_decay: float = 0.0, scale_lr: float | None = None) -> list[dict[str, Any]]:
@@ -185,10 +144,10 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, scale_lr: float
     Args:
         model: a network, quantized or not.
         weight_decay: weight decay of all parameters but the scales.
-        scale_lr: learning rate of the scales; ``None`` for that of the optimizer.
+        scale_lr: learning rate of the scales; ``None`` for the optimizer's.
 
     Returns:
-        One group for weights and the like and, if the model has scales, one for them.
+        One group for all other parameters and, if the model has scales, one for them.
 
     Example:
         >>> import torch

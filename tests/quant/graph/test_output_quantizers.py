@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gaqat_optim import GAQATOptimizer, QuantConfig, quantization_disabled, quantize_model
-from gaqat_optim.quant.graph.output_quantizers import modules_with_output_quantizer
+from gaqat_optim.quant.graph.output_hook import modules_with_output_quantizer
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 
 CONFIG = QuantConfig(4, 4, first_last_bits="same", output_bits=8)

@@ -6,8 +6,23 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gaqat_optim import LSQQuantizer, lsq_quantize
+from quant.lsq.cases import (
+    DTYPES,
+    SEEDS,
+    SHAPES,
+    Case,
+    assert_near,
+    expected,
+    make_scale,
+    make_steps,
+    per_element,
+    quantizers,
+    same,
+)
 
 
 @pytest.mark.parametrize("domain", ["log", "linear"])
@@ -103,16 +118,6 @@ def test_evaluation_without_a_scale_is_an_error_not_a_float_network():
         _ = quantizer.qmax
 
 
-@pytest.mark.parametrize("v", [torch.zeros(0), torch.tensor([1.0, math.nan]), torch.tensor([math.inf])])
-def test_initialize_refuses_values_that_determine_nothing(v):
-    quantizer = LSQQuantizer(4, signed=True)
-    before = copy.deepcopy(quantizer.state_dict())
-    with pytest.raises(ValueError, match="cannot initialise"):
-        quantizer.initialize(v)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), quantizer.state_dict().values(), strict=True))
-    assert not quantizer.is_initialized
-
-
 @pytest.mark.parametrize("prepare", [lambda q: None, lambda q: q.initialize(torch.rand(9))], ids=["unset", "set"])
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), None], ids=["deepcopy", "pickle", "state"]
@@ -144,3 +149,101 @@ def test_disabled_is_the_identity():
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=r"bits must be|go together"):
         LSQQuantizer(**arguments)
+
+
+def lsq_factor(quantizer, shape):
+    """1 / sqrt(N Qp), N: elements for each scale, in one sample where axis 0 is a batch; at least 1."""
+    counted = shape[1:] if quantizer.axis0_is_batch and len(shape) > 1 else shape
+    elements = 1
+    for size in counted:
+        elements *= size
+    return (max(elements // quantizer.raw_scale.numel(), 1) * quantizer.qmax) ** -0.5
+
+
+@pytest.mark.parametrize("content", ["random", "ties and bounds", "far", "zero channel", "not finite"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_module_against_the_oracle_by_the_chain_rule(dtype, content):
+    @settings(max_examples=40)
+    @given(quantizers(), SEEDS)
+    def check(pair, seed):
+        shape, quantizer = pair
+        axis, count = quantizer.channel_axis, quantizer.raw_scale.numel()
+        generator = torch.Generator().manual_seed(seed)
+        quantizer.initialize(torch.ones(1), make_scale(count, content, torch.float32, generator))
+        scale = quantizer.scale.detach()
+        steps = make_steps(shape, content, quantizer.qmin, quantizer.qmax, dtype, generator)
+        v = (steps * per_element(scale, shape, axis)).clamp(-6e4, 6e4).to(dtype)
+        if content == "zero channel" and v.numel() and shape:
+            v.select(axis or 0, 0).zero_()
+        if content == "not finite" and v.numel():
+            v.view(-1)[seed % v.numel()] = [math.nan, math.inf, -math.inf][seed % 3]
+        grad = (torch.randint(-16, 17, shape, generator=generator) / 16).to(dtype)
+        v.requires_grad_()
+        v_hat = quantizer(v)
+        v_hat.backward(grad)
+        want_hat, want_dv, want_ds, bound = expected(
+            Case(v.detach(), scale, grad, quantizer.qmin, quantizer.qmax, axis), exact=False
+        )
+        same(v_hat.detach(), want_hat)
+        finite = v.detach().isfinite()
+        same(v.grad * finite, want_dv * finite)
+        # d/d log s = s d/ds, with the s of this forward; a few roundings more.
+        factor = lsq_factor(quantizer, shape) * (scale.double() if quantizer.scale_domain == "log" else 1)
+        bound = factor * (bound + 4 * torch.finfo(torch.float32).eps * want_ds.abs())
+        assert quantizer.raw_scale.grad.shape == (count,)
+        assert_near(quantizer.raw_scale.grad, factor * want_ds, bound, torch.float32)
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_initialisation_refuses_what_is_not_finite_and_stays_as_it_was(dtype):
+    @settings(max_examples=40)
+    @given(quantizers(), SEEDS, st.booleans(), st.booleans())
+    def check(pair, seed, was_set, open_sign):
+        shape, quantizer = pair
+        if open_sign:
+            quantizer = LSQQuantizer(quantizer.bits, axis0_is_batch=True)
+        if was_set:
+            quantizer.initialize(torch.ones(1), 0.125)
+        before = {name: t.clone() for name, t in quantizer.state_dict().items()}
+        sign = quantizer.signed
+        v = torch.randn(shape, dtype=dtype)
+        if v.numel():
+            v.view(-1)[seed % v.numel()] = [math.nan, math.inf, -math.inf][seed % 3]
+        words = "values that are not finite" if v.numel() else "no values"
+        with pytest.raises(ValueError, match=f"cannot initialise the quantizer '' from {words}"):
+            quantizer.initialize(v)
+        if not was_set:
+            with pytest.raises(ValueError, match="cannot initialise"):
+                quantizer(v)  # the first training forward
+        assert (quantizer.is_initialized, quantizer.signed) == (was_set, sign)
+        for name, t in quantizer.state_dict().items():
+            same(t, before[name])
+
+    check()
+
+
+@given(quantizers(tuple(s for s in SHAPES if len(s) > 1)), st.sampled_from(DTYPES))
+def test_a_batch_of_no_samples_leaves_a_zero_gradient(pair, dtype):
+    shape, quantizer = pair
+    if quantizer.channel_axis in (0, -len(shape)):
+        quantizer.initialize(torch.ones(1), torch.full_like(quantizer.raw_scale, 0.5))
+        v = torch.zeros(shape, dtype=dtype)[..., :0]
+        v = v.transpose(0, -1).transpose(0, -1) if len(shape) > 1 else v
+    else:
+        quantizer.initialize(torch.randn(shape))
+        v = torch.zeros((0, *shape[1:]), dtype=dtype)
+    v.requires_grad_()
+    v_hat = quantizer(v)
+    v_hat.sum().backward()
+    assert (v_hat.shape, v_hat.dtype, v.grad.shape) == (v.shape, dtype, v.shape)
+    assert torch.equal(quantizer.raw_scale.grad, torch.zeros_like(quantizer.raw_scale))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_given_scale_must_be_one(scale):
+    quantizer = LSQQuantizer(4, signed=True)
+    with pytest.raises(ValueError, match="must be positive and finite, got"):
+        quantizer.initialize(torch.ones(3), scale)
+    assert not quantizer.is_initialized

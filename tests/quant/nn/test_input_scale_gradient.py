@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from gaqat_optim import LSQQuantizer, QuantConfig, quantize_model, recompute_activations
-from gaqat_optim.quant.nn.base import QUANTIZED, QuantConv2d
+from gaqat_optim.quant.nn.base import QUANTIZED
+from gaqat_optim.quant.nn.conv import QuantConv2d
 
 LAYERS = {
     "image": (lambda: nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False), (4, 3, 11, 12)),
@@ -164,13 +165,23 @@ def test_what_a_forward_hook_changes_counts(hook):
         handle.remove()
 
 
-def test_a_quantizer_of_ones_own_has_its_own_gradients():
-    class Halved(LSQQuantizer):
-        def forward(self, v):
-            return super().forward(v) / 2
+class Halved(LSQQuantizer):
+    def forward(self, v):
+        return super().forward(v) / 2
 
+
+def by_subclass(quantizer):
+    quantizer.__class__ = Halved
+
+
+def by_attribute(quantizer):
+    quantizer.forward = lambda v: LSQQuantizer.forward(quantizer, v) / 2
+
+
+@pytest.mark.parametrize("change_forward", [by_subclass, by_attribute])
+def test_a_quantizer_with_another_forward_has_its_own_gradients(change_forward):
     model, x = network("image")
-    model[0].input_quantizer.__class__ = Halved
+    change_forward(model[0].input_quantizer)
     want = all_gradients(model, x.clone().requires_grad_())
     assert_close(all_gradients(model, x), want)
     recompute_activations(model)

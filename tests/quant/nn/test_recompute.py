@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gaqat_optim import GAQATOptimizer, QuantConfig, lsq_quantize, quantize_model, recompute_activations
+from gaqat_optim import (
+    GAQATOptimizer,
+    QuantConfig,
+    lsq_quantize,
+    quantization_disabled,
+    quantize_model,
+    recompute_activations,
+)
 from networks import NETWORKS, build
 
 # Through what quantizes an input: all but those whose only layers are attention projections and embeddings.
@@ -29,9 +36,6 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(name):
     model = quantize_model(net, CONFIG, calibration=x).train()
     other = copy.deepcopy(model)
     recompute_activations(other)
-    for layer in model.modules():
-        if getattr(layer, "_modules", {}).get("input_quantizer") is not None:
-            layer.input_quantizer.save_output_for_backward = False  # Its use in backward adds up in another order.
     torch.manual_seed(1)
     y = model(x)
     torch.manual_seed(1)
@@ -72,6 +76,36 @@ def test_what_is_kept():
     assert less <= 1.05 * before
     recompute_activations(model, False)
     assert kept_for_backward(model, x)[1] == kept
+
+
+def test_no_convolution_runs_again():
+    net, x = Wide(), torch.rand(4, 8, 6, 6)
+    model = quantize_model(net, QuantConfig(4, 4), calibration=x)
+
+    def convolutions():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(x).sum().backward()
+        return sum(event.name == "aten::_convolution" for event in profile.events())
+
+    before = convolutions()
+    recompute_activations(model)
+    assert convolutions() == before
+
+
+def test_backward_uses_the_scale_and_the_quantizers_of_the_forward():
+    model = quantize_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), CONFIG, calibration=torch.rand(8, 4))
+    x = torch.rand(8, 4)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    recompute_activations(model)
+    model.zero_grad()
+    loss = model(x).square().sum()
+    with torch.no_grad():  # as an optimizer of the scales does
+        for quantizer in (model[0].input_quantizer, model[1].input_quantizer):
+            quantizer.raw_scale.add_(0.5)
+    with quantization_disabled(model):
+        loss.backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected, strict=True))
 
 
 def test_it_trains_and_survives_copies():

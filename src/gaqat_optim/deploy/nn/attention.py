@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ...quant.nn.attention import QuantMultiheadAttention
 from ...quant.nn.attention_functional import ROLES, attend
-from ...quant.nn.base import QuantLinear
+from ...quant.nn.linear import QuantLinear
 from .activation_quantizer import ActivationQuantizer
 from .base import without_autocast
 from .integer_parameters import integer_parameters

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from ...quant.graph.output_quantizers import quantize_output
+from ...quant.graph.output_hook import quantize_output
 from ...quant.nn.base import QuantizedModule
-from ...quant.summary.record import QuantRecord, storage_bytes
+from ...quant.summary import QuantRecord, storage_bytes
 from ..batchnorm_folding import fold_batchnorm
 from ..qdq import dequantize_constant, is_onnx_export
 from .activation_quantizer import ActivationQuantizer

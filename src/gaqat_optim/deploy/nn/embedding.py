@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from ...quant.nn.base import QuantEmbedding, QuantEmbeddingBag
+from ...quant.nn.embedding import QuantEmbedding, QuantEmbeddingBag
 from .registry import DeployedModule, deploys
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant.nn.base import QuantLinear
+from ...quant.nn.linear import QuantLinear
 from .base import DeployLayer
 from .registry import deploys
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...quant.summary.macs import counted, macs_by_bits
+from ...quant.summary import count_macs, macs_by_bits
 from ..atomic_write import file_path, write_atomically
 from ..convert import convert
 from ..nn.activation_quantizer import ActivationQuantizer
@@ -120,7 +120,7 @@ def export_onnx(
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
     deployed, sample = deployed.cpu().float(), sample.float() if sample.is_floating_point() else sample
-    with torch.no_grad(), counted(deployed) as counts:
+    with torch.no_grad(), count_macs(deployed) as counts:
         output = deployed(sample)
     macs = macs_by_bits(deployed, {module: count // len(sample) for module, count in counts.items()})
     proto = _exported(deployed, sample, opset, isinstance(output, Tensor))

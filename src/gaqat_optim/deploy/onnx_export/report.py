@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...quant.summary.table import listed
+from ...quant.summary import format_macs
 from .kernel_placement import FloatOperator
 
 
@@ -72,7 +72,7 @@ class ExportReport:
         lines = [
             f"{self.path.name}: {self.bytes:,} bytes, {self.compression:.1f}x smaller than float32 "
             f"(storage {self.storage}, opset {self.opset})",
-            f"MACs of one sample: {listed(self.macs) or 'none'}",
+            f"MACs of one sample: {format_macs(self.macs) or 'none'}",
         ]
         if self.convert_top1_agreement is not None:
             lines.append(

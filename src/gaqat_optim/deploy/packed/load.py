@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ...quant.graph.output_quantizers import attach, detach, modules_with_output_quantizer
+from ...quant.graph.output_hook import attach, detach, modules_with_output_quantizer
 from ...quant.nn.attention import disable_fast_paths
 from ...quant.nn.base import QUANTIZED, QuantizedModule
 from ..atomic_write import file_path

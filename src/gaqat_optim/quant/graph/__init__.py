@@ -1,1 +1,1 @@
-"""What a traced network tells: where values go, and where output quantizers stand."""
+"""The graph of a traced network: where values go, and where output quantizers stand."""

@@ -1,4 +1,4 @@
-"""A network's graph of calls, by symbolic tracing (``torch.fx``): for analysis alone, nothing is rewritten."""
+"""A network's graph of calls, by symbolic tracing (``torch.fx``). Nothing is rewritten."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..evaluation import evaluation_mode
 from ..nn.base import QuantizedModule
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What calls what in the forward pass of a network in evaluation mode.
+    """The calls in the forward pass of a network in evaluation mode.
 
     Attributes:
         nodes: all calls, in order.
@@ -33,24 +34,19 @@ class Trace:
     uses: Counter[nn.Module]
 
 
-def trace(model: nn.Module, otherwise: str) -> Trace | None:
-    """Trace ``model``, which stays as it is; ``None``, with a warning, where that is not possible.
-
-    Args:
-        model: a network with quantized layers, and not one of them itself.
-        otherwise: what happens without a trace, for the warning.
-    """
+def trace(model: nn.Module, consequence: str) -> Trace | None:
+    """Trace ``model``, which holds quantized layers; ``None``, and a warning with ``consequence``, if it cannot be."""
     try:
         tracer, graph = _traced(model)
-    except Exception as error:  # Whatever the network's own code raises when its inputs are symbols.
+    except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-        warnings.warn(f"{type(model).__name__} cannot be traced symbolically, so {otherwise}. {reason}", stacklevel=4)
+        warnings.warn(f"{type(model).__name__} cannot be traced symbolically, so {consequence}. {reason}", stacklevel=4)
         return None
     modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     uses: Counter[nn.Module] = Counter(tracer.called)
-    # A parameter that forward reads by itself: the module's call is then not its only use.
-    read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    uses.update(model.get_submodule(target.rpartition(".")[0]) for target in read)
+    # If a forward reads a parameter of another module, that module's call is not its only use.
+    parameters = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    uses.update(model.get_submodule(name.rpartition(".")[0]) for name in parameters)
     returned_by: dict[torch.fx.Node, list[nn.Module]] = {}
     for module, node in tracer.returned:
         returned_by.setdefault(node, []).append(module)
@@ -58,33 +54,29 @@ def trace(model: nn.Module, otherwise: str) -> Trace | None:
 
 
 def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> set[nn.Module]:
-    """Those of ``modules`` in which a child ``name`` would change nothing that ``model`` computes.
+    """The ``modules`` in which a new child ``name`` changes nothing that ``model`` computes.
 
-    It would where a forward runs over the children of its module, as that of ``nn.Sequential`` does, or counts them.
-    That is no question of the type: the network is traced again with such a child in each.
-
-    Args:
-        model: a network that can be traced.
-        modules: modules in it that have no child ``name``.
-        name: what the child is to be called.
+    It changes something where a forward runs over the children of its module, as in ``nn.Sequential``, or counts them.
+    The type does not tell: the network is traced again with such a child in each.
     """
-    expected, admitting = str(_traced(model)[1]), set(modules)
+    expected_graph, admitting = str(_traced(model)[1]), set(modules)
     while admitting:
         probes = {module: nn.Identity() for module in admitting}
         for module, probe in probes.items():
             module._modules[name] = probe
-        called, found = set(), ""
+        called, graph_with_probes = set(), ""
         try:
             tracer, graph = _traced(model)
-            called, found = {module for module, probe in probes.items() if probe in tracer.called}, str(graph)
-        except Exception:  # Of the network's own code again, for which the children are then the wrong ones.
+            called = {module for module, probe in probes.items() if probe in tracer.called}
+            graph_with_probes = str(graph)
+        except Exception:  # The network's own code fails with such children.
             pass
         finally:
             for module in probes:
                 del module._modules[name]
-        if not called and found == expected:
+        if not called and graph_with_probes == expected_graph:
             return admitting
-        if not called:  # One of them counts its children, say.
+        if not called:  # For example, one of them counts its children.
             return {m for m in admitting if len(admitting) > 1 and admit_child(model, [m], name)}
         admitting -= called
     return admitting
@@ -93,17 +85,16 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
 def _traced(model: nn.Module) -> tuple[_Tracer, torch.fx.Graph]:
     """The graph of ``model`` in evaluation mode, which stays as it is."""
     tracer = _Tracer()
-    before, was_training = set(vars(model)), {module: module.training for module in model.modules()}
+    attributes = set(vars(model))
     try:
-        return tracer, tracer.trace(model.eval())
+        with evaluation_mode(model):
+            return tracer, tracer.trace(model)
     finally:
-        for constant in set(vars(model)) - before:  # The tracer leaves the tensors that forward makes on the model.
+        for constant in set(vars(model)) - attributes:  # The tracer leaves the tensors that forward makes on the model.
             delattr(model, constant)
-        for module, training in was_training.items():
-            module.training = training
 
 
-# torch's own that choose their way by their input's values or shape. Nothing in them can be folded.
+# Modules of torch whose control flow depends on their input. Nothing in them can be folded.
 _UNTRACEABLE = (
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
     *(nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer),
@@ -111,7 +102,7 @@ _UNTRACEABLE = (
 
 
 class _Tracer(torch.fx.Tracer):
-    """Takes every module for one operation that holds nothing quantized: fewer of them have to be traceable."""
+    """Treats a module without quantized layers as one operation, so that fewer modules must be traceable."""
 
     proxy_buffer_attributes = True  # A running mean that forward reads appears in the graph, as a parameter does.
 
@@ -121,8 +112,8 @@ class _Tracer(torch.fx.Tracer):
         self.returned: list[tuple[nn.Module, torch.fx.Node]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kinds = (QuantizedModule, _BatchNorm)
-        return isinstance(m, (*kinds, *_UNTRACEABLE)) or not any(isinstance(child, kinds) for child in m.modules())
+        leaves = (QuantizedModule, _BatchNorm)
+        return isinstance(m, (*leaves, *_UNTRACEABLE)) or not any(isinstance(child, leaves) for child in m.modules())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

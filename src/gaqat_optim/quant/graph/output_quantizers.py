@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..lsq.quantizer import LSQQuantizer
-from ..nn.base import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantConv3d,
-    QuantConvTranspose1d,
-    QuantConvTranspose2d,
-    QuantConvTranspose3d,
-    QuantizedModule,
-    QuantLinear,
-)
+from ..nn.base import QuantizedModule
+from .batch_norm import folded_norm
 from .fx_trace import Trace, admit_child, trace
+from .output_hook import attach, detach
 
-# Operations that a runtime fuses into the integer layer in front of them: they clip. Those without negative results
-# leave nothing for negative codes.
+# Operations that clip, which a runtime fuses into the integer layer before them. Codes behind the positive ones need no
+# sign.
 _POSITIVE = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _CLIPPING = _POSITIVE | {nn.Hardtanh, F.hardtanh}
-# Operations that take a value where it is or the largest of some, and so give the same before and after a quantizer.
+# Operations that move values or take the largest, and so give the same before and behind a quantizer.
 _VALUE_PRESERVING = {
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
@@ -40,142 +33,77 @@ _VALUE_PRESERVING = {
     *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous"),
 }
 _PASS_THROUGH = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
-# The BatchNorm for the number of axes that a layer's output has; torch's others take any number.
-_NORM_OF: dict[type[nn.Module], type[_BatchNorm]] = {
-    QuantLinear: nn.BatchNorm1d,
-    QuantConv1d: nn.BatchNorm1d,
-    QuantConv2d: nn.BatchNorm2d,
-    QuantConv3d: nn.BatchNorm3d,
-    QuantConvTranspose1d: nn.BatchNorm1d,
-    QuantConvTranspose2d: nn.BatchNorm2d,
-    QuantConvTranspose3d: nn.BatchNorm3d,
-}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
-def quantize_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook: the quantizer that stands behind ``module``, which is its child ``output_quantizer``."""
-    return module.output_quantizer(output)  # type: ignore[operator]
+def place_output_quantizers(model: nn.Module, undo: ExitStack) -> None:
+    """Place output quantizers where they let a runtime use an integer kernel.
 
+    Each layer of a network that was just swapped has its output quantizer directly behind it, if its configuration asks
+    for one. That is the wrong place before a BatchNorm, which a deployed layer contains, and before a ReLU, whose
+    clipping it contains too. No quantizer is needed where the value goes to one other quantizer anyway, through
+    operations that only clip or move values. So each is removed where it is not needed, and otherwise put behind the
+    last of these operations: on the module that computes that value, or on the innermost that returns it, as a forward
+    hook and a child named ``output_quantizer``. A value without such a module (functional code in the middle of a
+    forward, a ReLU that is used twice, a container, which would run its new child once more) has its quantizer at the
+    last place before.
 
-def modules_with_output_quantizer(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that have a quantizer behind them by that hook, and are no quantized layers."""
-    for module in model.modules():
-        if quantize_output in module._forward_hooks.values():
-            yield module
+    A sum of two values that have such quantizers gets one itself, by the same rules: a residual stream.
 
-
-def attach(module: nn.Module, quantizer: nn.Module) -> None:
-    """Put ``quantizer`` behind ``module``."""
-    module.register_forward_hook(quantize_output)
-    module.output_quantizer = quantizer
-
-
-def detach(module: nn.Module) -> None:
-    """Take the quantizer away that :func:`attach` put behind ``module``."""
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is quantize_output:
-            del module._forward_hooks[key]
-    del module.output_quantizer
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether ``module`` computes what torch's BatchNorm does in evaluation mode.
-
-    A class that has another name or checks other shapes does, and ``nn.SyncBatchNorm``, which differs in training
-    alone; one with a forward of its own may not.
+    Calibration comes after this. ``undo`` takes what undoes each change.
     """
-    forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return isinstance(module, _BatchNorm) and type(module).forward in forwards and "forward" not in vars(module)
-
-
-def folded_norm(traced: Trace, node: torch.fx.Node) -> _BatchNorm | None:
-    """The BatchNorm that the layer at ``node`` contains when it is deployed.
-
-    It is the only user of the layer's output, has running statistics, and both are called once and have no hooks.
-    """
-    layer, users = traced.modules.get(node), list(node.users)
-    norm = traced.modules.get(users[0]) if len(users) == 1 else None
-    if not isinstance(layer, QuantizedModule) or type(layer) not in _NORM_OF or layer.output_quantizer is not None:
-        return None
-    if not isinstance(norm, _BatchNorm) or not is_batch_norm(norm) or not traced.uses[layer] == traced.uses[norm] == 1:
-        return None
-    of_other_axes = isinstance(norm, tuple(_NORM_OF.values())) and not isinstance(norm, _NORM_OF[type(layer)])
-    hooks = [*layer._forward_hooks.values(), *norm._forward_hooks.values(), *norm._forward_pre_hooks.values()]
-    if of_other_axes or any(hook is not quantize_output for hook in hooks):
-        return None
-    fits = norm.running_mean is not None and norm.num_features == layer.channels_first(layer.weight).shape[0]
-    return norm if fits else None
-
-
-def place_output_quantizers(model: nn.Module) -> list[Callable[[], None]]:
-    """Move the output quantizers of a network's layers to where they make integers of floating point.
-
-    Each layer of a network that was just swapped has its output quantizer directly behind it, if its settings ask for
-    one. That is the wrong place before a BatchNorm, which a deployed layer contains, and before a ReLU, whose clipping
-    it contains too; and no quantizer is needed where the value goes to one other quantizer anyway, by way of
-    operations that only clip or move values. So each is taken away where it is not needed, and put behind the last of
-    these operations otherwise: on the module that computes that value, or on the innermost that returns it, as a
-    forward hook and a child named ``output_quantizer``. A value without such a module (functional code in the middle
-    of a forward, a ReLU that is used twice, a container, which would run its new child once more) has its quantizer at
-    the last place before.
-
-    A sum of values that have such quantizers gets one itself, by the same rules: a residual stream.
-
-    Args:
-        model: a network after its layers were swapped, and before calibration.
-
-    Returns:
-        What undoes each change, in the order in which they were made.
-    """
-    wanted = [m for m in model.modules() if isinstance(m, QuantizedModule) and m._modules.get("output_quantizer")]
-    if not wanted or isinstance(model, QuantizedModule):
-        return []
-    traced = trace(model, "the output quantizers stand directly behind the layers: correct, but slower when deployed")
-    if traced is None:
-        return []
-    return _Placement(model, traced).changes
+    layers = [m for m in model.modules() if isinstance(m, QuantizedModule) and m._modules.get("output_quantizer")]
+    if not layers or isinstance(model, QuantizedModule):
+        return
+    consequence = "the output quantizers stand directly behind the layers: correct, but slower when deployed"
+    traced = trace(model, consequence)
+    if traced is not None:
+        _Placement(model, traced, undo).place_all()
 
 
 class _Placement:
-    """One pass over a traced network, with what it changed."""
+    """One pass over a traced network, in the order of its calls."""
 
-    def __init__(self, model: nn.Module, traced: Trace) -> None:
-        self.model, self.traced = model, traced
+    def __init__(self, model: nn.Module, traced: Trace, undo: ExitStack) -> None:
+        self.model, self.traced, self.undo = model, traced, undo
         self.names = {module: name for name, module in model.named_modules()}
-        self.changes: list[Callable[[], None]] = []
-        self.quantized: dict[torch.fx.Node, LSQQuantizer] = {}  # values that have an output quantizer, and one like it
-        for node in traced.nodes:
-            layer = traced.modules.get(node)
+        # Values that have an output quantizer, each with the one that its layer was built with.
+        self.quantized: dict[torch.fx.Node, LSQQuantizer] = {}
+
+    def place_all(self) -> None:
+        for node in self.traced.nodes:
+            layer = self.traced.modules.get(node)
             if isinstance(layer, QuantizedModule):
                 quantizer = layer._modules.get("output_quantizer")
-                if isinstance(quantizer, LSQQuantizer) and traced.uses[layer] == 1:
+                if isinstance(quantizer, LSQQuantizer) and self.traced.uses[layer] == 1:
                     self._set_output(layer, None)
                     self._place(node, quantizer)
             elif node.target in _SUMS:
                 operands = [self.quantized.get(operand) for operand in node.all_input_nodes]
-                if len(operands) == 2 and None not in operands:
-                    self._place(node, max((q for q in operands if q is not None), key=lambda q: q.bits))
+                quantizers = [quantizer for quantizer in operands if quantizer is not None]
+                if len(operands) == len(quantizers) == 2:
+                    self._place(node, max(quantizers, key=lambda q: q.bits))
 
-    def _place(self, node: torch.fx.Node, like: LSQQuantizer) -> None:
-        """Decide for the value of ``node``, which a layer or a sum computes."""
+    def _place(self, node: torch.fx.Node, template: LSQQuantizer) -> None:
+        """Decide for the value of ``node``, which a layer or a sum computes; a quantizer is built like ``template``."""
         chain = self._chain(node)
         users = self._users(chain[-1])
         # A sum is cheap enough to be computed for each of two quantizers, in one integer operator with it.
         if None not in users and len(users) <= (1 if node in self.traced.modules else 2):
             return
-        for position in range(len(chain) - 1, -1, -1):
-            site = self._host_module(chain[position])
-            if site is not None:
-                clips = chain[position + 1] if position + 1 < len(chain) else None
-                quantizer = self._new(like, site, positive=clips is not None and self._kind(clips) in _POSITIVE)
-                if isinstance(site, QuantizedModule):
-                    self._set_output(site, quantizer)
-                else:
-                    attach(site, quantizer)
-                    self.changes.append(partial(detach, site))
-                self._mark_quantized([*chain[position:]], like)
-                return
+        for position in reversed(range(len(chain))):
+            host = self._host_module(chain[position])
+            if host is None:
+                continue
+            is_positive = any(self._called(clipping) in _POSITIVE for clipping in chain[position + 1 : position + 2])
+            quantizer = self._build(template, host, signed=False if is_positive else None)
+            if isinstance(host, QuantizedModule):
+                self._set_output(host, quantizer)
+            else:
+                attach(host, quantizer)
+                self.undo.callback(detach, host)
+            self._mark_quantized(chain[position:], template)
+            return
 
     def _chain(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """The node, its BatchNorm and what only clips or passes on its value, as long as each is the only user."""
@@ -184,32 +112,32 @@ class _Placement:
             user = next(iter(chain[-1].users))
             module = self.traced.modules.get(user)
             is_folded = len(chain) == 1 and module is not None and module is folded_norm(self.traced, node)
-            if user.all_input_nodes != [chain[-1]] or not (is_folded or self._kind(user) in _PASS_THROUGH):
+            if user.all_input_nodes != [chain[-1]] or not (is_folded or self._called(user) in _PASS_THROUGH):
                 break
             chain.append(user)
         return chain
 
     def _users(self, node: torch.fx.Node) -> set[nn.Module | None]:
         """The layers that quantize the value of ``node``, and ``None`` if anything else uses it."""
-        found: set[nn.Module | None] = set()
+        layers: set[nn.Module | None] = set()
         for user in node.users:
             layer = self.traced.modules.get(user)
             if isinstance(layer, QuantizedModule):
-                found.add(layer if layer._modules.get("input_quantizer") is not None else None)
-            elif self._kind(user) in _VALUE_PRESERVING | _CLIPPING:
-                found |= self._users(user)
+                layers.add(layer if layer._modules.get("input_quantizer") is not None else None)
+            elif self._called(user) in _VALUE_PRESERVING | _CLIPPING:
+                layers |= self._users(user)
             else:
-                found.add(None)
-        return found
+                layers.add(None)
+        return layers
 
     def _host_module(self, node: torch.fx.Node) -> nn.Module | None:
         """The innermost module that returns the value of ``node``, is called nowhere else, and takes a child."""
         for module in self.traced.returned_by.get(node, []):
             if isinstance(module, QuantizedModule):
-                has_room = self.traced.uses[module] == 1
+                can_host = self.traced.uses[module] == 1
             else:
-                has_room = self._is_free(module) and (not module._modules or module in self._parents)
-            if has_room:
+                can_host = self._is_free(module) and (not module._modules or module in self._parents)
+            if can_host:
                 return module
         return None
 
@@ -223,29 +151,28 @@ class _Placement:
         parents = {m for m in returning if m._modules and not isinstance(m, QuantizedModule) and self._is_free(m)}
         return admit_child(self.model, parents, "output_quantizer")
 
-    def _mark_quantized(self, values: list[torch.fx.Node], like: LSQQuantizer) -> None:
-        """Note that ``values`` are quantized, and so what is made of them by moving alone."""
-        for value in values:
-            self.quantized[value] = like
-            self._mark_quantized([user for user in value.users if self._kind(user) in _VALUE_PRESERVING], like)
+    def _mark_quantized(self, nodes: Iterable[torch.fx.Node], template: LSQQuantizer) -> None:
+        """Note that the values of ``nodes`` are quantized, and so are those made of them by moving alone."""
+        for node in nodes:
+            self.quantized[node] = template
+            self._mark_quantized([user for user in node.users if self._called(user) in _VALUE_PRESERVING], template)
 
-    def _kind(self, node: torch.fx.Node) -> Any:
+    def _called(self, node: torch.fx.Node) -> Any:
         """What a node calls: a function, the name of a method, or the type of a module."""
         return type(self.traced.modules[node]) if node in self.traced.modules else node.target
 
-    def _new(self, like: LSQQuantizer, site: nn.Module, positive: bool) -> LSQQuantizer:
+    def _build(self, template: LSQQuantizer, host: nn.Module, signed: bool | None) -> LSQQuantizer:
         quantizer = LSQQuantizer(
-            like.bits,
-            signed=False if positive else None,
+            template.bits,
+            signed=signed,
             axis0_is_batch=True,
-            init=like.init,
-            scale_domain=like.scale_domain,
-            device=like.raw_scale.device,
+            init=template.init,
+            scale_domain=template.scale_domain,
+            device=template.raw_scale.device,
         )
-        quantizer.name = f"{self.names[site]}.output_quantizer"
-        return quantizer.train(site.training)
+        quantizer.name = f"{self.names[host]}.output_quantizer"
+        return quantizer.train(host.training)
 
     def _set_output(self, layer: QuantizedModule, quantizer: LSQQuantizer | None) -> None:
-        before = layer.output_quantizer
+        self.undo.callback(setattr, layer, "output_quantizer", layer.output_quantizer)
         layer.output_quantizer = quantizer
-        self.changes.append(lambda: setattr(layer, "output_quantizer", before))

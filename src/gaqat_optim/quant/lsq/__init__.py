@@ -1,1 +1,1 @@
-"""The LSQ quantizer: the pure function, the module, the first value of its scale."""
+"""The LSQ quantizer: the pure function, the module, the initial scale."""

@@ -1,131 +1,115 @@
-"""LSQ's backward on a CPU in eager mode: as few passes over memory as its operators allow."""
+"""LSQ's backward on a CPU in eager mode: as few passes over memory as torch's operators allow."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .quotient import divide_by_scale
 
-def takes(v: Tensor, scale: Tensor) -> bool:
-    """Whether :func:`gradients` can be had for such tensors: plain ones on a CPU, of one dtype, without a compiler."""
+
+def supports(v: Tensor, scale: Tensor) -> bool:
+    """Whether :func:`lsq_gradients` takes such tensors: plain ones on a CPU, of one dtype, without a compiler."""
     if torch.compiler.is_compiling():  # first: a question about the size would bind the graph to the answer
         return False
-    plain = type(v) in (Tensor, nn.Parameter) and v.device.type == "cpu" and v.dtype == scale.dtype and v.numel() > 0
-    return plain and v.dtype in (torch.float32, torch.float64)
+    is_plain = type(v) in (Tensor, nn.Parameter) and v.device.type == "cpu" and v.numel() > 0
+    return is_plain and v.dtype == scale.dtype and v.dtype in (torch.float32, torch.float64)
 
 
-def gradients(
+def lsq_gradients(
     grad: Tensor, v: Tensor, scale: Tensor, v_hat: Tensor, qmin: int, qmax: int, channel_axis: int | None
 ) -> tuple[Tensor, Tensor] | None:
-    r"""The gradients of v and (without g) of its scale: with the quantized values at hand, two inner products more.
+    r"""Gradients of v and of the scale (before LSQ's factor g), given v_hat: one mask and two inner products.
 
     .. math:: s \sum G d = \langle G, \hat v \rangle - \langle dv, v \rangle
 
-    Args:
-        grad: the gradient G of ``v_hat``.
-        v: what was quantized.
-        scale: of one entry or, with ``channel_axis``, ``(channels,)``.
-        v_hat: the quantized values.
-        qmin: lower integer bound.
-        qmax: upper integer bound.
-        channel_axis: the axis of ``v`` that has one scale per index, or ``None``.
+    For s = 2 and 3 signed bits, v = (3, 9) becomes v_hat = (4, 6), since 9/2 is clipped to 3. With G = (1, 1), dv is
+    (1, 0) and the gradient of the scale is (4 + 6 - 3) / 2 = 3.5. By LSQ's definition it is d = 2 - 1.5 for the first
+    value and Qp = 3 for the second.
 
     Returns:
-        ``dv``, of the shape of ``v``, and the gradient of the scale, of shape ``()`` or ``(channels,)``; ``None``
-        where it or the scale is not finite: an infinite v may be all that is wrong, which takes another way to see.
+        ``dv``, of the shape of ``v``, and the gradient of the scale, of shape ``()`` or ``(channels,)``. ``None`` if
+        the latter or the scale is not finite: the plain form has a finite gradient for an infinite v.
     """
     if channel_axis is None:
         s = scale.item()
         if not 0 < s < math.inf:  # as after a step with a gradient of NaN
             return None
-        low, high = interval(scale, qmin, qmax)
-        # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
-        grad_v = torch.ops.aten.hardtanh_backward(grad, v, low, high)
-        # As Python's numbers: each operator more costs what it takes to call it.
+        # The derivative of hardtanh is zero at its bounds and beyond, as LSQ's strict inequalities ask.
+        if v.dtype == torch.float32:
+            grad_v = torch.ops.aten.hardtanh_backward(grad, v, *clipping_interval(s, qmin, qmax))
+        else:
+            grad_v = torch.ops.aten.hardtanh_backward(grad, v / s, qmin, qmax)
+        # In Python's numbers, since an operator on one entry costs the time of its call.
         total = (_dot(grad, v_hat).item() - _dot(grad_v, v).item()) / s
         return (grad_v, scale.new_tensor(total)) if math.isfinite(total) else None
-    shape = [1] * v.dim()
-    shape[channel_axis] = -1
-    u = v / scale.reshape(shape)
+    u, _ = divide_by_scale(v, scale, channel_axis)
     grad_v = torch.ops.aten.hardtanh_backward.grad_input(grad, u, qmin, qmax, grad_input=u)
-    totals = (_rows(grad, v_hat, channel_axis, scale) - _rows(grad_v, v, channel_axis, scale)) / scale
+    totals = (_rowwise_dot(grad, v_hat, channel_axis, scale) - _rowwise_dot(grad_v, v, channel_axis, scale)) / scale
     return (grad_v, totals) if math.isfinite(totals.sum().item()) else None
 
 
+def clipping_interval(s: float, qmin: int, qmax: int) -> tuple[float, float]:
+    """The largest float32 v with v/s <= Qn and the smallest with v/s >= Qp, where v/s is rounded to float32.
+
+    Comparing v with these two is comparing v/s with Qn and Qp, without writing the quotients. They are not the products
+    of scale and bound: for s = 0.009 in float32, 7 s is rounded down to 0.0629999936, and 0.0629999936 / s is below 7.
+
+    A quotient rounds to Qp from halfway between Qp and the float32 before it, the tie included, since the last bit of
+    Qp is 0. The product of that point (25 bits) and s (24 bits) is exact in Python's floats.
+
+    >>> clipping_interval(torch.tensor(0.009).item(), -8, 7)
+    (-0.07199999690055847, 0.06300000101327896)
+    """
+    return -_float32_at_least(s * _halfway(-qmin)), _float32_at_least(s * _halfway(qmax))
+
+
+@cache
+def _halfway(bound: int) -> float:
+    """Halfway from ``bound`` to the float32 before it."""
+    before = np.nextafter(np.float32(bound), np.float32(-1))
+    return (bound + float(before)) / 2
+
+
+def _float32_at_least(x: float) -> float:
+    """The smallest float32 that is at least ``x``."""
+    mantissa, exponent = math.frexp(x)
+    digits = min(24, exponent + 149)  # fewer than 24 near the smallest float32, 2^-149
+    rounded = math.ldexp(math.ceil(math.ldexp(mantissa, digits)), exponent - digits)
+    return rounded if rounded < 2.0**128 else math.inf
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    flat = (flat_view(a), flat_view(b)) if a.stride() == b.stride() else (None, None)
-    a, b = (x.reshape(-1) if y is None else y for x, y in zip((a, b), flat, strict=True))
-    return torch.dot(a, b)
+    flat_a, flat_b = (_flat_view(a), _flat_view(b)) if a.stride() == b.stride() else (None, None)
+    if flat_a is None or flat_b is None:
+        flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    return torch.dot(flat_a, flat_b)
 
 
-def flat_view(x: Tensor) -> Tensor | None:
-    """A view of ``x`` as a vector, its axes in any order (channels last, say); ``None`` where it has gaps."""
+def _flat_view(x: Tensor) -> Tensor | None:
+    """A view of ``x`` as a vector, in the order of its memory (channels last, say); ``None`` where it has gaps."""
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
     return x.view(-1) if x.is_contiguous() else None
 
 
-def _rows(a: Tensor, b: Tensor, channel_axis: int, one_each: Tensor) -> Tensor:
-    """Inner products along all axes but one, without writing the products.
+def _rowwise_dot(a: Tensor, b: Tensor, channel_axis: int, gamma: Tensor) -> Tensor:
+    """Inner products along all axes but one, in one pass and without writing the products.
 
-    They are what GroupNorm computes for the gradient of its weight, with a mean of 0 and a deviation of 1 for each row;
-    torch has no other kernel that takes them in one pass.
+    GroupNorm computes them for the gradient of its weight gamma, which does not depend on gamma's values. With a mean
+    of 0 and a deviation of 1, that gradient is sum(a * b) for each row. torch has no other kernel that does so.
     """
     channels = a.shape[channel_axis]
-    # As matrices: the kernel takes 1x1 convolutions, whose strides are also those of channels last, for such.
+    # As matrices: the kernel would take a 1x1 convolution, whose strides are ambiguous, for channels last.
     a, b = (x.movedim(channel_axis, 0).reshape(channels, -1).contiguous() for x in (a, b))
     mean, inverse_deviation = a.new_zeros(1, channels), a.new_ones(1, channels)
     sizes = 1, channels, a.numel() // channels, channels  # samples, channels, elements of each, groups
-    found = torch.ops.aten.native_group_norm_backward(
-        a, b, mean, inverse_deviation, one_each, *sizes, [False, True, False]
+    gradients = torch.ops.aten.native_group_norm_backward(
+        a, b, mean, inverse_deviation, gamma, *sizes, [False, True, False]
     )
-    products: Tensor = found[1]
-    return products
-
-
-def interval(scale: Tensor, qmin: int, qmax: int) -> tuple[float, float]:
-    """The largest v with v/s <= Qn and the smallest with v/s >= Qp, in the arithmetic of the scale's dtype.
-
-    Division is monotone, rounded or not, so that comparing v with these is comparing the rounded v/s with Qn and Qp.
-
-    >>> interval(torch.tensor([0.1]), -4, 3)
-    (-0.4000000059604645, 0.30000001192092896)
-    """
-    s, format = scale.item(), _FORMATS[scale.dtype]
-    return _last(s, -qmin, format), -_last(s, qmax, format)
-
-
-class _Format(NamedTuple):
-    """Of floating-point numbers: n 2^e with ``digits`` binary digits and e >= ``lowest``, less than 2^``top``."""
-
-    digits: int
-    lowest: int
-    top: int
-
-
-_FORMATS = {torch.float32: _Format(24, -149, 128), torch.float64: _Format(53, -1074, 1024)}
-
-
-def _last(s: float, bound: int, format: _Format) -> float:
-    """The largest v with v/s <= -bound.
-
-    From half a unit below its size on, v/s is rounded to the bound, ties included: the last digit of the bound is 0,
-    that of the number before it 1. So v is s times that number, an exact product of integers, and rounded away from 0.
-    For 0 that is half of the smallest number, and the tie is rounded to 0 as well.
-    """
-    if bound == 0:
-        return _floor(math.floor(s / 2), format.lowest, format)
-    mantissa, power = math.frexp(s)
-    highest = bound.bit_length() - 1
-    half = highest - format.digits - (bound == 1 << highest)  # 2^half is half the distance to the number before
-    return _floor(-int(mantissa * 2**53) * ((bound << -half) - 1), power - 53 + half, format)
-
-
-def _floor(n: int, power: int, format: _Format) -> float:
-    """The largest number of the format that is at most n 2^power."""
-    drop = max(n.bit_length() - format.digits, format.lowest - power, 0)
-    n, power = n >> drop, power + drop
-    return math.ldexp(n, power) if n.bit_length() + power <= format.top else -math.inf
+    grad_of_weight: Tensor = gradients[1]
+    return grad_of_weight

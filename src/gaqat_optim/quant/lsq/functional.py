@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_backward import gradients, takes
-from .pieces import quantized_in_pieces
+from . import cpu_backward
+from .quotient import compute_dtype, divide_by_scale
 
 MIN_BITS, MAX_BITS = 2, 8
 
 
 def integer_bounds(bits: int, signed: bool) -> tuple[int, int]:
-    """The integer range (Qn, Qp) of a ``bits``-wide code.
+    """The integer range (Qn, Qp) of a code with ``bits`` bits.
 
     >>> integer_bounds(3, signed=True), integer_bounds(3, signed=False)
     ((-4, 3), (0, 7))
@@ -36,7 +36,7 @@ def lsq_quantize(
     grad_scale: float = 1.0,
     channel_axis: int | None = None,
 ) -> Tensor:
-    r"""Fake-quantize ``v`` with a learned step size, with LSQ's exact gradient.
+    r"""Fake-quantize ``v`` with a learned scale (step size), with LSQ's exact gradient.
 
     .. math::
 
@@ -54,7 +54,7 @@ def lsq_quantize(
 
     Args:
         v: tensor of any shape and floating dtype.
-        scale: the step size s > 0, of shape ``()``, ``(1,)`` or, with ``channel_axis``, ``(channels,)``.
+        scale: s > 0, of shape ``()``, ``(1,)`` or, with ``channel_axis``, ``(channels,)``.
         qmin: lower integer bound, Qn <= 0.
         qmax: upper integer bound, Qp > 0.
         grad_scale: LSQ's factor g on the gradient of ``scale``; it does not touch the gradient of ``v``.
@@ -100,10 +100,10 @@ def lsq_quantize(
                 f"scale of shape {tuple(scale.shape)} does not fit axis {channel_axis} of v, "
                 f"whose shape is {tuple(v.shape)}"
             )
-    return quantized(v, scale, qmin, qmax, grad_scale, channel_axis)
+    return lsq_quantize_unchecked(v, scale, qmin, qmax, grad_scale, channel_axis)
 
 
-def quantized(
+def lsq_quantize_unchecked(
     v: Tensor,
     scale: Tensor,
     qmin: int,
@@ -112,45 +112,24 @@ def quantized(
     channel_axis: int | None,
     save_output_for_backward: bool = False,
 ) -> Tensor:
-    """:func:`lsq_quantize` of arguments that are right.
+    """:func:`lsq_quantize` without the argument checks.
 
-    With ``save_output_for_backward``, backward uses the result, which is faster; it must not be changed in place then.
+    ``save_output_for_backward`` lets backward use the result, which is faster. The result must then not be changed in
+    place.
     """
-    return _LSQ.apply(v, scale, qmin, qmax, grad_scale, channel_axis, save_output_for_backward)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def compute_dtype(v: Tensor, scale: Tensor) -> torch.dtype:
-    """float32, or float64 if an input is: half precision divided by a scale changes up to 7 % of 8-bit codes."""
-    return torch.promote_types(torch.promote_types(v.dtype, scale.dtype), torch.float32)
-
-
-def _broadcast(scale: Tensor, ndim: int, channel_axis: int | None) -> Tensor:
-    """View ``scale`` so that it broadcasts against a tensor of ``ndim`` axes."""
-    if channel_axis is None:
-        return scale.reshape(())
-    shape = [1] * ndim
-    shape[channel_axis] = -1
-    return scale.reshape(shape)
-
-
-def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
-    """Inner product of ``a`` and ``b``: shape ``()``, or ``(channels,)`` along ``channel_axis``."""
-    if channel_axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
-    # Not linalg.vecdot: autocast would run it in half precision.
-    others = [axis for axis in range(a.dim()) if axis != channel_axis]
-    return (a * b).sum(others) if others else a * b
+    arguments = v, scale, qmin, qmax, grad_scale, channel_axis, save_output_for_backward
+    return _LSQ.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class RefuseDoubleBackward(torch.autograd.Function):
-    """``grad`` itself; its derivative by anything in ``of``, which it depends on, is an error.
+    """The identity of ``grad``. Differentiating it by one of ``operands``, which it depends on, is an error.
 
-    Not ``once_differentiable``: that looks at the incoming gradient alone, not at v and scale, and torch.func gets
-    around it. Either way the second derivative would be zero without a word.
+    Not ``once_differentiable``: it looks at the incoming gradient alone, not at v and scale, and torch.func avoids it.
+    In both cases the second derivative would silently be zero.
     """
 
     @staticmethod
-    def forward(grad: Tensor, *of: Tensor) -> Tensor:
+    def forward(grad: Tensor, *operands: Tensor) -> Tensor:
         return grad.clone()
 
     @staticmethod
@@ -166,23 +145,19 @@ class _LSQ(torch.autograd.Function):
     """LSQ forward and backward, with the scale gradient as a difference of two inner products.
 
     With u = clamp(v/s, Qn, Qp), q = round(u) and dv = G inside the bounds, 0 elsewhere: sum(G*d) = <G, q> - <dv, u>,
-    since d = q - u inside and d = q outside. The clamped u, where v/s would do for finite v, keeps an infinite v from
+    since d = q - u inside and d = q outside. The clamp of u, which finite values do not need, keeps an infinite v from
     making 0 * inf.
 
-    What counts is how often memory is passed over. On a CPU in eager mode, backward takes q s and v, which are there
-    already, for q and u (:mod:`gaqat_optim.quant.lsq.cpu_backward`); a compiler makes few passes of the plain form.
+    Eager CPU kernels are memory-bound. There, backward uses the saved v and v_hat instead of computing u and q again
+    (:mod:`gaqat_optim.quant.lsq.cpu_backward`). A compiler fuses the plain form into few passes.
     """
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        # Not by name: torch binds arguments to a signature in each call, for as long as all of this takes. And from the
-        # end: without gradients, Dynamo puts its context before arguments that have no names.
+        # Without parameter names, since torch binds those in each call, which takes as long as the rest. From the end,
+        # since Dynamo without gradients passes its context first.
         v, scale, qmin, qmax, _, channel_axis, _ = arguments[-7:]
-        if channel_axis is None and (found := quantized_in_pieces(v, scale, qmin, qmax)) is not None:
-            return found
-        dtype = compute_dtype(v, scale)
-        s = _broadcast(scale.to(dtype), v.dim(), channel_axis)
-        u = v.to(dtype) / s
+        u, s = divide_by_scale(v, scale, channel_axis)
         result: Tensor
         if torch.compiler.is_compiling():
             result = u.clamp(qmin, qmax).round() * s
@@ -194,8 +169,8 @@ class _LSQ(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis, save_output_for_backward = inputs
-        if save_output_for_backward and takes(v, scale):
-            # The layer behind keeps the output for its own backward: it costs no memory to keep it here too.
+        if save_output_for_backward and cpu_backward.supports(v, scale):
+            # The layer saves the output for its own backward: saving it here too takes no memory.
             ctx.save_for_backward(v, scale, output)
         else:
             ctx.save_for_backward(v, scale)
@@ -203,25 +178,37 @@ class _LSQ(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, scale, *output = ctx.saved_tensors
-        settings = ctx.qmin, ctx.qmax, ctx.channel_axis
+        constants = ctx.qmin, ctx.qmax, ctx.channel_axis
         with torch.no_grad():
-            found = gradients(grad, v, scale, output[0], *settings) if output and takes(grad, scale) else None
-            grad_v, total = found or _gradients(grad, v, scale, *settings)
-            of_v = grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None
-            of_scale = (total * ctx.grad_scale).view(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
-        grads = [of_v, of_scale]
+            gradients = None
+            if output and cpu_backward.supports(grad, scale):
+                gradients = cpu_backward.lsq_gradients(grad, v, scale, output[0], *constants)
+            grad_v, total = gradients or _lsq_gradients(grad, v, scale, *constants)
+            v_grad = grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None
+            scale_grad = None
+            if ctx.needs_input_grad[1]:
+                scale_grad = (total * ctx.grad_scale).view(scale.shape).to(scale.dtype)
+        grads = [v_grad, scale_grad]
         if torch.is_grad_enabled():  # create_graph=True, or torch.func
             grads = [None if g is None else RefuseDoubleBackward.apply(g, grad, v, scale) for g in grads]  # type: ignore[no-untyped-call]
         return (*grads, *[None] * 5)
 
 
-def _gradients(
+def _lsq_gradients(
     grad: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, channel_axis: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of v, and of the scale without g."""
-    dtype = compute_dtype(v, scale)
-    grad = grad.to(dtype)
-    u = (v.to(dtype) / _broadcast(scale.to(dtype), v.dim(), channel_axis)).clamp_(qmin, qmax)
-    # The derivative of hardtanh is zero at its bounds and beyond, just as LSQ's strict inequalities ask.
+    """Gradients of v and of the scale (before LSQ's factor g), in the plain form."""
+    grad = grad.to(compute_dtype(v, scale))
+    u = divide_by_scale(v, scale, channel_axis)[0].clamp_(qmin, qmax)
+    # The derivative of hardtanh is zero at its bounds and beyond, as LSQ's strict inequalities ask.
     grad_v = torch.ops.aten.hardtanh_backward(grad, u, qmin, qmax)
     return grad_v, _dot(grad, u.round(), channel_axis) - _dot(grad_v, u, channel_axis)
+
+
+def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
+    """Inner product of ``a`` and ``b``: shape ``()``, or ``(channels,)`` along ``channel_axis``."""
+    if channel_axis is None:
+        return torch.dot(a.reshape(-1), b.reshape(-1))
+    # Not linalg.vecdot, which autocast would run in half precision.
+    others = [axis for axis in range(a.dim()) if axis != channel_axis]
+    return (a * b).sum(others) if others else a * b

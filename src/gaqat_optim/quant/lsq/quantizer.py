@@ -1,4 +1,4 @@
-"""The LSQ quantizer as a module: one learned step size, or one per channel."""
+"""The LSQ quantizer as a module: one learned scale, or one per channel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
 from ...scale_names import LINEAR_SCALE, LOG_SCALE, SCALE_IS_SIGNED, SCALE_RANGE
-from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, quantized
+from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, lsq_quantize_unchecked
 from .scale_init import initial_scale
 
-# How far a scale may go from its initial value, either way. No network needs more; and from much further away it would
+# How far a scale may go from its initial value, either way. No network needs more, and from much further away it would
 # not come back: the gradient of log(s) is proportional to s, and vanishes with it.
 _MAX_DRIFT = 1024.0
 _SMALLEST, _LARGEST = 1e-12, 1e12
@@ -41,7 +41,7 @@ class LSQQuantizer(nn.Module):
 
     The scale s is a parameter of shape ``(1,)`` or ``(channels,)``: log(s) under the name ``lsq_log_scale``, or s
     itself under ``lsq_scale``. It stays within a factor of 1024 of its initial value: a clamp whose gradient is the
-    identity bounds it, and each training forward puts a value beyond a bound back. The parameter always exists; an
+    identity bounds it, and each training forward moves a value beyond a bound back. The parameter always exists. An
     activation quantizer that was not calibrated sets it at its first training forward, to the same value on all ranks
     of ``torch.distributed``.
 
@@ -50,14 +50,14 @@ class LSQQuantizer(nn.Module):
     whole batch).
 
     Args:
-        bits: width of the codes, 2 to 8.
-        signed: whether codes can be negative; ``None`` leaves that to :meth:`initialize`.
-        channels: how many scales; ``None`` for one in all, of shape ``(1,)``.
+        bits: bits of a code, 2 to 8.
+        signed: whether codes can be negative; ``None`` lets :meth:`initialize` decide.
+        channels: number of scales; ``None`` for one in all, of shape ``(1,)``.
         channel_axis: the axis of the input that ``channels`` counts; needs ``channels``.
         axis0_is_batch: whether axis 0 of the input is a batch (activations), which g then leaves out.
-        init: ``"mse"`` or ``"lsq"``, the initial value that :meth:`initialize` computes.
+        init: the initial scale, ``"mse"`` or ``"lsq"``.
         scale_domain: ``"log"`` or ``"linear"``.
-        device: where the parameter is created.
+        device: device of the parameter.
 
     Raises:
         ValueError: ``bits`` is outside 2..8, or only one of ``channels`` and ``channel_axis`` is given.
@@ -101,15 +101,14 @@ class LSQQuantizer(nn.Module):
         self.init = init
         self.scale_domain = scale_domain
         self.enabled = True
-        # For backward, which is faster with it: where a layer alone gets it, and keeps it anyway. Elsewhere it may be
-        # changed in place.
+        # Faster. Only safe where no consumer changes the output in place; the compute of quantized layers does not.
         self.save_output_for_backward = False
         self.name = ""
         self._sharded = False
         start = torch.zeros(channels or 1, dtype=torch.float32, device=device)  # log(1)
         name = LOG_SCALE if scale_domain == "log" else LINEAR_SCALE
         self.register_parameter(name, nn.Parameter(start if scale_domain == "log" else start + 1))
-        # Python values decide in forward (no synchronisation, no graph break); the buffers carry them in state dicts.
+        # forward decides by Python values (no synchronisation, no graph break); the buffers put them in state dicts.
         self._signed = signed
         self._range: tuple[float, float] | None = None
         self.register_buffer(SCALE_IS_SIGNED, torch.tensor(bool(signed), device=device))
@@ -117,13 +116,13 @@ class LSQQuantizer(nn.Module):
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        # fully_shard puts a shard in a parameter's place, this way where a module has a __setattr__ of its own. In a
-        # forward pass it lends the whole parameter, in which nothing written lasts.
+        # FSDP2's fully_shard replaces the parameter by a DTensor shard, by setattr if a class overrides __setattr__.
+        # In a forward pass it lends the full tensor instead, and drops what initialize() would write to that.
         if name in (LOG_SCALE, LINEAR_SCALE) and hasattr(value, "full_tensor"):
             self._sharded = True
         super().__setattr__(name, value)
 
-    # -- what the quantizer is ---------------------------------------------------------------------------------
+    # -- scale, sign and integer range -------------------------------------------------------------------------
 
     @property
     def raw_scale(self) -> nn.Parameter:
@@ -132,14 +131,14 @@ class LSQQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The step size s > 0, float32 or float64, of shape ``(1,)`` or ``(channels,)``; differentiable."""
-        # At least float32, whatever dtype the model was moved to: float16 has no number near the lower bound.
+        """The scale s > 0, float32 or float64, of shape ``(1,)`` or ``(channels,)``; differentiable."""
+        # At least float32 in a half-precision model, since float16 has no number near the lower bound.
         raw = self.raw_scale.to(torch.promote_types(self.raw_scale.dtype, torch.float32))
         bounded: Tensor = _ClampStraightThrough.apply(raw, *self._raw_bounds)  # type: ignore[no-untyped-call]
         return self._of_raw(bounded)
 
     def _of_raw(self, raw: Tensor) -> Tensor:
-        # A copy, since another forward of a shared layer clamps the parameter in place.
+        # A copy, since the next forward of a shared layer clamps the parameter in place.
         return raw.exp() if self.scale_domain == "log" else raw.clone()
 
     @property
@@ -149,7 +148,7 @@ class LSQQuantizer(nn.Module):
 
     @property
     def signed(self) -> bool | None:
-        """Whether codes can be negative; ``None`` while that is still to be decided from data."""
+        """Whether codes can be negative; ``None`` before data has decided."""
         return self._signed
 
     @property
@@ -160,17 +159,17 @@ class LSQQuantizer(nn.Module):
     @property
     def qmin(self) -> int:
         """Lower integer bound Qn."""
-        return integer_bounds(self.bits, self._decided_sign())[0]
+        return self._integer_bounds()[0]
 
     @property
     def qmax(self) -> int:
         """Upper integer bound Qp."""
-        return integer_bounds(self.bits, self._decided_sign())[1]
+        return self._integer_bounds()[1]
 
-    def _decided_sign(self) -> bool:
+    def _integer_bounds(self) -> tuple[int, int]:
         if self._signed is None:
             raise RuntimeError(self._unset_message())
-        return self._signed
+        return integer_bounds(self.bits, self._signed)
 
     def _unset_message(self) -> str:
         return (
@@ -184,15 +183,15 @@ class LSQQuantizer(nn.Module):
         unset = "" if self.is_initialized else ", not calibrated"
         return f"{self.bits} bits, {sign}, {where}, {self.scale_domain} scale{unset}"
 
-    # -- its value ---------------------------------------------------------------------------------------------
+    # -- initialization and forward ----------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialize(self, v: Tensor, scale: Tensor | float | None = None) -> None:
-        """Set signedness (where it is still open) and scale from the values ``v``.
+        """Set signedness (unless it was given) and scale from the values ``v``.
 
         Args:
             v: the values to represent: the weight, or a sample of activations, in the layout of the input.
-            scale: the initial step size, to set it directly instead of computing it from ``v``.
+            scale: the initial scale, to set it instead of computing it from ``v``.
 
         Raises:
             ValueError: ``v`` is empty or not finite, or ``scale`` is not positive and finite.
@@ -204,20 +203,17 @@ class LSQQuantizer(nn.Module):
                 "calibration= to quantize_model, or load a state dict before the first forward pass"
             )
         if v.numel() == 0 or not bool(torch.isfinite(v).all()):
-            what = "no values"
-            if v.numel():
-                what = "values that are not finite: look for them in the data and in the weights"
-            raise ValueError(f"cannot initialise the quantizer {self.name!r} from {what}")
-        if scale is not None:
-            given = torch.as_tensor(scale)
-            if not bool((given.isfinite() & (given > 0)).all()):
-                raise ValueError(f"the scale of the quantizer {self.name!r} must be positive and finite, got {scale!r}")
+            values = "values that are not finite: look for them in the data and in the weights"
+            raise ValueError(
+                f"cannot initialise the quantizer {self.name!r} from {values if v.numel() else 'no values'}"
+            )
         signed = self._signed if self._signed is not None else _any_rank(bool((v < 0).any()), v.device)
         if scale is None:
-            bounds = integer_bounds(self.bits, signed)
-            scale = initial_scale(v, *bounds, self.channel_axis, self.init)
+            scale = initial_scale(v, *integer_bounds(self.bits, signed), self.channel_axis, self.init)
             if self.axis0_is_batch:  # Weights are the same on all ranks, batches are not.
                 scale = _mean_over_ranks(scale)
+        elif not all(0 < s < math.inf for s in torch.as_tensor(scale).flatten().tolist()):
+            raise ValueError(f"the scale of the quantizer {self.name!r} must be positive and finite, got {scale!r}")
         raw = torch.as_tensor(scale, dtype=torch.float32).clamp(_SMALLEST, _LARGEST)
         self.raw_scale.copy_(raw.log() if self.scale_domain == "log" else raw)
         self._signed = signed
@@ -228,26 +224,30 @@ class LSQQuantizer(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         if not self.enabled:
             return v
+        scale, qmin, qmax, grad_scale, channel_axis = self.lsq_arguments(v)
+        if self.save_output_for_backward:
+            return lsq_quantize_unchecked(v, scale, qmin, qmax, grad_scale, channel_axis, True)
+        return lsq_quantize(v, scale, qmin, qmax, grad_scale=grad_scale, channel_axis=channel_axis)
+
+    def lsq_arguments(self, v: Tensor) -> tuple[Tensor, int, int, float, int | None]:
+        """Scale, Qn, Qp, g and channel axis for a forward of ``v``, which initializes the scale if it is not yet."""
         if self._range is None:
-            self._read_buffers()  # AveragedModel or a broadcast may have filled them, without a word.
+            self._read_buffers()  # AveragedModel and broadcasts fill them without telling the module
         if self._range is None:
             if not self.training:
                 raise RuntimeError(self._unset_message())
             self.initialize(v.detach())
         # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
         if torch.is_grad_enabled() and not _is_exporting():
-            factor, raw = self.grad_scale_for(v), self.raw_scale
-            with torch.no_grad():  # What a step of the optimizer put beyond a bound comes back to the bound.
+            grad_scale, raw = self.grad_scale_for(v), self.raw_scale
+            with torch.no_grad():  # A value that the optimizer has put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
                 raw.clamp_(low, min(high, torch.finfo(raw.dtype).max))
             # In half precision the bound itself may have been rounded up.
             scale = self.scale if raw.dtype.itemsize < 4 else self._of_raw(raw)
         else:
-            factor, scale = 1.0, self.scale
-        qmin, qmax = integer_bounds(self.bits, self._decided_sign())
-        if self.save_output_for_backward:
-            return quantized(v, scale, qmin, qmax, factor, self.channel_axis, save_output_for_backward=True)
-        return lsq_quantize(v, scale, qmin, qmax, grad_scale=factor, channel_axis=self.channel_axis)
+            grad_scale, scale = 1.0, self.scale
+        return scale, *self._integer_bounds(), grad_scale, self.channel_axis
 
     def grad_scale_for(self, v: Tensor) -> float:
         """LSQ's g for values like ``v``."""
@@ -255,7 +255,7 @@ class LSQQuantizer(nn.Module):
         count = math.prod(sizes) // self.raw_scale.numel()
         return 1.0 / math.sqrt(max(count, 1) * self.qmax)
 
-    # -- its state ---------------------------------------------------------------------------------------------
+    # -- state dict --------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
@@ -274,20 +274,21 @@ class LSQQuantizer(nn.Module):
 
 
 def is_unmodified(quantizer: LSQQuantizer) -> bool:
-    """Whether ``quantizer`` does LSQ on its input and nothing else: no class of a user's, and no hooks.
+    """Whether ``quantizer`` computes LSQ of its input and nothing else.
 
-    A hook may change the input or the output, or ask for the gradient of either.
+    A subclass, a hook or a forward that was set on the object may change input and output, or ask for their gradients.
     """
     q = quantizer
     hooks = q._forward_pre_hooks, q._forward_hooks, q._backward_pre_hooks, q._backward_hooks
-    return type(q) is LSQQuantizer and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    is_own = type(q) is LSQQuantizer and "forward" not in vars(q)
+    return is_own and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _is_exporting() -> bool:
-    """Whether ``torch.export`` makes a program of the forward pass, which must not write to parameters.
+    """Whether ``torch.export`` traces the forward pass, whose program must not write to parameters.
 
-    What Dynamo traces is training: there, torch 2.8 to 2.11 take ``torch.compile`` for an export. So an export with
-    ``strict=True``, by Dynamo as well, needs ``torch.no_grad()``.
+    Under Dynamo the answer is no, since torch 2.8 to 2.11 take ``torch.compile`` for an export. An export with
+    ``strict=True``, which also uses Dynamo, therefore needs ``torch.no_grad()``.
     """
     tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
     return tracing and torch.compiler.is_exporting()
@@ -301,9 +302,9 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` holds on any rank."""
     if not _distributed():
         return flag
-    seen = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-    return bool(seen > 0)
+    largest = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return bool(largest > 0)
 
 
 def _mean_over_ranks(scale: Tensor) -> Tensor:

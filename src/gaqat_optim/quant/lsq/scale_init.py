@@ -7,19 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-# A channel needs no more values than this for its scale: beyond it, the optimum moves by well under a percent.
+# Values of a channel that are used: with more, the optimum moves by well under a percent.
 _MOST_VALUES = 4096
 
 
 def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, method: str) -> Tensor:
-    """Initial step size for the values ``v``, by ``method`` ``"mse"`` or ``"lsq"``.
-
-    Args:
-        v: finite values, of any shape and floating dtype.
-        qmin: lower integer bound.
-        qmax: upper integer bound.
-        channel_axis: the axis with one scale per index, or ``None``.
-        method: ``"lsq"`` for 2 mean|v| / sqrt(Qp), ``"mse"`` for the least mean squared error.
+    """Initial scale for finite values ``v``: of least squared error (``"mse"``), or 2 mean|v| / sqrt(Qp) (``"lsq"``).
 
     Returns:
         float32, shape ``(1,)`` or ``(channels,)``, positive. A channel of zeros, which determines no scale, takes the
@@ -33,10 +26,10 @@ def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, met
     rows = rows.reshape(1, -1) if channel_axis is None else rows.movedim(channel_axis, 0)
     rows = rows.reshape(len(rows), -1)
     scale = lsq_scale(rows, qmax) if method == "lsq" else mse_scale(rows, qmin, qmax)
-    known = scale > 0
-    if bool(known.all()):
+    is_positive = scale > 0
+    if bool(is_positive.all()):
         return scale
-    return torch.where(known, scale, scale[known].mean() if bool(known.any()) else 1.0 / qmax)
+    return torch.where(is_positive, scale, scale[is_positive].mean() if bool(is_positive.any()) else 1.0 / qmax)
 
 
 def lsq_scale(rows: Tensor, qmax: int) -> Tensor:
@@ -47,11 +40,11 @@ def lsq_scale(rows: Tensor, qmax: int) -> Tensor:
 def mse_scale(rows: Tensor, qmin: int, qmax: int) -> Tensor:
     """The scale with the least squared quantization error, for each row.
 
-    A search over fractions of the largest useful scale (the one that represents the largest value without clipping),
-    coarse, then fine around the best: the error has many local minima, so that a descent would stop early.
+    It is searched among fractions of the largest useful scale, which clips no value: coarsely, then finely around the
+    best. The error has many local minima, in which a descent would stop.
     """
     if rows.shape[1] > _MOST_VALUES:
-        # A stride that shares no factor with common layer sizes prefers no channel and no position in a kernel.
+        # A stride without a common factor with usual layer sizes prefers no channel and no position in a kernel.
         stride = rows.shape[1] // _MOST_VALUES + 1
         while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
             stride += 1

@@ -1,19 +1,19 @@
-"""Quantized :class:`torch.nn.MultiheadAttention`, and the fast paths of torch's transformers turned off for it."""
+"""Quantized multi-head attention, and how torch's transformers are kept from their fast paths."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import LayerConfig
 from ..lsq.quantizer import LSQQuantizer
 from .attention_functional import ROLES, attend
-from .base import QuantizedModule, QuantLinear, register_quantized
+from .base import QuantizedModule, build_quantizers, register_quantized
+from .linear import QuantLinear
 
 
 @register_quantized(nn.MultiheadAttention)
@@ -21,10 +21,10 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` with quantized projections.
 
     The projections of query, key and value are quantized as three linear layers, each with its own quantizers of input
-    (``query_quantizer``, ...) and weight (``query_weight_quantizer``, ...), whether or not their weights are packed in
-    one parameter and their inputs are one tensor. A quantizer that only some calls reach would have a scale without
-    gradient, and one shared by self-attention and cross-attention would span two distributions. The out-projection is
-    a :class:`QuantLinear` in its old place. Scores, softmax and the sum over values stay in floating point.
+    (``query_quantizer``, ...) and weight (``query_weight_quantizer``, ...), even if their weights are packed in one
+    parameter or their inputs are one tensor. A quantizer that only some calls reach would have a scale without a
+    gradient, and one shared by self-attention and cross-attention would span two distributions. The out-projection
+    becomes a :class:`QuantLinear`. Scores, softmax and the sum over values stay in floating point.
     """
 
     out_proj: QuantLinear  # type: ignore[assignment]
@@ -33,52 +33,31 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
 
     @classmethod
     def from_float(cls, module: nn.Module, layer: LayerConfig) -> QuantMultiheadAttention:
-        """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is.
-
-        Raises:
-            ValueError: a weight is not a parameter, but computed (:func:`attention_refusal`).
-        """
-        reason = attention_refusal(module)
-        if reason is not None:
-            raise ValueError(reason)
-        quantized = cls.__new__(cls)
-        quantized.__dict__ = module.__dict__.copy()
-        for registry in ("_parameters", "_buffers", "_modules"):
-            quantized.__dict__[registry] = module.__dict__[registry].copy()
-        quantized.out_proj = QuantLinear.from_float(quantized.out_proj, layer)  # type: ignore[assignment]
+        """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is."""
+        quantized = cls._sharing_state(module)
+        quantized.out_proj = QuantLinear.from_float(quantized.out_proj, layer)
         for role, weight in zip(ROLES, quantized._weights(), strict=True):
-            kinds: dict[str, Any] = {"init": layer.init, "scale_domain": layer.scale_domain, "device": weight.device}
-            of_weight = of_input = None
-            if layer.weight_bits is not None:
-                per_channel = {"channels": weight.shape[0], "channel_axis": 0}
-                granularity: dict[str, Any] = per_channel if layer.weight_granularity == "channel" else {}
-                of_weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds).train(module.training)
-            if layer.activation_bits is not None:
-                signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
-                of_input = LSQQuantizer(layer.activation_bits, signed=signed, axis0_is_batch=True, **kinds)
-                of_input.train(module.training)
-            for quantizer in (of_weight, of_input):
-                if quantizer is not None:
-                    quantizer.save_output_for_backward = True
-            setattr(quantized, f"{role}_weight_quantizer", of_weight)
-            setattr(quantized, f"{role}_quantizer", of_input)
+            quantizers = build_quantizers(layer, weight.shape[0], weight.device)
+            for operand, attribute in (("weight", f"{role}_weight_quantizer"), ("input", f"{role}_quantizer")):
+                quantizer = quantizers[operand]
+                setattr(quantized, attribute, quantizer if quantizer is None else quantizer.train(module.training))
         return quantized
 
-    # -- what QuantizedModule offers for every layer, here of the in-projection --------------------------------
+    # -- the interface of QuantizedModule, for the in-projection -----------------------------------------------
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight of the in-projection; where query, key and value have one each, these side by side."""
+        """The weight of the in-projection; separate weights of query, key and value side by side."""
         return self.in_proj_weight if self.in_proj_weight is not None else torch.cat(self._weights(), dim=1)
 
     @property
     def weight_quantizer(self) -> LSQQuantizer | None:  # type: ignore[override]
-        """The quantizer of the query's weight; those of key and value have the same settings."""
+        """The quantizer of the query's weight; key and value have the same configuration."""
         return self._quantizer("query_weight_quantizer")
 
     @property
     def input_quantizer(self) -> LSQQuantizer | None:  # type: ignore[override]
-        """The quantizer of the query; those of key and value have the same settings."""
+        """The quantizer of the query; key and value have the same configuration."""
         return self._quantizer("query_quantizer")
 
     @property
@@ -87,7 +66,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         return self.out_proj.output_quantizer
 
     def quantizers(self) -> Iterator[tuple[str, LSQQuantizer]]:
-        """The quantizers that exist, by the path of their attribute, those of the out-projection included."""
+        """The quantizers that exist, the out-projection's included, by the path of their attribute."""
         for suffix in ("weight_quantizer", "quantizer"):
             for role in ROLES:
                 quantizer = self._quantizer(f"{role}_{suffix}")
@@ -107,7 +86,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     def quantized_weight(self) -> Tensor:
         """The weight of the in-projection that the layer computes with, in the layout of :attr:`weight`."""
         weights = zip(ROLES, self._weights(), strict=True)
-        quantized = [self._through(f"{role}_weight_quantizer", weight) for role, weight in weights]
+        quantized = [self._quantize(f"{role}_weight_quantizer", weight) for role, weight in weights]
         return torch.cat(quantized, dim=0 if self.in_proj_weight is not None else 1)
 
     # -- forward -----------------------------------------------------------------------------------------------
@@ -123,7 +102,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        # Not by F.multi_head_attention_forward, which leaves no place for a quantizer before the out-projection.
+        # Not F.multi_head_attention_forward, which has no place for a quantizer before the out-projection.
         return attend(
             self,
             self._project,
@@ -138,7 +117,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     def _project(self, inputs: tuple[Tensor, ...]) -> Iterator[Tensor]:
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         for role, x, weight, bias in zip(ROLES, inputs, self._weights(), biases, strict=True):
-            x, weight = self._through(f"{role}_quantizer", x), self._through(f"{role}_weight_quantizer", weight)
+            x, weight = self._quantize(f"{role}_quantizer", x), self._quantize(f"{role}_weight_quantizer", weight)
             yield F.linear(x, weight, bias)
 
     def _weights(self) -> tuple[Tensor, ...]:
@@ -148,70 +127,31 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def _quantizer(self, name: str) -> LSQQuantizer | None:
-        found: LSQQuantizer | None = getattr(self, name)
-        return found
+        quantizer: LSQQuantizer | None = getattr(self, name)
+        return quantizer
 
-    def _through(self, name: str, v: Tensor) -> Tensor:
+    def _quantize(self, name: str, v: Tensor) -> Tensor:
         quantizer = self._quantizer(name)
         return v if quantizer is None else quantizer(v)
 
 
-def attention_refusal(module: nn.Module) -> str | None:
-    """Why an ``nn.MultiheadAttention`` cannot be quantized; ``None`` where it can, as for any other module.
-
-    >>> attention_refusal(nn.MultiheadAttention(4, 2)) is None
-    True
-    >>> attention = nn.MultiheadAttention(4, 2)
-    >>> _ = nn.utils.parametrizations.weight_norm(attention.out_proj)
-    >>> print(attention_refusal(attention))  # doctest: +ELLIPSIS
-    MultiheadAttention has a Parametrized... as out_proj: only torch's own can be quantized
-    """
-    if not isinstance(module, nn.MultiheadAttention):
-        return None
-    out = module.out_proj
-    if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or "weight" not in out._parameters:
-        return f"MultiheadAttention has a {type(out).__name__} as out_proj: only torch's own can be quantized"
-    names = ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    computed = [name for name in names if module._parameters.get(name) is None]
-    if computed:
-        return (
-            f"MultiheadAttention computes its {computed[0]} in a hook: fold that in with remove_weight_norm or the like"
-        )
-    return None
-
-
 def disable_fast_paths(
-    model: nn.Module, layer_type: type[nn.Module] = QuantizedModule
-) -> list[tuple[nn.Module, str, Any]]:
+    model: nn.Module, layer_type: type[nn.Module] = QuantizedModule, *, undo: ExitStack | None = None
+) -> None:
     """Keep torch's transformers from reading weights past the quantizers of the layers inside them.
 
     In evaluation mode, ``nn.TransformerEncoderLayer`` hands the weights of its layers to one kernel, without calling
-    the layers, and ``nn.TransformerEncoder`` passes nested tensors on to layers that it believes to do so. Each takes
-    that path only under conditions on attributes that serve nothing else; here they are set to fail. Attributes, not
-    hooks: they survive copies, pickling and the deployed form, and cost nothing in each call.
-
-    Args:
-        model: a network with quantized layers in their places.
-        layer_type: the class of the layers that the paths would pass by.
-
-    Returns:
-        What was changed, as (module, attribute, value before).
-
-    Example:
-        >>> layer = nn.TransformerEncoderLayer(4, 2, batch_first=True)
-        >>> disable_fast_paths(layer)  # nothing in it is quantized
-        []
+    the layers, and ``nn.TransformerEncoder`` makes nested tensors for layers that it expects to do so. Each checks an
+    attribute first that serves nothing else; here that attribute is set to a value that fails the check. Attributes,
+    unlike hooks, survive copies, pickling and conversion, and cost nothing in each call. They are set on modules that
+    hold a layer of ``layer_type``, and ``undo`` takes what restores them.
     """
-    closed: dict[type[nn.Module], tuple[str, Any]] = {
-        nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-        nn.TransformerEncoder: ("use_nested_tensor", False),
-    }
-    changed = []
     for module in model.modules():
-        for kind, (name, value) in closed.items():
+        for kind, attribute, value in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+            (nn.TransformerEncoder, "use_nested_tensor", False),
+        ):
             if isinstance(module, kind) and any(isinstance(inner, layer_type) for inner in module.modules()):
-                before = getattr(module, name, value)
-                if before != value:
-                    changed.append((module, name, before))
-                    setattr(module, name, value)
-    return changed
+                if undo is not None:
+                    undo.callback(setattr, module, attribute, getattr(module, attribute, value))
+                setattr(module, attribute, value)

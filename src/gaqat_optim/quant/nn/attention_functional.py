@@ -25,31 +25,21 @@ def attend(
     need_weights: bool,
     average_attn_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What :class:`torch.nn.MultiheadAttention` computes, whatever its projections are.
+    """The forward of :class:`torch.nn.MultiheadAttention` with other projections.
 
-    Args:
-        layer: has the attributes of torch's layer, ``out_proj`` among them.
-        project: from query, key and value, each of shape (samples, positions, features), their projections.
-        inputs: query, key and value as torch's layer takes them.
-        attn_mask: as torch's layer takes it, and so are the other arguments.
-        key_padding_mask: see there.
-        is_causal: see there.
-        need_weights: see there.
-        average_attn_weights: see there.
-
-    Returns:
-        The output and, if needed, the weights.
+    ``layer`` has the attributes of torch's layer, ``out_proj`` among them. ``project`` maps query, key and value, each
+    of shape (samples, positions, features), to their projections. torch documents the other arguments.
 
     Raises:
-        ValueError: nested tensors, or inputs of other numbers of axes.
+        ValueError: nested tensors, or inputs with different numbers of axes.
         RuntimeError: a mask of the wrong shape, or ``is_causal`` without a mask.
         TypeError: a mask of integers.
     """
     query, key, value = inputs
     if query.is_nested or key.is_nested or value.is_nested:
         raise ValueError(
-            "quantized attention takes no nested tensors: pad them. If nn.TransformerEncoder made them, of a layer "
-            "that was quantized outside of it, set its attribute use_nested_tensor to False"
+            "quantized attention takes no nested tensors: pad them. If an nn.TransformerEncoder made them, because its "
+            "layer was quantized before it was built, set its attribute use_nested_tensor to False"
         )
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
         shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
@@ -59,7 +49,7 @@ def attend(
     is_batched = query.dim() == 3
     dtype = query.dtype
 
-    # Samples first, where a quantizer looks for them.
+    # Samples on axis 0, where a quantizer expects the batch.
     q, k, v = project(tuple(_samples_first(x, layer.batch_first) for x in inputs))
     samples, targets, sources = q.shape[0], q.shape[1], k.shape[1]
     if is_causal and key_padding_mask is None and not need_weights:
@@ -75,14 +65,14 @@ def attend(
     if layer.add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     if mask is not None:
-        mask = F.pad(mask, (0, k.shape[2] - sources))  # What was added is never masked.
+        mask = F.pad(mask, (0, k.shape[2] - sources))  # The added keys are never masked.
 
     dropout = layer.dropout if layer.training else 0.0
     weights = None
     if need_weights:
         scores = q * math.sqrt(1 / layer.head_dim) @ k.transpose(-2, -1)
         weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
-        if dropout > 0:  # Not with 0, which draws random numbers too.
+        if dropout > 0:  # F.dropout draws random numbers with 0 too.
             weights = F.dropout(weights, dropout)
         y = weights @ v
         if average_attn_weights:
@@ -95,7 +85,7 @@ def attend(
     if not is_batched:
         y = y.squeeze(0)
     elif not layer.batch_first:
-        y = y.transpose(0, 1).contiguous()  # as torch's is: it may be viewed
+        y = y.transpose(0, 1).contiguous()  # as torch's is; users may call view on it
     return y, weights
 
 
@@ -108,7 +98,7 @@ def _samples_first(x: Tensor, batch_first: bool) -> Tensor:
 def _mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks in one, to be added to scores of ``shape`` (samples, heads, targets, sources)."""
+    """Both masks as one summand for scores of ``shape`` (samples, heads, targets, sources)."""
     samples, heads, targets, sources = shape
     mask = None
     if attn_mask is not None:
@@ -122,15 +112,15 @@ def _mask(
         if key_padding_mask.dim() == 1:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         if tuple(key_padding_mask.shape) != (samples, sources):
-            found = tuple(key_padding_mask.shape)
-            raise RuntimeError(f"key_padding_mask has the shape {found}; it should be {(samples, sources)}")
+            shape_of_mask = tuple(key_padding_mask.shape)
+            raise RuntimeError(f"key_padding_mask has the shape {shape_of_mask}; it should be {(samples, sources)}")
         padding = _additive("key_padding_mask", key_padding_mask, dtype)[:, None, None]
         mask = padding if mask is None else mask + padding
     return mask
 
 
 def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add: -inf where a boolean one is true."""
+    """The mask as a summand: -inf where a boolean one is true."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
     if not mask.is_floating_point():

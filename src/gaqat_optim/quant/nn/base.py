@@ -1,20 +1,20 @@
-"""Quantized versions of torch's modules, and the registry that :func:`quantize_model` swaps by."""
+"""The quantized layer: quantizers around what a float layer computes, and the registry of all such layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from ..config import LayerConfig
+from ..lsq.functional import lsq_quantize_unchecked
 from ..lsq.quantizer import LSQQuantizer, is_unmodified
-from ..summary.record import QuantRecord, storage_bytes
+from ..summary import QuantRecord, storage_bytes
 from .input_scale_gradient import with_scale_gradient
-from .saved import quantized_again
 
 Q = TypeVar("Q", bound="type[QuantizedModule]")
 
@@ -23,16 +23,16 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
 
 
 def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
-    """Register a class as the quantized version of a module type, for :func:`quantize_model` to swap by.
+    """Register a class as the quantized version of module types, for :func:`quantize_model`.
 
-    The class derives from :class:`QuantizedModule` and from the type, and says in ``compute`` what the layer does with
-    a quantized input and weight.
+    The class derives from :class:`QuantizedModule` and from the type. Its ``compute`` is the layer's forward on a
+    quantized input and weight.
 
     Args:
-        types: the exact types that it replaces.
+        types: the exact types that the class replaces.
 
     Example:
-        >>> import torch
+        >>> import torch.nn.functional as F
         >>> from gaqat_optim import quantize_model
         >>> class Cosine(nn.Linear):
         ...     def forward(self, x):
@@ -57,14 +57,14 @@ def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
 class QuantizedModule(nn.Module):
     """Mixin of the quantized layers: up to three quantizers, each ``None`` where that part stays in floating point.
 
-    A quantized layer is made from a float layer by :meth:`from_float`, never by its constructor. It holds the very
-    Parameter objects of the float layer, under their old names, so that optimizers, tied weights and state dicts go on.
+    A quantized layer is made from a float layer by :meth:`from_float`, never by its constructor. It holds the Parameter
+    objects of the float layer under their old names, so that optimizers, tied weights and state dicts stay valid.
     """
 
-    quantizes_input: ClassVar[bool] = True  # whether the input can be quantized; indices cannot
+    quantizes_input: ClassVar[bool] = True  # False for indices
     # How a class with a compute of its own is deployed: a DeployLayer. A class that inherits its compute needs none.
     deployed_as: ClassVar[type[nn.Module] | None] = None
-    recompute_input: bool = False  # whether the quantized input is computed again for backward (recompute_activations)
+    recompute_input: bool = False  # whether backward quantizes the input again (recompute_activations)
 
     weight: Tensor
     weight_quantizer: LSQQuantizer | None
@@ -72,29 +72,23 @@ class QuantizedModule(nn.Module):
     output_quantizer: LSQQuantizer | None
 
     @classmethod
-    def from_float(cls, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
+    def from_float(cls, module: nn.Module, layer: LayerConfig) -> Self:
         """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is."""
+        quantized = cls._sharing_state(module)
+        channels = quantized.channels_first(quantized.weight).shape[0]
+        quantizers = build_quantizers(layer, channels, quantized.weight.device)
+        quantized.weight_quantizer = quantizers["weight"]
+        quantized.input_quantizer = quantizers["input"]
+        quantized.output_quantizer = quantizers["output"]
+        return quantized.train(module.training)
+
+    @classmethod
+    def _sharing_state(cls, module: nn.Module) -> Self:
+        """An object of this class with all attributes of ``module``, and registries of its own."""
         quantized = cls.__new__(cls)
         quantized.__dict__ = module.__dict__.copy()
         for registry in ("_parameters", "_buffers", "_modules"):
             quantized.__dict__[registry] = module.__dict__[registry].copy()
-        device = quantized.weight.device
-        kinds = {"init": layer.init, "scale_domain": layer.scale_domain, "device": device}
-        per_channel = {"channels": quantized.channels_first(quantized.weight).shape[0], "channel_axis": 0}
-        weight = activation = output = None
-        if layer.weight_bits is not None:
-            granularity = per_channel if layer.weight_granularity == "channel" else {}
-            weight = LSQQuantizer(layer.weight_bits, signed=True, **granularity, **kinds)  # type: ignore[arg-type]
-        if layer.activation_bits is not None and cls.quantizes_input:
-            signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
-            activation = LSQQuantizer(layer.activation_bits, signed=signed, axis0_is_batch=True, **kinds)  # type: ignore[arg-type]
-        if layer.output_bits is not None:
-            output = LSQQuantizer(layer.output_bits, axis0_is_batch=True, **kinds)  # type: ignore[arg-type]
-        for quantizer in (weight, activation):
-            if quantizer is not None:
-                quantizer.save_output_for_backward = True
-        quantized.weight_quantizer, quantized.input_quantizer, quantized.output_quantizer = weight, activation, output
-        quantized.train(module.training)
         return quantized
 
     def quantizers(self) -> Iterator[tuple[str, LSQQuantizer]]:
@@ -106,7 +100,7 @@ class QuantizedModule(nn.Module):
 
     def initialize_weight(self) -> None:
         """Set the scales of the weight from its values."""
-        if self.weight_quantizer is not None and not self.weight.is_meta:  # else by a state dict, or in training
+        if self.weight_quantizer is not None and not self.weight.is_meta:  # a state dict or training sets these
             self.weight_quantizer.initialize(self.channels_first(self.weight))
 
     def quantized_weight(self) -> Tensor:
@@ -116,22 +110,43 @@ class QuantizedModule(nn.Module):
         return self.from_channels_first(self.weight_quantizer(self.channels_first(self.weight)))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
-        quantizer = self.input_quantizer
-        x = quantizer(input) if quantizer is not None else input
-        weight = self.quantized_weight()
-        eager = quantizer is not None and x is not input and not torch.compiler.is_compiling()
-        known = eager and is_unmodified(quantizer)  # type: ignore[arg-type]  # x is LSQ's of the input
-        # Where only the scale before a convolution learns, there is a shorter way to its gradient.
-        product = self.product() if known and x.requires_grad and not input.requires_grad else None
-        x = x.detach() if product is not None else x
-        with quantized_again(quantizer, input, x) if known and self.recompute_input else nullcontext():  # type: ignore[arg-type]
-            y = self.compute(x, weight, *args, **kwargs)
-        if product is not None:
-            y = with_scale_gradient(y, quantizer, input, weight, product)  # type: ignore[arg-type]
+        weight, quantizer = self.quantized_weight(), self.input_quantizer
+        if quantizer is None or torch.compiler.is_compiling() or not (quantizer.enabled and is_unmodified(quantizer)):
+            y = self.compute(input if quantizer is None else quantizer(input), weight, *args, **kwargs)
+        else:
+            y = self._compute_eagerly(quantizer, input, weight, *args, **kwargs)
         return self.output_quantizer(y) if self.output_quantizer is not None else y
 
+    def _compute_eagerly(self, quantizer: LSQQuantizer, v: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """:meth:`compute` on ``quantizer(v)``, with two ways to save time or memory in backward.
+
+        Both need to know that the quantizer does LSQ and nothing else, and a compiler has better ways of its own.
+
+        1. In a first layer, the input needs no gradient and its scale does. :func:`with_scale_gradient` then computes
+           that gradient, and the quantized input is a constant for autograd.
+        2. With :attr:`recompute_input`, backward quantizes the input again. The checkpoint ends at the first operation
+           of :meth:`compute` that saves its operands, so that no convolution runs twice.
+        """
+        scale, qmin, qmax, grad_scale, channel_axis = quantizer.lsq_arguments(v)
+        constants = qmin, qmax, grad_scale, channel_axis, quantizer.save_output_for_backward
+        linear_part = self.linear_part() if scale.requires_grad and not v.requires_grad else None
+
+        def quantize_and_compute(v: Tensor, scale: Tensor, weight: Tensor, *args: Any) -> Tensor:
+            return self.compute(lsq_quantize_unchecked(v, scale, *constants), weight, *args, **kwargs)
+
+        # All that backward reads is an argument, in which the checkpoint notices a change in place.
+        operands = v, scale if linear_part is None else scale.detach(), weight, *args
+        # torch.func forbids what checkpoints are made of.
+        if self.recompute_input and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            y: Tensor = checkpoint(quantize_and_compute, *operands, use_reentrant=False)
+        else:
+            y = quantize_and_compute(*operands)
+        if linear_part is not None:
+            y = with_scale_gradient(y, v, scale, weight, linear_part, qmin, qmax, grad_scale)
+        return y
+
     def quant_record(self, name: str) -> QuantRecord:
-        """What :func:`quantization_summary` says of the layer, whose qualified name is ``name``."""
+        """The record of the layer in :func:`quantization_summary`, where its qualified name is ``name``."""
         weight, activation, output = self.weight_quantizer, self.input_quantizer, self.output_quantizer
         scales = sum(q.scale.numel() for q in self._modules.values() if isinstance(q, LSQQuantizer))
         biases = sum(p.numel() for kind, p in self.named_parameters(recurse=False) if "bias" in kind)
@@ -153,25 +168,28 @@ class QuantizedModule(nn.Module):
 
     @torch.no_grad()
     def _signal_to_noise(self) -> float | None:
-        """Of the weight, in decibel: infinite where it is represented exactly, NaN for zeros."""
+        """Signal to noise of the quantized weight in decibel: infinite if it is exact, NaN for zeros."""
         if self.weight_quantizer is None or not self.weight_quantizer.is_initialized:
             return None
         weight = self.weight.double()
         noise = (self.quantized_weight().double() - weight).square().sum()
         return (10 * torch.log10(weight.square().sum() / noise)).item()
 
-    # -- what the kinds of layers differ in --------------------------------------------------------------------
+    # -- what a family of layers defines -----------------------------------------------------------------------
 
     def compute(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the float layer computes, on quantized operands; further arguments are those of its forward."""
+        """The forward of the float layer on quantized operands, with its further arguments."""
         raise NotImplementedError
 
-    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """:meth:`compute` without its bias, if it is linear in the input and its gradient worth a shorter way."""
+    def linear_part(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """:meth:`compute` without its bias, if it is linear in the input; ``None`` forgoes :func:`with_scale_gradient`.
+
+        It pays for convolutions, whose gradient of the input is expensive.
+        """
         return None
 
     def channels_first(self, weight: Tensor) -> Tensor:
-        """The weight with its output channels on axis 0, where the quantizer looks for them."""
+        """The weight with its output channels on axis 0, where the quantizer expects them."""
         return weight
 
     def from_channels_first(self, weight: Tensor) -> Tensor:
@@ -179,124 +197,23 @@ class QuantizedModule(nn.Module):
         return weight
 
 
+def build_quantizers(layer: LayerConfig, channels: int, device: torch.device) -> dict[str, LSQQuantizer | None]:
+    """The quantizers of ``"weight"``, ``"input"`` and ``"output"``; ``None`` where one stays in floating point."""
+
+    def build(bits: int | None, **options: Any) -> LSQQuantizer | None:
+        if bits is None:
+            return None
+        return LSQQuantizer(bits, init=layer.init, scale_domain=layer.scale_domain, device=device, **options)
+
+    per_channel = {"channels": channels, "channel_axis": 0} if layer.weight_granularity == "channel" else {}
+    signed = None if layer.activation_signed == "auto" else bool(layer.activation_signed)
+    weight = build(layer.weight_bits, signed=True, **per_channel)
+    activation = build(layer.activation_bits, signed=signed, axis0_is_batch=True)
+    for quantizer in (weight, activation):
+        if quantizer is not None:
+            quantizer.save_output_for_backward = True  # the layer saves it too, and does not change it
+    return {"weight": weight, "input": activation, "output": build(layer.output_bits, axis0_is_batch=True)}
+
+
 def _mean_scale(quantizer: LSQQuantizer | None) -> float | None:
     return quantizer.scale.mean().item() if quantizer is not None and quantizer.is_initialized else None
-
-
-@register_quantized(nn.Linear)
-class QuantLinear(QuantizedModule, nn.Linear):
-    """:class:`torch.nn.Linear` on a quantized input and weight."""
-
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
-
-
-_CONVOLUTIONS = nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward
-
-
-class _QuantConv(QuantizedModule):
-    """What the convolutions share: torch's own ``_conv_forward`` takes the weight and knows the padding mode."""
-
-    bias: Tensor | None
-
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return,operator]
-
-    def product(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        cls: Any = type(self)
-        if cls.compute is not _QuantConv.compute or cls._conv_forward not in _CONVOLUTIONS:
-            return None  # A user's class may compute something else.
-        return lambda x, weight: self._conv_forward(x, weight, None)  # type: ignore[operator]
-
-
-@register_quantized(nn.Conv1d)
-class QuantConv1d(_QuantConv, nn.Conv1d):
-    """:class:`torch.nn.Conv1d` on a quantized input and weight."""
-
-
-@register_quantized(nn.Conv2d)
-class QuantConv2d(_QuantConv, nn.Conv2d):
-    """:class:`torch.nn.Conv2d` on a quantized input and weight."""
-
-
-@register_quantized(nn.Conv3d)
-class QuantConv3d(_QuantConv, nn.Conv3d):
-    """:class:`torch.nn.Conv3d` on a quantized input and weight."""
-
-
-class _QuantConvTranspose(QuantizedModule):
-    """What the transposed convolutions share.
-
-    Their weight has the shape (inputs, outputs / groups, ...): the output channels of group g are axis 1 of the g-th
-    part of axis 0.
-    """
-
-    operation: ClassVar[Callable[..., Tensor]]
-
-    def compute(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
-        layer: Any = self  # the attributes of torch's class beside this one
-        padding = layer._output_padding(
-            x, output_size, layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
-        )
-        arguments = (layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
-        y: Tensor = type(self).operation(x, weight, *arguments)
-        return y
-
-    def channels_first(self, weight: Tensor) -> Tensor:
-        groups: Any = self.groups
-        return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-
-    def from_channels_first(self, weight: Tensor) -> Tensor:
-        return self.channels_first(weight)  # Exchanging the two axes within each group is its own inverse.
-
-
-@register_quantized(nn.ConvTranspose1d)
-class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
-    """:class:`torch.nn.ConvTranspose1d` on a quantized input and weight."""
-
-    operation = staticmethod(F.conv_transpose1d)
-
-
-@register_quantized(nn.ConvTranspose2d)
-class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
-    """:class:`torch.nn.ConvTranspose2d` on a quantized input and weight."""
-
-    operation = staticmethod(F.conv_transpose2d)
-
-
-@register_quantized(nn.ConvTranspose3d)
-class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
-    """:class:`torch.nn.ConvTranspose3d` on a quantized input and weight."""
-
-    operation = staticmethod(F.conv_transpose3d)
-
-
-@register_quantized(nn.Embedding)
-class QuantEmbedding(QuantizedModule, nn.Embedding):
-    """:class:`torch.nn.Embedding` with a quantized weight, one scale a row. Its input are indices, and stay so."""
-
-    quantizes_input = False
-
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
-
-
-@register_quantized(nn.EmbeddingBag)
-class QuantEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
-    """:class:`torch.nn.EmbeddingBag` with a quantized weight, one scale a row. Its input are indices, and stay so."""
-
-    quantizes_input = False
-
-    def compute(
-        self, x: Tensor, weight: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
-        return F.embedding_bag(
-            x,
-            weight,
-            offsets,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=self.padding_idx,
-        )

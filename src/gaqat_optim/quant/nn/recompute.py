@@ -1,4 +1,4 @@
-"""Less memory for activations: quantized inputs are not kept for backward, but quantized again."""
+"""Less memory for activations: backward quantizes each layer's input again."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from .base import QuantizedModule
 
 
 def recompute_activations(model: nn.Module, enabled: bool = True) -> None:
-    """Let the quantized layers of ``model`` keep less for backward, at the price of a little time.
+    """Let the quantized layers of ``model`` save less for backward, at the price of a little time.
 
-    A layer keeps its quantized input for the gradient of its weight, and the quantizer keeps the input itself: two
-    tensors where the floating-point network has one. With this, each layer keeps the input alone, and quantizes it
-    again when backward asks for it, to the same bits. (The projections of an ``nn.MultiheadAttention`` go on as they
-    were; so do layers whose input quantizer has hooks or is of a class of one's own, the transforms of ``torch.func``,
-    and a compiled network, where the compiler decides what is kept.)
+    A layer saves its quantized input for the gradient of its weight, and the quantizer saves the input itself: two
+    tensors where the floating-point network has one. With this, each layer saves the input alone, and backward
+    quantizes it again, to the same bits.
+
+    Not affected are attention projections, quantizers with hooks or of a user's subclass, the transforms of
+    ``torch.func``, and compiled models, where the compiler decides what to save.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`.
-        enabled: ``False`` goes back to keeping both.
+        enabled: ``False`` saves both tensors again.
 
     Raises:
         ValueError: ``model`` has no quantized layers.
 
     Example:
-        >>> from gaqat_optim import quantize_model
         >>> import torch
-        >>> from gaqat_optim.quant.nn.recompute import recompute_activations
+        >>> from gaqat_optim import quantize_model, recompute_activations
         >>> model = quantize_model(nn.Linear(4, 2), calibration=torch.rand(8, 4))
         >>> recompute_activations(model)
         >>> model(torch.rand(8, 4)).sum().backward()
@@ -36,5 +36,3 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> None:
         raise ValueError(f"{type(model).__name__} has no quantized layers")
     for layer in layers:
         layer.recompute_input = enabled
-        if layer._modules.get("input_quantizer") is not None:
-            layer.input_quantizer.save_output_for_backward = not enabled  # type: ignore[union-attr]

@@ -1,21 +1,21 @@
-"""Modules that cannot be quantized, and what to do instead: better an error than a part left out in silence."""
+"""Modules that cannot be quantized, and what to do instead: an error, where a part would silently be left out."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .attention import attention_refusal
 from .base import QUANTIZED
 
 
-def refusal(module: nn.Module) -> str | None:
+def unsupported_reason(module: nn.Module) -> str | None:
     """Why ``module`` cannot be quantized, where a user would expect it to be; ``None`` where there is no reason.
 
-    >>> refusal(nn.Linear(2, 2)) is None
+    >>> unsupported_reason(nn.Linear(2, 2)) is None
     True
-    >>> print(refusal(nn.GRU(2, 2)))
+    >>> print(unsupported_reason(nn.GRU(2, 2)))
     GRU has its recurrence in one kernel, without a place for quantizers: write it with nn.Linear
     """
     kind = type(module).__name__
@@ -32,4 +32,12 @@ def refusal(module: nn.Module) -> str | None:
             return f"{kind} has sparse gradients, which do not pass through a quantizer: build it with sparse=False"
         if module.max_norm is not None:
             return f"{kind} changes its weight in every forward: build it with max_norm=None"
-    return attention_refusal(module) if type(module) is nn.MultiheadAttention else None
+    if type(module) is nn.MultiheadAttention:
+        out = module.out_proj
+        if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or "weight" not in out._parameters:
+            return f"{kind} has a {type(out).__name__} as out_proj: only torch's own can be quantized"
+        packed, separate = ("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        for name in packed if module._qkv_same_embed_dim else separate:
+            if module._parameters.get(name) is None:
+                return f"{kind} computes its {name} in a hook: fold that in with remove_weight_norm or the like"
+    return None

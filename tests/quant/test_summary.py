@@ -59,7 +59,7 @@ class Shared(nn.Module):
         return self.excluded(self.input(self.weight(x))) @ torch.ones(4, 2)
 
 
-def test_calls_are_counted_by_width():
+def test_calls_are_counted_by_bits():
     x = torch.rand(3, 4)
     overrides = {"weight": {"weight_bits": None}, "input": {"activation_bits": None}}
     config = QuantConfig(4, 8, first_last_bits="same", overrides=overrides, exclude=("excluded",))

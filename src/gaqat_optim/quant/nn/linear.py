@@ -1,0 +1,16 @@
+"""Quantized linear layer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import QuantizedModule, register_quantized
+
+
+@register_quantized(nn.Linear)
+class QuantLinear(QuantizedModule, nn.Linear):
+    """:class:`torch.nn.Linear` on a quantized input and weight."""
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)

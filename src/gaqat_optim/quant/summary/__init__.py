@@ -1,1 +1,0 @@
-"""What is quantized, at how many bits, and what it costs."""

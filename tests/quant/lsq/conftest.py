@@ -1,0 +1,12 @@
+"""Runs a test twice: for ``lsq_quantize``, and as in a layer, where backward uses the output."""
+
+import pytest
+
+from quant.lsq import cases
+
+
+@pytest.fixture(params=["as a function", "as in a layer"], scope="module")
+def with_and_without_output(request):
+    cases.SAVE_OUTPUT[0] = request.param == "as in a layer"
+    yield
+    cases.SAVE_OUTPUT[0] = False

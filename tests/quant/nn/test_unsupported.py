@@ -1,0 +1,66 @@
+"""Modules that cannot be quantized are refused, by what they compute."""
+
+import warnings
+
+import pytest
+from torch import nn
+
+from gaqat_optim import QuantConfig, quantize_model
+from gaqat_optim.quant.nn.base import QuantizedModule
+from gaqat_optim.quant.nn.unsupported import unsupported_reason
+from quant.nn.attentions import E, attention
+
+
+def weight_normed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in many networks
+        return nn.utils.weight_norm(nn.Linear(2, 2))
+
+
+def test_computed_weights_are_refused():
+    hooked = attention()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(hooked, "in_proj_weight")
+    parametrized = attention()
+    nn.utils.parametrizations.weight_norm(parametrized.out_proj)
+
+    class LowRank(nn.Linear):
+        pass
+
+    replaced = attention()
+    replaced.out_proj = LowRank(E, E)
+    for module, words in (
+        (hooked, "computes its in_proj_weight in a hook"),
+        (parametrized, "a ParametrizedNonDynamicallyQuantizableLinear as out_proj"),
+        (replaced, "a LowRank as out_proj"),
+    ):
+        assert words in unsupported_reason(module)
+        with pytest.raises(ValueError, match=words):
+            quantize_model(nn.Sequential(module))
+    assert unsupported_reason(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.LSTM(2, 2), "LSTM has its recurrence in one kernel, .* write it with nn.Linear"),
+        (nn.GRUCell(2, 2), "GRUCell has its recurrence"),
+        (nn.LazyLinear(2), "LazyLinear has no shape yet: run one forward pass"),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+            "ParametrizedLinear computes its weight: fold",
+        ),
+        (weight_normed(), "Linear computes its weight in a hook: .* remove_weight_norm"),
+        (nn.Embedding(3, 2, sparse=True), "Embedding has sparse gradients, .* sparse=False"),
+        (nn.EmbeddingBag(3, 2, max_norm=1.0), "EmbeddingBag changes its weight .* max_norm=None"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_by_name_unless_excluded(module, words):
+    model = nn.ModuleDict({"part": module, "head": nn.Linear(2, 2)})
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=rf"'part' cannot be quantized\. {words}.*; or leave .*exclude=\('part',\)"):
+        quantize_model(model, inplace=True)
+    assert [type(m) for m in model.modules()] == before
+    quantized = quantize_model(model, QuantConfig(exclude=("part",)), inplace=True)
+    assert type(quantized["part"]) is type(module)
+    assert isinstance(quantized["head"], QuantizedModule)
