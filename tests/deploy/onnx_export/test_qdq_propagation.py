@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -44,9 +45,9 @@ def _exported(net, x):
 
 
 def moved(proto):
-    result = onnx.ModelProto()
-    result.CopyFrom(proto)
-    propagate_qdq(result)
+    model = ir.from_proto(proto)
+    propagate_qdq(model.graph)
+    result = ir.to_proto(model)
     del result.graph.value_info[:]
     onnx.checker.check_model(result, full_check=True)
     return result
