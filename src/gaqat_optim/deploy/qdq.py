@@ -20,7 +20,7 @@ QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT = "gaqat.quantizer", "gaqat.weight_bits", "
 
 
 def is_onnx_export() -> bool:
-    """Whether a forward pass is being recorded for an ONNX graph, so that layers write operators instead of computing."""
+    """Whether an ONNX graph is being recorded, so that layers write operators instead of computing."""
     # The first test alone also holds for torch's older exporter, which has no such operators: it records the integer
     # computation, in floating-point operators.
     return torch.onnx.is_in_onnx_export() and torch.compiler.is_exporting()

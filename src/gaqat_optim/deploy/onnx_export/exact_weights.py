@@ -1,18 +1,17 @@
 """Weights of 8 bits in a form in which no product can saturate: the same integers, in other bytes.
 
 Beside inputs of 8 bits, two products of signed bytes beyond 64 do not fit into the 16 bits in which processors without
-VNNI add them (:mod:`~gaqat_optim.deploy.onnx_export.saturation`). Weights of up to 7 bits fit. For those of 8 there are
-two ways:
+VNNI add them (:mod:`~gaqat_optim.deploy.onnx_export.saturation`). Weights of up to 7 bits fit. For weights of 8 bits
+there are two ways:
 
 - The product gets its input twice, side by side, and the weight in two halves, each of at most 64. The sums, the kernel
-  and the type of the weight stay what they are; there are twice as many products. A weight of 101 is stored as 101, and
-  computed with as 50 and 51.
-- The weight w becomes the unsigned byte w + 128, with a zero point of 128. The kernels for those widen bytes to 16 bits
-  first. With VNNI a convolution takes 2.5 times as long with it, where halves take 1.8 times as long, and OpenVINO's
-  matrix products are not exact with it. It is for convolutions that the first way would make slower still: those in
-  groups, whose kernels it would change, and those whose output is not quantized, which run in floating point.
+  and the type of the weight stay the same; there are twice as many products. Example: 101 x becomes 50 x + 51 x.
+- The weight w becomes the unsigned byte w + 128, with a zero point of 128. The kernels for unsigned weights widen bytes
+  to 16 bits first. With VNNI, a convolution takes 2.5 times as long, where halves take 1.8 times as long, and
+  OpenVINO's matrix products are not exact. So this way is only for convolutions that halves would make slower still:
+  in groups, whose kernels would change, and with an output that is not quantized, which run in floating point.
 
-The file keeps 8 bits a weight in both: operators make the halves when it is loaded.
+Both ways keep 8 bits a weight in the file: operators make the halves when it is loaded.
 """
 
 from __future__ import annotations

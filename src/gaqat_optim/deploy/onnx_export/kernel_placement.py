@@ -1,4 +1,4 @@
-"""Which layers of an exported graph onnxruntime runs on integers, which not, and why not."""
+"""Which layers of an exported graph onnxruntime runs on integers, and why others run in floating point."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from .verification import session_options
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# onnxruntime's own names for operators on integers that do not begin with its usual prefix, and for products that run
-# in floating point.
+# onnxruntime's names for operators on integers without its usual prefix, and for products in floating point.
 _INTEGER_PREFIX = "QLinear"
 _INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
 _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
-# By this, products are found again under the names that onnxruntime makes of theirs.
+# The number of a product; onnxruntime makes names of new operators from the names of the old ones.
 _NUMBER = re.compile(r"<product (\d+)>")
 
 
@@ -37,11 +36,11 @@ class FloatOperator:
 
     Attributes:
         name: qualified name of its layer; outside of layers, of the module whose forward has it, and of the operation.
-            With ``#2`` and so on where a layer is used again.
+            With ``#2`` and so on if a layer is used again.
         kernel: onnxruntime's name for the operator.
-        reason: why it is not one on integers, and what to set, in words.
-        setting: what to set for the layer, such as ``"output_bits"``; ``None`` where nothing would help.
-        has_integers: whether its weight and its input are integers, so that one on integers was to be expected.
+        reason: why it does not run on integers, and what to set, in words.
+        setting: what to set for the layer, such as ``"output_bits"``; ``None`` if no setting would help.
+        has_integers: whether its weight and its input are integers, so that a user expects an integer kernel.
     """
 
     name: str
@@ -55,7 +54,7 @@ class FloatOperator:
 class Placement:
     """onnxruntime's operators after its optimizations; see :class:`ExportReport` for their meaning.
 
-    ``saturating`` are those that are not proven to be exact without VNNI.
+    ``saturating`` are the products that are not proven to be exact without VNNI.
     """
 
     integer_kernels: dict[str, int]
@@ -64,24 +63,22 @@ class Placement:
     saturating: tuple[Saturating, ...]
 
     def warning(self) -> str | None:
-        """What to tell a user who expects integers; ``None`` where all is as expected."""
+        """What to tell a user who expects integers; ``None`` if all layers are as expected."""
         unexpected = [operator for operator in self.float_operators if operator.has_integers]
         names = [operator.name for operator in unexpected if operator.setting]
         if not names:
             return None
-        parts = [
-            f"Layers with integer weight and input that onnxruntime runs in floating point: {len(unexpected)} "
-            "(float_operators of the report says why of each)"
-        ]
         first = f"{{{names[0].partition('#')[0]!r}: {{'output_bits': 8}}}}"
-        parts.append(
+        sentences = [
+            f"Layers with integer weight and input that onnxruntime runs in floating point: {len(unexpected)} "
+            "(float_operators of the report says why of each)",
             f"Set output_bits for {first_few(names)}: "
-            f"QuantConfig(output_bits=8) for all layers, overrides={first} for one"
-        )
+            f"QuantConfig(output_bits=8) for all layers, overrides={first} for one",
+        ]
         others = [f"{operator.name} ({operator.reason})" for operator in unexpected if not operator.setting]
         if others:
-            parts.append(f"Nothing to set for {first_few(others)}")
-        return ". ".join(parts)
+            sentences.append(f"Nothing to set for {first_few(others)}")
+        return ". ".join(sentences)
 
 
 def placement(deployed: nn.Module, graph: ir.Graph, proto: Any) -> Placement:
