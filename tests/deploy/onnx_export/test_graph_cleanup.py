@@ -99,7 +99,8 @@ OPTION = {
     [
         ("resnet W8A8", "auto"),
         ("resnet W3A3", "auto"),
-        *((f"used again W{bits}", storage) for bits in (8, 4) for storage in STORAGES),
+        ("used again W8", "auto"),
+        *(("used again W4", storage) for storage in STORAGES),
     ],
 )
 def test_runs_the_same_under_the_option_for_processors_without_vnni(case, storage, tmp_path):

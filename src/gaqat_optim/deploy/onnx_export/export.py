@@ -32,7 +32,7 @@ from .kernel_placement import placement
 from .qdq_propagation import propagate_qdq
 from .report import ExportReport, count_float_values
 from .saturation import inexact, saturating_products
-from .verification import compare_optimizations, conversion_error, out_of_range_inputs
+from .verification import compare_levels, conversion_error, out_of_range_inputs
 from .weight_storage import store_int4, store_planes
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _check_file(
     """The fields of the report that need runs of the network; warns where they are not as expected."""
     name = type(deployed).__name__
     try:
-        optimized, plain, between = compare_optimizations(deployed, proto, out_of_range_inputs(sample))
+        optimized, plain, between = compare_levels(deployed, proto, out_of_range_inputs(sample))
         kernels = placement(deployed, graph, proto)
     except Exception as error:
         raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error

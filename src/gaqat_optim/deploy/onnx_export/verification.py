@@ -102,27 +102,24 @@ class Comparison:
 
 
 def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized: bool = True) -> Comparison:
+    """:func:`compare_levels` for one level."""
+    return compare_levels(deployed, proto, inputs, [optimized])[0]
+
+
+def compare_levels(
+    deployed: nn.Module, proto: Any, inputs: list[Tensor], levels: Sequence[bool] = (True, False)
+) -> list[Comparison]:
     """Run a graph in onnxruntime and ``deployed`` in torch on the same inputs.
 
     Args:
         deployed: a converted network on the CPU, with tensors as output.
         proto: its graph, an ``onnx.ModelProto``.
         inputs: batches.
-        optimized: whether onnxruntime optimizes the graph, as it does by default, or runs it operator by operator.
+        levels: ``True`` for the graph as onnxruntime optimizes it by default, ``False`` for each operator as written.
+
+    Returns:
+        One comparison with torch for each level, then one of the first level with the last.
     """
-    return _compare_levels(deployed, proto, inputs, [optimized])[0]
-
-
-def compare_optimizations(
-    deployed: nn.Module, proto: Any, inputs: list[Tensor]
-) -> tuple[Comparison, Comparison, Comparison]:
-    """:func:`compare` with optimizations and without, and the one run against the other."""
-    optimized, plain, between = _compare_levels(deployed, proto, inputs, [True, False])
-    return optimized, plain, between
-
-
-def _compare_levels(deployed: nn.Module, proto: Any, inputs: list[Tensor], levels: Sequence[bool]) -> list[Comparison]:
-    """One comparison for each level, then one of the first level with the last."""
     # Reading the codes keeps onnxruntime from some of its optimizations. So the outputs come from a session without.
     sessions = [(_session(proto, level), *_session_with_codes(proto, level)) for level in levels]
     comparisons = [Comparison() for _ in (*sessions, None)]
