@@ -1,4 +1,4 @@
-"""What is done to a graph so that runtimes read it as it is meant."""
+"""Passes that keep runtimes from misreading a graph."""
 
 import os
 from collections import Counter

@@ -38,8 +38,8 @@ from .weight_storage import store_int4, store_planes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# What each one does to a graph whose weights are stored as INT8.
-_STORAGES: dict[str, Callable[[Any], None]] = {
+# The pass of each storage, on a graph whose weights are stored as INT8.
+_STORAGES: dict[str, Callable[[ir.Graph], None]] = {
     "auto": store_int4,
     "int8": lambda graph: None,
     "packed": store_planes,
@@ -196,11 +196,11 @@ def _require_packages(check: bool, opset: int) -> None:
 def _torch_export(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool) -> ir.Model:
     """The model that torch makes of a converted network, its weights as INT8."""
     if len(sample) == 1:
-        sample = torch.cat([sample, sample])  # A size of 1 would be taken for a constant.
+        sample = torch.cat([sample, sample])  # torch takes a size of 1 for a constant.
     shapes = ({0: torch.export.Dim("batch", min=2)},)  # torch 2.9 refuses a range with 1 in it
     try:
         with warnings.catch_warnings():
-            # The exporter copies one of torch's own structures, which warns of a use that torch itself makes of it.
+            # The exporter uses one of torch's own structures in a way that torch warns about.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             program = torch.onnx.export(
                 deployed,
@@ -213,16 +213,16 @@ def _torch_export(deployed: nn.Module, sample: Tensor, opset: int, one_output: b
                 dynamic_shapes=shapes,
             )
             if getattr(program, "_capture_strategy", None) == "TorchExportDraftExportStrategy":
-                # What torch 2.8 cannot export, it records with each decision as the sample's values have it.
-                torch.export.export(deployed, (sample,), dynamic_shapes=shapes, strict=False)  # says why
-                raise RuntimeError("what torch makes of it holds for the values of the sample alone")
+                # torch 2.8 falls back to a recording whose branches depend on the values of the sample.
+                torch.export.export(deployed, (sample,), dynamic_shapes=shapes, strict=False)  # Raises the reason.
+                raise RuntimeError("torch's recording holds for the values of the sample alone")
     except Exception as error:
         raise RuntimeError(f"torch cannot export {type(deployed).__name__}: {_cause(error)}") from error
     assert program is not None
     network: ir.Model = program.model
-    has_quantizers = any(QUANTIZER in node.metadata_props for node in network.graph)
-    if not has_quantizers and any(isinstance(module, ActivationQuantizer) for module in deployed.modules()):
-        # What torch falls back to where tracing fails is Dynamo, which records the arithmetic of the integers instead.
+    needs_quantizers = any(isinstance(module, ActivationQuantizer) for module in deployed.modules())
+    if needs_quantizers and not any(QUANTIZER in node.metadata_props for node in network.graph):
+        # If tracing fails, torch falls back to Dynamo, which records the arithmetic of the codes in floating point.
         raise RuntimeError(
             f"torch cannot export {type(deployed).__name__} but by Dynamo, which would write it in floating point. "
             "torch.export.export(convert(model), (sample,), strict=False) says what stops the other way"
@@ -231,7 +231,7 @@ def _torch_export(deployed: nn.Module, sample: Tensor, opset: int, one_output: b
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what began a chain of exceptions."""
+    """The first line of the exception that began a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
@@ -243,17 +243,15 @@ def _serialized(network: ir.Model, name: str) -> Any:
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    shape = network.graph.inputs[0].shape
-    assert shape is not None
-    batch = shape[0]
-    if isinstance(batch, int):
-        raise RuntimeError(
-            f"torch cannot export {name} for any batch size: its code depends on the size of axis 0, "
-            f"and would run for {batch} only"
-        )
     RemoveUnusedNodesPass()(network)
     proto = ir.to_proto(network)
     del proto.graph.value_info[:]  # Shapes can be inferred.
+    batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if not batch.dim_param:
+        raise RuntimeError(
+            f"torch cannot export {name} for any batch size: its code depends on the size of axis 0, "
+            f"and would run for {batch.dim_value} only"
+        )
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # Of several types, without a common base.
@@ -272,7 +270,7 @@ def _check_file(
     except Exception as error:
         raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error
     if kernels.saturating:
-        raise inexact(kernels.saturating, f"what onnxruntime makes of {name}")
+        raise inexact(kernels.saturating, f"the optimized graph of {name}")
     for message in (kernels.warning(), disagreement(optimized, plain, between)):
         if message is not None:
             warnings.warn(message, stacklevel=3)

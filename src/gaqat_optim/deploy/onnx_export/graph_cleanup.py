@@ -1,4 +1,4 @@
-"""What is done to a graph so that runtimes read it as it is meant, and so that the file is small."""
+"""Passes that keep runtimes from misreading a graph, and that make the file small."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _rank(weight: ir.Value) -> int:
 def shorten_names(graph: ir.Graph) -> None:
     """Give intermediate results short names, and no name to operators but products.
 
-    What the exporter calls them takes more bytes in the file than a small layer.
+    The exporter's names take more bytes in the file than a small layer.
     """
     kept = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
     short_names = (name for name in map("t{}".format, itertools.count()) if name not in kept)
