@@ -54,7 +54,7 @@ def product(kind, first, second, *, clip=None, weight=None):
 
 
 def constant_of(proto, name):
-    """The bytes of a weight, whatever operators make them."""
+    """The bytes of a weight, computed if operators make them."""
     graph = ir.from_proto(proto).graph
     values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     return ByteRanges(graph).constant(next(value for value in values if value.name == name))

@@ -33,7 +33,7 @@ def folded(layer, norm):
     return scale.astype(np.float32), bias
 
 
-def room(layer):
+def spare_bits(layer):
     """The largest k with 2^k times the code in 8 bits, and a sum of two products of such in 16, if it was before."""
     bits, signed = layer.weight_quantizer.bits, layer.input_quantizer.signed
     reach = layer.input_quantizer.qmax + (128 if signed else 0)  # of the code in uint8
@@ -45,13 +45,16 @@ def layer_output(layer, norm, x):
     """The output of the deployed layer: float32, equal to the bit."""
     scale, bias = folded(layer, norm)
     has_bias = layer.bias is not None or norm is not None
-    shift = room(layer) if has_bias else 0
-    unit = layer.input_quantizer.scale.detach().numpy().reshape(()) * (scale / np.float32(2**shift))
-    bias_codes = np.rint(bias / unit.astype(np.float64)).astype(np.int64) if has_bias else np.zeros(len(unit), np.int64)
+    shift = spare_bits(layer) if has_bias else 0
+    accumulator_scale = layer.input_quantizer.scale.detach().numpy().reshape(()) * (scale / np.float32(2**shift))
+    bias_codes = np.zeros(len(accumulator_scale), np.int64)
+    if has_bias:
+        bias_codes = np.rint(bias / accumulator_scale.astype(np.float64)).astype(np.int64)
     a, q = input_codes(layer, x), weight_codes(layer)
     total = _convolution(a, q, layer) if hasattr(layer, "kernel_size") else _product(a, q)
     spatial = [1] * (total.ndim - 2)
-    return (total * 2**shift + bias_codes.reshape(-1, *spatial)).astype(np.float32) * unit.reshape(-1, *spatial)
+    codes = total * 2**shift + bias_codes.reshape(-1, *spatial)
+    return codes.astype(np.float32) * accumulator_scale.reshape(-1, *spatial)
 
 
 def _product(a, q):

@@ -96,7 +96,7 @@ def float_file(net, sample, path, names, opset):
 
 
 @pytest.mark.parametrize("opset", [18, 21])
-def test_a_float_file_of_the_same_network_whatever_its_inputs_are_called(opset, tmp_path):
+def test_a_float_file_of_the_same_network_with_other_input_names(opset, tmp_path):
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     x = torch.rand(4, 8)
     full = float_file(net, (x,), tmp_path / "float.onnx", ["pixels"], opset)

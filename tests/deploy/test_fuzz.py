@@ -72,7 +72,7 @@ def test_random_networks_compute_the_same_everywhere():
                 path = Path(folder) / "net.onnx"
                 export_onnx(model, torch.randn(case.batch, *case.shape), path, check=False)
                 proto, in_runtime_form = onnx.load(path), optimized(path)
-        # Whatever the processor here: no two products saturate on those that add them in 16 bits.
+        # No two products saturate on processors that add them in 16 bits.
         assert saturating(proto) == saturating(in_runtime_form) == []
         counts["products"] += sum(node.op_type in INTEGER_PRODUCTS for node in in_runtime_form.graph.node)
         x = torch.randn(33, *case.shape)

@@ -37,8 +37,8 @@ def test_the_file_predicts_as_the_network_that_was_trained(network, config, tmp_
 
     A code differs in onnxruntime where a value lies within float32's rounding of a tie, and many behind it may follow.
     So a prediction between nearly equal scores can change: one of 1,000. In training it is the same, with the biases
-    that are deployed. Without them, the difference is their rounding, by up to half a unit of the sum. Agreement means
-    something only if predictions differ and are learned.
+    that are deployed. Without them, the difference is their rounding, by up to half an accumulator scale. Agreement
+    means something only if predictions differ and are learned.
     """
     model = trained(network, config, **STEPS)
     x, y = batch(network, INPUTS, seed=99)

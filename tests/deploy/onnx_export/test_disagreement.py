@@ -6,12 +6,7 @@ import pytest
 import torch
 
 from deploy.deploy_networks import Requantized, images
-from deploy.onnx_runs import (
-    NOT_THE_SAME,
-    damage_graph,
-    export_with_warnings,
-    quantized,
-)
+from deploy.onnx_runs import NOT_THE_SAME, damage_graph, export_with_warnings, quantized
 from gaqat_optim import QuantConfig, export_onnx
 from gaqat_optim.deploy.onnx_export import export as exporting
 from gaqat_optim.deploy.onnx_export.disagreement import disagreement

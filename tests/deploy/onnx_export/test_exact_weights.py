@@ -12,13 +12,7 @@ from torch import nn
 
 from deploy.byte_products import product, with_signed_weights
 from deploy.deploy_networks import images, trained
-from deploy.onnx_runs import (
-    STAYS_IN_FLOAT,
-    STORAGES,
-    run,
-    run_torch,
-    saturating,
-)
+from deploy.onnx_runs import STAYS_IN_FLOAT, STORAGES, run, run_torch, saturating
 from deploy.saturating_runtime import optimized, run_without_vnni
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
 from gaqat_optim.deploy.onnx_export.exact_weights import make_exact

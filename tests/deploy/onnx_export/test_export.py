@@ -11,15 +11,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import CONFIGS, NETWORKS, cnn, images, randomize_norms, trained
-from deploy.onnx_runs import (
-    LEVELS,
-    NEEDS_OPSET_23,
-    STAYS_IN_FLOAT,
-    W4A4,
-    quantized,
-    run,
-    run_torch,
-)
+from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model, scale_parameters
 from gaqat_optim.deploy.onnx_export.report import ExportReport
 from gaqat_optim.deploy.onnx_export.verification import out_of_range_inputs, tensors
@@ -50,7 +42,7 @@ def test_onnxruntime_computes_what_convert_says(network, config, tmp_path):
     assert report.code_flip_rate_unoptimized <= 1e-3
     inputs = [x, 8 * x, 8 * (x.mean() - x)]
     assert all(torch.equal(a, b) for a, b in zip(out_of_range_inputs(x), inputs, strict=True))
-    # A code that flips moves the output by about a unit of the next layer.
+    # A code that flips moves the output by about a step of the next layer.
     tolerance = 0.1 if report.code_flip_rate or report.code_flip_rate_unoptimized else 1e-5
     expected = run_torch(deployed, torch.cat(inputs))
     for level in LEVELS:
@@ -91,7 +83,7 @@ def test_ties_are_rounded_the_same_way(output_bits, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 8])
-def test_the_batch_is_free_whatever_the_samples(count, tmp_path):
+def test_the_batch_is_free_for_any_batch_of_the_sample(count, tmp_path):
     model = trained("cnn", CONFIGS["W4A4"])
     export_onnx(model, images(count), tmp_path / "net.onnx", check=False)
     for batch in (1, 5, 33):

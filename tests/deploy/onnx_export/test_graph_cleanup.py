@@ -10,12 +10,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import CONFIGS, Requantized, images, trained
-from deploy.onnx_runs import (
-    STORAGES,
-    quantized,
-    run,
-    run_torch,
-)
+from deploy.onnx_runs import STORAGES, quantized, run, run_torch
 from gaqat_optim import QuantConfig, convert, export_onnx
 from gaqat_optim.deploy.nn.layers import DeployLayer
 

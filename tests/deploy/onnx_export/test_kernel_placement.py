@@ -7,11 +7,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import images
-from deploy.onnx_runs import (
-    STAYS_IN_FLOAT,
-    export_with_warnings,
-    quantized,
-)
+from deploy.onnx_runs import STAYS_IN_FLOAT, export_with_warnings, quantized
 from gaqat_optim import QuantConfig
 
 

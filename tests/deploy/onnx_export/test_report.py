@@ -5,9 +5,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import images
-from deploy.onnx_runs import (
-    quantized,
-)
+from deploy.onnx_runs import quantized
 from gaqat_optim import convert, export_onnx, quantization_summary
 from gaqat_optim.deploy.onnx_export.report import count_float_values
 

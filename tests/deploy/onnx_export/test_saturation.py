@@ -11,10 +11,7 @@ from onnx.numpy_helper import from_array
 
 from deploy.byte_products import product, with_signed_weights
 from deploy.deploy_networks import CONFIGS, images, trained
-from deploy.onnx_runs import (
-    damage_graph,
-    saturating,
-)
+from deploy.onnx_runs import damage_graph, saturating
 from deploy.saturating_runtime import saturating_matmul
 from gaqat_optim import QuantConfig, export_onnx
 from gaqat_optim.deploy.onnx_export import export as exporting

@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from deploy.deploy_networks import CONFIGS, images, trained
-from deploy.onnx_runs import (
-    STAYS_IN_FLOAT,
-    damage_graph,
-    run,
-    run_torch,
-)
+from deploy.onnx_runs import STAYS_IN_FLOAT, damage_graph, run, run_torch
 from gaqat_optim import convert, export_onnx
 from gaqat_optim.deploy.onnx_export import export as exporting
 from gaqat_optim.deploy.onnx_export.verification import Comparison, compare, out_of_range_inputs, top1

@@ -11,11 +11,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import images, randomize_norms, trained
-from deploy.onnx_runs import (
-    LEVELS,
-    STORAGES,
-    quantized,
-)
+from deploy.onnx_runs import LEVELS, STORAGES, quantized
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
 from gaqat_optim.deploy.bit_planes import pack_bits
 from gaqat_optim.deploy.nn.layers import DeployLayer
@@ -51,7 +47,7 @@ def compiled(path, level="optimized", without_vnni=False):
 
 
 def all_the_same(paths):
-    """Whatever the storage, the results are equal to the bit, and an optimizing onnxruntime runs the same operators."""
+    """The results of all storages are equal to the bit, and an optimizing onnxruntime runs the same operators."""
     for settings in ({"level": "as written"}, {"level": "optimized"}, {"level": "optimized", "without_vnni": True}):
         found = [compiled(path, **settings) for path in paths]
         assert all(np.array_equal(found[0][0], y) for y, _ in found[1:])
@@ -68,16 +64,16 @@ def test_narrow_storage_is_smaller_and_computes_the_same(written):
     assert all_the_same([report.path for report in reports.values()])["QLinearConv"] == 2
 
 
-def test_every_width_and_odd_counts(tmp_path):
+def test_all_bits_and_odd_counts(tmp_path):
     """45 weights leave bits unused. Codes are not shifted up without a bias, nor with 7 bits beside signed inputs."""
-    widths = {"0": 8, "1": 2, "2": 3, "3": 4, "4": 5, "5": 6, "6": 7, "7": 2, "8": 7, "9": 3}
-    layers = [nn.Linear(*((9, 5), (5, 9))[i % 2], bias=i < 7) for i in range(len(widths))]
+    bits_of = {"0": 8, "1": 2, "2": 3, "3": 4, "4": 5, "5": 6, "6": 7, "7": 2, "8": 7, "9": 3}
+    layers = [nn.Linear(*((9, 5), (5, 9))[i % 2], bias=i < 7) for i in range(len(bits_of))]
     x = torch.rand(16, 9)
-    overrides = {name: {"weight_bits": bits} for name, bits in widths.items()}
+    overrides = {name: {"weight_bits": bits} for name, bits in bits_of.items()}
     model = quantized(nn.Sequential(*layers), x, QuantConfig(4, 4, first_last_bits="same", overrides=overrides))
     deployed = dict(convert(model).named_children())
-    assert [layer.weight_bits for layer in deployed.values()] == list(widths.values())
-    assert [layer.shift > 0 for layer in deployed.values()] == [0 < i < 6 for i in range(len(widths))]
+    assert [layer.weight_bits for layer in deployed.values()] == list(bits_of.values())
+    assert [layer.shift > 0 for layer in deployed.values()] == [0 < i < 6 for i in range(len(bits_of))]
     paths = []
     for storage in STORAGES:
         paths.append(tmp_path / f"{storage}.onnx")
@@ -85,7 +81,7 @@ def test_every_width_and_odd_counts(tmp_path):
     assert all_the_same(paths)["QGemm"] >= 7
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(paths[-1]).graph.initializer}
     for name, layer in deployed.items():
-        codes, bits = layer.codes.numpy(), widths[name]
+        codes, bits = layer.codes.numpy(), bits_of[name]
         expected = codes if bits == 8 else pack_bits(codes >> layer.shift, bits)
         assert stored[f"{name}.codes"].dtype == expected.dtype
         assert np.array_equal(stored[f"{name}.codes"], expected)
