@@ -138,10 +138,8 @@ def export_onnx(
     proto = _serialized(network, class_name)
     if saturating := saturating_products(graph):
         raise inexact(saturating, f"the graph of {class_name}")
-    comparison = {}
-    if check:
-        trained = None if is_converted else copy.deepcopy(model).eval().cpu().float()
-        comparison = _check_file(deployed, graph, proto, sample, trained)
+    trained = None if is_converted else model
+    comparison = _check_file(deployed, graph, proto, sample, trained) if check else {}
     size = _write(proto, target)
     compression = 4 * count_float_values(deployed) / size
     return ExportReport(target, storage, opset, size, compression, macs, **comparison)
@@ -271,10 +269,11 @@ def _check_file(
         raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error
     if kernels.saturating:
         raise inexact(kernels.saturating, f"the optimized graph of {name}")
-    for message in (kernels.warning(), disagreement(optimized, plain, between)):
-        if message is not None:
-            warnings.warn(message, stacklevel=3)
-    conversion = None if trained is None else conversion_error(trained, deployed, sample)
+    for message in filter(None, (kernels.warning(), disagreement(optimized, plain, between))):
+        warnings.warn(message, stacklevel=3)
+    conversion = None
+    if trained is not None:
+        conversion = conversion_error(copy.deepcopy(trained).eval().cpu().float(), deployed, sample)
     return {
         "max_abs_diff": optimized.max_abs_diff,
         "code_flip_rate": optimized.code_flip_rate,
