@@ -1,5 +1,7 @@
 """Small networks for the deployment tests, trained for a few steps so that their codes are used."""
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -96,6 +98,20 @@ class ResNet(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
 
 
+class Requantized(nn.Module):
+    """A layer that is used again: the 8 bits of its output are quantized to the 8 bits of its own input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        for _ in range(3):
+            x = torch.relu(self.again(x))
+        return self.last(x)
+
+
 NETWORKS = {"mlp": mlp, "cnn": cnn, "resnet": ResNet}
 CONFIGS = {
     "W8A8": QuantConfig(8, 8),
@@ -110,6 +126,11 @@ CONFIGS = {
 
 def trained(network: str, config: QuantConfig, steps: int = 15) -> nn.Module:
     """A quantized network after some steps of training in floating point and some with the quantizers."""
+    return copy.deepcopy(_trained(network, config, steps))
+
+
+@functools.cache
+def _trained(network: str, config: QuantConfig, steps: int) -> nn.Module:
     torch.manual_seed(0)
     model = NETWORKS[network]()
     _train(model, steps)

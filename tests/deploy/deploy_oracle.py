@@ -47,17 +47,14 @@ def layer_output(layer, norm, x):
     has_bias = layer.bias is not None or norm is not None
     shift = spare_bits(layer) if has_bias else 0
     accumulator_scale = layer.input_quantizer.scale.detach().numpy().reshape(()) * (scale / np.float32(2**shift))
-    bias_codes = (
-        np.rint(bias / accumulator_scale.astype(np.float64)).astype(np.int64)
-        if has_bias
-        else np.zeros(len(accumulator_scale), np.int64)
-    )
+    bias_codes = np.zeros(len(accumulator_scale), np.int64)
+    if has_bias:
+        bias_codes = np.rint(bias / accumulator_scale.astype(np.float64)).astype(np.int64)
     a, q = input_codes(layer, x), weight_codes(layer)
     total = _convolution(a, q, layer) if hasattr(layer, "kernel_size") else _product(a, q)
     spatial = [1] * (total.ndim - 2)
-    return (total * 2**shift + bias_codes.reshape(-1, *spatial)).astype(np.float32) * accumulator_scale.reshape(
-        -1, *spatial
-    )
+    codes = total * 2**shift + bias_codes.reshape(-1, *spatial)
+    return codes.astype(np.float32) * accumulator_scale.reshape(-1, *spatial)
 
 
 def _product(a, q):

@@ -1,4 +1,4 @@
-"""The networks that people deploy, on few classes and small images, trained until their decisions are decisive."""
+"""The networks that people deploy, on few classes and small images, trained until their predictions are decisive."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from gaqat_optim.deploy.onnx_export.verification import tensors
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 
 # onnxruntime rounds x / s, with x a sum in another order, or the product of a sum of integers with a quotient of
-# scales: some float32 roundings of numbers of the size of x / s. A tie is a place where they can decide.
+# scales: some float32 roundings of numbers of the size of x / s. A tie is a value that they can round either way.
 ROUNDINGS = 32
 _EPSILON = 2.0**-24
 
@@ -48,7 +48,7 @@ class Parity:
 def in_runtime(deployed: nn.Module, proto: Any, x: Tensor, *, optimized: bool, roundings: int = ROUNDINGS) -> Parity:
     """Whether the graph of a converted network has its codes and outputs in onnxruntime.
 
-    Rounding to a code makes a difference of one unit out of one in the last bit of a float32, and everything behind it
+    Rounding to a code makes a difference of one code out of one in the last bit of a float32, and everything behind it
     may then differ. So each image (entry of the batch) is followed to the first quantizer, in the order of calls, at
     which any of its codes differ. There, each of the differing codes has to be off by one, and its value halfway
     between the two to within float32's rounding. An image without such a place must have equal outputs.

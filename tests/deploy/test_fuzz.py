@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, note, settings
 from torch import nn
 
+from deploy.onnx_runs import saturating
 from deploy.parity import ROUNDINGS, in_runtime, in_training
 from deploy.random_networks import Case, cases, has_attention
 from deploy.saturating_runtime import optimized
 from gaqat_optim import convert, export_onnx, quantize_model
 from gaqat_optim.deploy.onnx_export.byte_ranges import INTEGER_PRODUCTS
-from gaqat_optim.deploy.onnx_export.saturation import saturating_products
 
 SOAK = "SOAK_NETWORKS" in os.environ
 NETWORKS = int(os.environ.get("SOAK_NETWORKS", "25"))
@@ -72,8 +72,8 @@ def test_random_networks_compute_the_same_everywhere():
                 path = Path(folder) / "net.onnx"
                 export_onnx(model, torch.randn(case.batch, *case.shape), path, check=False)
                 proto, in_runtime_form = onnx.load(path), optimized(path)
-        # Whatever the processor here: no two products saturate on those that add them in 16 bits.
-        assert saturating_products(proto) == saturating_products(in_runtime_form) == []
+        # No two products saturate on processors that add them in 16 bits.
+        assert saturating(proto) == saturating(in_runtime_form) == []
         counts["products"] += sum(node.op_type in INTEGER_PRODUCTS for node in in_runtime_form.graph.node)
         x = torch.randn(33, *case.shape)
         roundings = WITH_ATTENTION if has_attention(case.network) else ROUNDINGS

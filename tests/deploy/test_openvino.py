@@ -49,7 +49,7 @@ def test_openvino_computes_what_convert_says(network, config, tmp_path):
     OpenVINO adds in another order and multiplies scales before it rounds, so a value within float32's rounding of a tie
     takes the other code: 3e-4 of them at most were seen, at 8 bits behind an addition, and none in most networks. A
     tenth of a percent is allowed, and outputs that differ by one percent of their range. Without the Clip
-    it is 19 % of the codes, at W4A4. Of 300 decisions, one may change where two scores are that close.
+    it is 19 % of the codes, at W4A4. Of 300 predictions, one may change where two scores are that close.
     """
     model = trained(network, CONFIGS[config])
     export_onnx(model, images(4), tmp_path / "net.onnx", check=False)

@@ -7,26 +7,16 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Feed = dict[str, NDArray[Any]]
-
-# What a file's inputs are filled with, by the name that onnxruntime has for their type.
-_DTYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
+# The types that an input can be filled for, by onnxruntime's names.
+_DTYPES = {f"tensor({name})": name for name in ("float16", "int64", "int32", "int8", "uint8", "bool")}
+_DTYPES |= {"tensor(float)": "float32", "tensor(double)": "float64"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,7 @@ class Latency:
 
     Attributes:
         path: the file.
-        times: of all runs that were measured, in their order.
+        times: of all measured runs, in their order.
     """
 
     path: Path
@@ -65,8 +55,8 @@ class Benchmark:
     Attributes:
         a: run times of the first file.
         b: run times of the second file.
-        batch_size: what the axes that all files leave free were set to.
-        threads: the threads that each run was given.
+        batch_size: the size of the axes that all files leave free.
+        threads: the threads of each run.
     """
 
     a: Latency
@@ -82,10 +72,10 @@ class Benchmark:
     def __str__(self) -> str:
         width = max(len(self.a.path.name), len(self.b.path.name), len("file"))
         lines = [f"{'file':<{width}}  median ms      middle half  fastest"]
-        for result in (self.a, self.b):
-            low, high = result.quartiles
+        for latency in (self.a, self.b):
+            low, high = latency.quartiles
             spread = f"{low:.3f} to {high:.3f}"
-            lines.append(f"{result.path.name:<{width}}  {result.median:9.3f}  {spread:>15}  {result.fastest:7.3f}")
+            lines.append(f"{latency.path.name:<{width}}  {latency.median:9.3f}  {spread:>15}  {latency.fastest:7.3f}")
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
         runs = f"{len(self.a.times)} runs each, interleaved, batch {self.batch_size}, {threads}"
         return "\n".join([*lines, f"{self.b.path.name} is {self.ratio:.2f} times as fast ({runs})"])
@@ -102,17 +92,17 @@ def benchmark_onnx(
 ) -> Benchmark:
     """Measure two ONNX files in onnxruntime on the CPU, in turns: a, b, a, b, ...
 
-    What else happens on the machine then meets both alike, so that their ratio is steadier than either time. The files
+    Other load on the machine then slows down both alike, so that their ratio is steadier than either time. The files
     get the same random inputs, made from the shapes that they declare. Inputs are matched by type and shape, so that a
     file of the float network may have other names for them, and another opset.
 
     Args:
         path_a: the file to compare with, such as the float network.
-        path_b: the file that is compared, such as one of :func:`~gaqat_optim.export_onnx`.
+        path_b: the file to compare, such as one of :func:`~gaqat_optim.export_onnx`.
         batch_size: size of axis 0 of the inputs, and of every other axis that all files leave free.
         threads: threads that onnxruntime computes one run with.
         runs: measured runs of each file.
-        warmup: runs of each file before those, in which onnxruntime allocates its memory.
+        warmup: runs of each file before the measured ones, in which onnxruntime allocates its memory.
 
     Returns:
         The run times, with medians, spread and ratio.
@@ -120,8 +110,8 @@ def benchmark_onnx(
     Raises:
         ImportError: onnxruntime is not installed.
         FileNotFoundError: one of the files does not exist.
-        ValueError: an argument is out of range, a file is none that onnxruntime can load, the two files have different
-            inputs, or their inputs have another batch size or a type that cannot be filled.
+        ValueError: an argument is out of range, onnxruntime cannot load a file, the two files have different inputs,
+            or their inputs have another batch size or a type that cannot be filled.
 
     Example:
         >>> import tempfile, torch
@@ -142,30 +132,9 @@ def benchmark_onnx(
 
 
 def latencies(
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    batch_size: int = 1,
-    threads: int = 1,
-    runs: int = 50,
-    warmup: int = 5,
+    paths: Sequence[str | os.PathLike[str]], *, batch_size: int = 1, threads: int = 1, runs: int = 50, warmup: int = 5
 ) -> list[Latency]:
-    """Measure any number of ONNX files as :func:`benchmark_onnx` does two: in turns, with the same inputs.
-
-    Args:
-        paths: the files.
-        batch_size: as there, like all that follow.
-        threads: threads that onnxruntime computes one run with.
-        runs: measured runs of each file.
-        warmup: runs of each file before those.
-
-    Returns:
-        The run times of each file, in the order of ``paths``.
-
-    Raises:
-        ImportError: onnxruntime is not installed.
-        FileNotFoundError: one of the files does not exist.
-        ValueError: as :func:`benchmark_onnx`.
-    """
+    """:func:`benchmark_onnx` for any number of files: the run times of each, in the order of ``paths``."""
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("threads", threads, 1),
@@ -175,34 +144,25 @@ def latencies(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     files = [Path(path) for path in paths]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {str(path)!r}")
     sessions = [_session(path, threads) for path in files]
-    feeds = _feeds(files, sessions, batch_size)
+    feeds = _feeds(files, [session.get_inputs() for session in sessions], batch_size)
     times: list[list[float]] = [[] for _ in files]
-    for run in range(warmup + runs):
+    for _ in range(warmup + runs):
         for session, feed, measured in zip(sessions, feeds, times, strict=True):
-            elapsed = _timed(session, feed)
-            if run >= warmup:
-                measured.append(elapsed)
-    return [Latency(path, tuple(measured)) for path, measured in zip(files, times, strict=True)]
-
-
-def _timed(session: Any, feed: Feed) -> float:
-    """Milliseconds of one run."""
-    begin = time.perf_counter()
-    session.run(None, feed)
-    return 1000 * (time.perf_counter() - begin)
+            begin = time.perf_counter()
+            session.run(None, feed)
+            measured.append(1000 * (time.perf_counter() - begin))
+    return [Latency(path, tuple(measured[warmup:])) for path, measured in zip(files, times, strict=True)]
 
 
 def _session(path: Path, threads: int) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
     try:
         onnxruntime: Any = importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise ImportError(
-            'benchmark_onnx needs onnxruntime: pip install "gaqat-optim[onnx]"', name="onnxruntime"
-        ) from error
+        message = 'benchmark_onnx needs onnxruntime: pip install "gaqat-optim[onnx]"'
+        raise ImportError(message, name="onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # Errors alone.
     options.intra_op_num_threads = threads
@@ -213,74 +173,50 @@ def _session(path: Path, threads: int) -> Any:
         raise ValueError(f"onnxruntime cannot load {str(path)!r}: {type(error).__name__}: {reason}") from error
 
 
-@dataclass(frozen=True)
-class _Input:
-    """An input that a file declares; the size of an axis that it leaves free is ``None``."""
-
-    name: str
-    kind: str
-    shape: tuple[int | None, ...]
-
-    def fits(self, other: _Input) -> bool:
-        """Whether one tensor can be both."""
-        alike = self.kind == other.kind and len(self.shape) == len(other.shape)
-        return alike and all(a is None or b is None or a == b for a, b in zip(self.shape, other.shape, strict=True))
-
-    def sizes(self, batch_size: int) -> tuple[int, ...]:
-        return tuple(batch_size if size is None else size for size in self.shape)
-
-
-def _feeds(paths: list[Path], sessions: list[Any], batch_size: int) -> list[Feed]:
+def _feeds(files: list[Path], declared: list[list[Any]], batch_size: int) -> list[dict[str, NDArray[Any]]]:
     """The same random values for each file, by the names of its inputs."""
-    declared = [[_input(value) for value in session.get_inputs()] for session in sessions]
-    joint, matched = declared[0], []
-    for path, inputs in zip(paths, declared, strict=True):
-        found = _matched(joint, inputs)
-        if found is None:
+    matches = [[value] for value in declared[0]]  # An input of the first file, and the inputs of the others like it.
+    for file, inputs in zip(files[1:], declared[1:], strict=True):
+        unmatched = list(inputs)
+        for match in matches:
+            fitting = [value for value in unmatched if all(_can_be_equal(value, other) for other in match)]
+            fitting.sort(key=lambda value: value.name != match[0].name)  # One of the same name comes first.
+            match += fitting[:1]
+            unmatched = [value for value in unmatched if value not in match]
+        if unmatched or len(inputs) != len(matches):
             raise ValueError(
-                f"the inputs differ: {paths[0].name!r} takes {_shown(declared[0], batch_size)}, and {path.name!r} "
-                f"takes {_shown(inputs, batch_size)}. Export both from one network with one sample"
+                f"the inputs differ: {files[0].name!r} takes {_listed(declared[0], batch_size)}, and {file.name!r} "
+                f"takes {_listed(inputs, batch_size)}. Export both from one network with one sample"
             )
-        matched.append(found)
-        joint = [_joint(one, other) for one, other in zip(joint, found, strict=True)]
     generator = np.random.default_rng(0)
-    values = [_values(one, batch_size, generator) for one in joint]
-    return [{one.name: value for one, value in zip(found, values, strict=True)} for found in matched]
+    arrays = [_random_array(match, batch_size, generator) for match in matches]
+    return [{match[i].name: array for match, array in zip(matches, arrays, strict=True)} for i, _ in enumerate(files)]
 
 
-def _input(value: Any) -> _Input:
-    return _Input(value.name, value.type, tuple(size if isinstance(size, int) else None for size in value.shape))
+def _can_be_equal(a: Any, b: Any) -> bool:
+    """Whether one tensor can be both inputs; the size of a free axis is a name or ``None``."""
+    if a.type != b.type or len(a.shape) != len(b.shape):
+        return False
+    return all(m == n or not (isinstance(m, int) and isinstance(n, int)) for m, n in zip(a.shape, b.shape, strict=True))
 
 
-def _matched(wanted: list[_Input], inputs: list[_Input]) -> list[_Input] | None:
-    """``inputs`` in the order of ``wanted``: of each, that of its name, or the first that fits."""
-    left, found = list(inputs), []
-    if len(wanted) != len(inputs):
-        return None
-    for one in wanted:
-        fitting = [other for other in left if one.fits(other)]
-        if not fitting:
-            return None
-        found.append(next((other for other in fitting if other.name == one.name), fitting[0]))
-        left.remove(found[-1])
-    return found
+def _shape(match: list[Any], batch_size: int) -> tuple[int, ...]:
+    """The sizes that any of the inputs fixes, ``batch_size`` for axes that all leave free."""
+    axes = zip(*(value.shape for value in match), strict=True)
+    return tuple(next((size for size in sizes if isinstance(size, int)), batch_size) for sizes in axes)
 
 
-def _joint(a: _Input, b: _Input) -> _Input:
-    """``a`` with the sizes that ``b`` fixes."""
-    return replace(a, shape=tuple(n if m is None else m for m, n in zip(a.shape, b.shape, strict=True)))
-
-
-def _values(one: _Input, batch_size: int, generator: np.random.Generator) -> NDArray[Any]:
-    if one.kind not in _DTYPES:
-        raise ValueError(f"the input {one.name!r} is a {one.kind}, which benchmark_onnx cannot fill")
-    shape, dtype = one.sizes(batch_size), _DTYPES[one.kind]
+def _random_array(match: list[Any], batch_size: int, generator: np.random.Generator) -> NDArray[Any]:
+    name, kind, shape = match[0].name, match[0].type, _shape(match, batch_size)
+    if kind not in _DTYPES:
+        raise ValueError(f"the input {name!r} is a {kind}, which benchmark_onnx cannot fill")
     if shape and shape[0] != batch_size:
-        raise ValueError(f"the input {one.name!r} is for batches of {shape[0]} only, not of {batch_size}")
-    if not np.issubdtype(dtype, np.floating):
+        raise ValueError(f"the input {name!r} is for batches of {shape[0]} only, not of {batch_size}")
+    dtype = np.dtype(_DTYPES[kind])
+    if dtype.kind != "f":
         return np.zeros(shape, dtype)  # Indices of 0 are in range of every table.
     return np.asarray(generator.standard_normal(shape), dtype)
 
 
-def _shown(inputs: list[_Input], batch_size: int) -> str:
-    return ", ".join(f"{one.name}: {one.kind} {one.sizes(batch_size)}" for one in inputs) or "none"
+def _listed(inputs: list[Any], batch_size: int) -> str:
+    return ", ".join(f"{value.name}: {value.type} {_shape([value], batch_size)}" for value in inputs) or "none"

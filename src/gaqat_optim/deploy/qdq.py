@@ -1,7 +1,7 @@
-"""The ONNX operators that a deployed layer writes of itself while it is exported.
+"""The ONNX operators that a deployed layer writes while it is exported.
 
-torch's exporter has no operator for codes narrower than 8 bits: it drops the clipping range of a stock fake-quantize
-without a word. So the layers name the operators themselves, through ``torch.onnx.ops.symbolic``.
+torch's exporter has no operator for codes narrower than 8 bits: it silently drops the clipping range of a stock
+fake-quantize. So the layers name the operators themselves, through ``torch.onnx.ops.symbolic``.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ from ..quant.lsq.functional import integer_bounds
 # The lowest opset that has INT4; also the version in which QuantizeLinear and DequantizeLinear are written.
 LOWEST_OPSET = 21
 
-# Metadata that stays in the file: whose codes a node computes, and the width of the weights that a node unpacks.
+# Metadata in the file: the quantizer whose codes a node computes; the bits of the weight that a node dequantizes, and
+# how many binary digits its codes are shifted up by.
 QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT = "gaqat.quantizer", "gaqat.weight_bits", "gaqat.weight_shift"
 
 
 def is_onnx_export() -> bool:
-    """Whether a forward pass is being recorded for an ONNX graph, and has to write operators instead of computing."""
-    # The first test alone holds for torch's older exporter too, which cannot take such operators: it records the
-    # integer computation, in floating-point operators.
+    """Whether an ONNX graph is being recorded, so that layers write operators instead of computing."""
+    # The first test alone also holds for torch's older exporter, which has no such operators: it records the integer
+    # computation, in floating-point operators.
     return torch.onnx.is_in_onnx_export() and torch.compiler.is_exporting()
 
 
 def zero_point(signed: bool) -> int:
-    """What an activation's code of zero is in its uint8 container."""
+    """The zero point of an activation in its uint8 container."""
     return 128 if signed else 0
 
 
 def quantize_clip_dequantize(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer: str) -> Tensor:
     """QuantizeLinear -> Clip -> DequantizeLinear; the Clip only where the codes do not fill their container.
 
-    The container is uint8 at any width, since runtimes have no kernels on narrower types. Signed codes lie around its
+    The container is uint8 for all bits, since runtimes have no kernels on narrower types. Signed codes lie around its
     middle, since onnxruntime's convolution takes one type for its input and its output, and an input after a ReLU is
     unsigned.
 
     Args:
         x: float32, any shape.
         scale: float32 of shape ``()``.
-        bits: width of the codes.
-        signed: whether they have a sign.
-        quantizer: name under which the node that computes the codes can be found in the file.
+        bits: of the codes.
+        signed: whether the codes have a sign.
+        quantizer: name that the node which computes the codes has in the file's metadata.
     """
     offset = zero_point(signed)
     zero = torch.tensor(offset, dtype=torch.uint8)
@@ -69,16 +70,16 @@ def quantize_clip_dequantize(x: Tensor, scale: Tensor, bits: int, signed: bool, 
 def dequantize_constant(
     codes: Tensor, scale: Tensor, weight_bits: int | None = None, shift: int = 0, axis: int = 0
 ) -> Tensor:
-    """DequantizeLinear of constant codes (int8 or int32), with zero points written out.
+    """DequantizeLinear of constant codes (int8 or int32), with zero points.
 
-    onnxruntime chooses its integer kernels only where the zero points are there, zero or not.
+    onnxruntime chooses its integer kernels only if there are zero points, zero or not.
 
     Args:
         codes: with the channels on ``axis``.
         scale: float32, of shape ``()`` or ``(channels,)``.
-        weight_bits: width of the codes, noted in the file for the choice of their storage.
-        shift: how many binary digits the codes were shifted up by, noted likewise.
-        axis: what a scale for each channel counts.
+        weight_bits: bits of a weight's codes, noted in the file for the choice of their storage.
+        shift: how many binary digits the codes were shifted up by, also noted.
+        axis: the axis of the channels that the scales belong to.
     """
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -44,9 +45,9 @@ def _exported(net, x):
 
 
 def moved(proto):
-    result = onnx.ModelProto()
-    result.CopyFrom(proto)
-    propagate_qdq(result)
+    model = ir.from_proto(proto)
+    propagate_qdq(model.graph)
+    result = ir.to_proto(model)
     del result.graph.value_info[:]
     onnx.checker.check_model(result, full_check=True)
     return result
@@ -129,7 +130,7 @@ def test_quantization_goes_up(case, signed):
 
 
 @pytest.mark.parametrize("bits", [2, 7, 8])
-def test_codes_of_any_width_get_the_bounds_of_a_relu6(bits):
+def test_codes_of_any_bits_get_the_bounds_of_a_relu6(bits):
     x = 4 * torch.randn(5, 3, 4, 4)
     for signed in (False, True):
         proto = graph_of(Net(nn.ReLU6(), nn.Identity(), bits, signed, 0.11), x)

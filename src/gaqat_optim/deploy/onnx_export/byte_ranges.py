@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .graph_cleanup import MOVED_ACROSS
+from .operators import MOVES, array_of, operand, producer, producer_type, skip_moves
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Operators on integers: the places of their two operands, of the first one's zero point (with which a convolution
 # pads), and of the result's, where the result is of bytes.
@@ -21,7 +24,7 @@ INTEGER_PRODUCTS: dict[str, tuple[int, int, int, int | None]] = {
     "MatMulIntegerToFloat": (0, 1, 4, None),
 }
 # Operators whose result has bytes of their inputs alone.
-MOVING = MOVED_ACROSS | {"Concat", "Split", "Gather", "Expand", "DepthToSpace", "SpaceToDepth", "NhwcMaxPool"}
+BYTE_MOVES = MOVES | {"Concat", "Split", "Gather", "Expand", "DepthToSpace", "SpaceToDepth", "NhwcMaxPool"}
 # onnxruntime's other operators on bytes, which add no two products in 16 bits: the place of their result's zero point.
 OTHER_OPERATORS = {
     "QLinearAdd": 7,
@@ -35,18 +38,20 @@ OTHER_OPERATORS = {
     "QLinearReduceMean": 4,
     "QLinearWhere": 8,
 }
+# Bytes and narrower integers, and whether they are signed.
+_IS_SIGNED = {"uint8": False, "int8": True, "uint4": False, "int4": True}
 
 
 @dataclass(frozen=True)
-class Bytes:
+class ByteRange:
     """What an operand of a product can be: the range of its codes as they are stored and, of a constant, the codes.
 
     Attributes:
         low: the smallest code.
         high: the largest one.
         signed: whether they are signed bytes.
-        codes: those of a constant with its output channels on axis 0, of shape ``(channels, products)``; of one whose
-            channels are not known, all in one row.
+        codes: of a constant, with its output channels on axis 0: ``(channels, products)``. If the channels are not
+            known, all codes are in one row.
     """
 
     low: int
@@ -54,7 +59,11 @@ class Bytes:
     signed: bool
     codes: NDArray[Any] | None = None
 
-    def pairs(self, offset: int) -> tuple[int, int]:
+    def including(self, low: int, high: int) -> ByteRange:
+        """The range extended to ``low`` and ``high``."""
+        return ByteRange(min(self.low, low), max(self.high, high), self.signed)
+
+    def pair_sums(self, offset: int) -> tuple[int, int]:
         """The smallest and largest sum of two codes that can be neighbours, or of one and a zero, minus ``offset``."""
         if self.codes is None:
             return 2 * min(self.low - offset, 0), 2 * max(self.high - offset, 0)
@@ -66,171 +75,149 @@ class Bytes:
 
 
 class ByteRanges:
-    """What is known of the values of a graph: the constants and, of those that are bytes, their ranges."""
+    """The constants of a graph, and the range of each value that has bytes.
 
-    def __init__(self, proto: Any) -> None:
-        from onnx import TensorProto
+    Attributes:
+        constants: values that depend on initializers alone.
+        folded: those that a runtime computes when it loads the file. It leaves each DequantizeLinear.
+    """
 
-        self._opsets, graph = proto.opset_import, proto.graph
-        self.nodes = list(graph.node)
-        self.makers = {name: node for node in self.nodes for name in node.output}
-        self._stored = {tensor.name: tensor for tensor in graph.initializer}
-        kinds: dict[Any, bool] = {TensorProto.UINT8: False, TensorProto.INT8: True}
-        self._inputs = {v.name: kinds.get(v.type.tensor_type.elem_type) for v in graph.input}
-        self._ranges: dict[str, Bytes | None] = {}
-        self._arrays: dict[str, NDArray[Any]] = {}
-        self.constants = set(self._stored)
-        self.folded = set(self._stored)  # Those that a runtime computes when it loads the file: no DequantizeLinear.
-        for node in self.nodes:  # In a valid graph each stands behind what makes its inputs.
-            for known in (self.constants, self.folded):
-                is_known = len(node.input) > 0 and all(name in known for name in node.input if name)
-                if is_known and (known is self.constants or node.op_type != "DequantizeLinear"):
-                    known.update(node.output)
+    def __init__(self, graph: ir.Graph) -> None:
+        self.constants = set(graph.initializers.values())
+        self.folded = set(self.constants)
+        for node in graph:  # In a valid graph each stands behind the nodes that make its inputs.
+            inputs = {value for value in node.inputs if value is not None}
+            if inputs and inputs <= self.constants:
+                self.constants.update(node.outputs)
+            if inputs and inputs <= self.folded and node.op_type != "DequantizeLinear":
+                self.folded.update(node.outputs)
+        self._ranges: dict[ir.Value, ByteRange | None] = {}
+        self._arrays: dict[ir.Value, NDArray[Any]] = {}
 
-    def constant(self, name: str) -> NDArray[Any]:
+    def constant(self, value: ir.Value) -> NDArray[Any]:
         """The array of a constant, computed if operators make it."""
-        if name not in self._arrays:
-            self._arrays[name] = self._computed(name)
-        return self._arrays[name]
-
-    def _computed(self, name: str) -> NDArray[Any]:
-        import onnx
+        import onnx_ir as ir
         from onnx.reference import ReferenceEvaluator
 
-        if name in self._stored:
-            stored: NDArray[Any] = onnx.numpy_helper.to_array(self._stored[name])
-            return stored
-        wanted, kept = {name}, []
-        for node in reversed(self.nodes):
-            if wanted & set(node.output):
-                kept.append(node)
-                wanted.update(n for n in node.input if n)
-        tensors = [tensor for key, tensor in self._stored.items() if key in wanted]
-        graph = onnx.helper.make_graph(kept[::-1], "constant", [], [onnx.ValueInfoProto(name=name)], tensors)
-        model = onnx.helper.make_model(graph, opset_imports=self._opsets)
-        results: Any = ReferenceEvaluator(model).run(None, {})
-        computed: NDArray[Any] = results[0]
-        return computed
+        if value not in self._arrays:
+            if value.is_initializer():
+                self._arrays[value] = array_of(value)
+            else:
+                node = producer(value)
+                inputs = {str(v.name): self.constant(v) for v in node.inputs if v is not None}
+                results: Any = ReferenceEvaluator(ir.to_proto(node)).run(None, inputs)
+                self._arrays |= zip(node.outputs, results, strict=True)
+        return self._arrays[value]
 
-    def behind(self, node: Any, position: int) -> tuple[bool, str]:
-        """Where an input comes from, behind operators that only move it, and whether there are none of these."""
-        value, direct = node.input[position], True
-        while value in self.makers and self.makers[value].op_type in MOVED_ACROSS:
-            value, direct = self.makers[value].input[0], False
-        return direct, value
+    def is_quantized(self, node: ir.Node, position: int) -> bool:
+        """Whether an input of a float product is dequantized from bytes, or from a value that may be bytes."""
+        value = skip_moves(node, position)[1]
+        return producer_type(value) == "DequantizeLinear" and self._signs(producer(value)) != ()
 
-    def is_quantized(self, node: Any, position: int) -> bool:
-        """Whether an input of a float product is dequantized from bytes, or from what may be bytes."""
-        maker = self.makers.get(self.behind(node, position)[1])
-        return maker is not None and maker.op_type == "DequantizeLinear" and self._type_of_codes(maker) != ()
-
-    def _type_of_codes(self, dequantize: Any) -> tuple[bool, ...]:
+    def _signs(self, dequantize: ir.Node) -> tuple[bool, ...]:
         """Whether the codes of a DequantizeLinear may be unsigned (``False``) or signed (``True``) bytes."""
-        for name in (*dequantize.input[2:], dequantize.input[0]):
-            if name in self.constants:
-                signed = self._signed(self.constant(name).dtype)
+        for value in (*dequantize.inputs[2:], dequantize.inputs[0]):
+            if value in self.constants:
+                signed = _IS_SIGNED.get(self.constant(value).dtype.name)
                 return () if signed is None else (signed,)
         return (False, True)
 
-    def dequantized(self, node: Any, position: int) -> Bytes | None:
+    def dequantized(self, node: ir.Node, position: int) -> ByteRange | None:
         """The codes of an operand of a float product behind a DequantizeLinear."""
-        direct, value = self.behind(node, position)
-        maker = self.makers[value]
-        kinds = self._type_of_codes(maker)
-        found = self.bytes_of(maker.input[0]) or (_full(kinds[0]) if len(kinds) == 1 else None)
-        if position == 1 and maker.input[0] in self.constants:
-            return self.weight(node, maker.input[0], direct)
-        return self.padded(found, maker, 2)
+        reader, value = skip_moves(node, position)
+        dequantize = producer(value)
+        codes, signs = operand(dequantize, 0), self._signs(dequantize)
+        if position == 1 and codes in self.constants:
+            return self.weight(node, codes, is_direct=reader is node)
+        codes_range = self.range(codes) or (_full_range(signs[0]) if len(signs) == 1 else None)
+        return self.padded(codes_range, dequantize, 2)
 
-    def weight(self, node: Any, name: str, direct: bool = True) -> Bytes | None:
+    def weight(self, node: ir.Node, value: ir.Value, is_direct: bool = True) -> ByteRange | None:
         """The second operand of a product, its output channels on axis 0 where they are known."""
-        found = self.bytes_of(name)
-        if found is None or name not in self.constants:
-            return found
-        codes = self.constant(name)
-        if direct and node.op_type in ("Conv", "QLinearConv", "ConvInteger"):
+        codes_range = self.range(value)
+        if codes_range is None or value not in self.constants:
+            return codes_range
+        codes = self.constant(value)
+        if is_direct and node.op_type in ("Conv", "QLinearConv", "ConvInteger"):
             codes = codes.reshape(len(codes), -1)
-        elif direct and codes.ndim == 2 and node.op_type != "ConvTranspose":
-            codes = codes if any(a.name == "transB" and a.i for a in node.attribute) else codes.T
+        elif is_direct and codes.ndim == 2 and node.op_type != "ConvTranspose":
+            is_transposed = "transB" in node.attributes and node.attributes["transB"].value
+            codes = codes if is_transposed else codes.T
         else:
             codes = codes.reshape(1, -1)
-        return Bytes(found.low, found.high, found.signed, codes)
+        return replace(codes_range, codes=codes)
 
-    def padded(self, found: Bytes | None, node: Any, place: int) -> Bytes | None:
-        """Bytes with the value among them that they are padded with, which is input ``place`` of ``node`` or 0."""
-        if found is None or len(node.input) <= place or not node.input[place]:
-            return found if found is None else Bytes(min(found.low, 0), max(found.high, 0), found.signed)
-        if node.input[place] not in self.constants:
+    def padded(self, codes_range: ByteRange | None, node: ir.Node, position: int) -> ByteRange | None:
+        """A range with the value that an operator pads with: input ``position`` of ``node``, 0 without one."""
+        padding = node.inputs[position] if len(node.inputs) > position else None
+        if codes_range is None or padding is None:
+            return codes_range and codes_range.including(0, 0)
+        if padding not in self.constants:
             return None
-        points = self.constant(node.input[place]).astype(np.int64)
-        return Bytes(min(found.low, int(points.min())), max(found.high, int(points.max())), found.signed)
+        points = self.constant(padding).astype(np.int64)
+        return codes_range.including(int(points.min()), int(points.max()))
 
-    def bytes_of(self, name: str) -> Bytes | None:
+    def range(self, value: ir.Value) -> ByteRange | None:
         """The range of a value of bytes, ``None`` where it is not known."""
-        if name not in self._ranges:
-            self._ranges[name] = self._range(name)
-        return self._ranges[name]
+        if value not in self._ranges:
+            self._ranges[value] = self._derived(value)
+        return self._ranges[value]
 
-    def _range(self, name: str) -> Bytes | None:
-        if name in self.constants:
-            codes = self.constant(name)
-            signed = self._signed(codes.dtype)
-            numbers = codes.astype(np.int64)
-            return None if signed is None else Bytes(int(numbers.min(initial=0)), int(numbers.max(initial=0)), signed)
-        if name in self._inputs:
-            return _full(self._inputs[name])
-        maker = self.makers.get(name)
-        if maker is None:
+    def _derived(self, value: ir.Value) -> ByteRange | None:
+        if value in self.constants:
+            array = self.constant(value)
+            signed, codes = _IS_SIGNED.get(array.dtype.name), array.astype(np.int64)
+            return None if signed is None else ByteRange(int(codes.min(initial=0)), int(codes.max(initial=0)), signed)
+        node = value.producer()
+        if node is None:
+            return _full_range(_IS_SIGNED.get(value.dtype.name.lower()) if value.dtype else None)
+        if node.op_type == "QuantizeLinear":
+            return self._quantized(node)
+        if node.op_type == "Clip":
+            return self._clipped(node)
+        if node.op_type == "Pad":
+            return self.padded(self.range(operand(node, 0)), node, 2)
+        if node.op_type in BYTE_MOVES:
+            count = len(node.inputs) if node.op_type == "Concat" else 1
+            return _union([self.range(operand(node, i)) for i in range(count)])
+        if node.op_type == "DynamicQuantizeLinear" and value.index() == 0:
+            return _full_range(False)
+        position = OTHER_OPERATORS.get(node.op_type) or INTEGER_PRODUCTS.get(node.op_type, (0, 0, 0, None))[3]
+        return None if position is None else self._range_of_type(node, position)
+
+    def _clipped(self, clip: ir.Node) -> ByteRange | None:
+        codes_range = self.range(operand(clip, 0))
+        if codes_range is None:
             return None
-        if maker.op_type == "QuantizeLinear":
-            return _full(self._quantized(maker))
-        if maker.op_type == "Clip":
-            return self._clipped(maker)
-        if maker.op_type == "Pad":
-            return self.padded(self.bytes_of(maker.input[0]), maker, 2)
-        if maker.op_type in MOVING:
-            values = maker.input if maker.op_type == "Concat" else maker.input[:1]
-            return _union([self.bytes_of(value) for value in values])
-        if maker.op_type == "DynamicQuantizeLinear" and name == maker.output[0]:
-            return _full(False)
-        place = OTHER_OPERATORS.get(maker.op_type) or INTEGER_PRODUCTS.get(maker.op_type, (0, 0, 0, None))[3]
-        if place is not None and len(maker.input) > place and maker.input[place] in self.constants:
-            return _full(self._signed(self.constant(maker.input[place]).dtype))
-        return None
+        low, high = codes_range.low, codes_range.high
+        for i, bound in enumerate(clip.inputs[1:]):
+            if bound in self.constants:
+                code = int(self.constant(bound))
+                low, high = (max(low, code), high) if i == 0 else (low, min(high, code))
+        return ByteRange(low, max(low, high), codes_range.signed)
 
-    def _clipped(self, clip: Any) -> Bytes | None:
-        found = self.bytes_of(clip.input[0])
-        if found is None:
-            return None
-        low, high = found.low, found.high
-        for i, name in enumerate(clip.input[1:]):
-            if name and name in self.constants:
-                bound = int(self.constant(name))
-                low, high = (max(low, bound), high) if i == 0 else (low, min(high, bound))
-        return Bytes(low, max(low, high), found.signed)
-
-    def _quantized(self, quantize: Any) -> bool | None:
-        """Whether a QuantizeLinear gives signed bytes; ``None`` where it gives none."""
-        if len(quantize.input) > 2 and quantize.input[2]:
-            point = quantize.input[2]
-            return self._signed(self.constant(point).dtype) if point in self.constants else None
+    def _quantized(self, quantize: ir.Node) -> ByteRange | None:
+        if len(quantize.inputs) > 2 and quantize.inputs[2] is not None:
+            return self._range_of_type(quantize, 2)
         from onnx import TensorProto
 
-        kind = next((a.i for a in quantize.attribute if a.name == "output_dtype"), TensorProto.UINT8)
-        return {TensorProto.UINT8: False, TensorProto.INT8: True}.get(kind)
+        output_dtype = quantize.attributes["output_dtype"].value if "output_dtype" in quantize.attributes else 0
+        signs = {0: False, TensorProto.UINT8: False, TensorProto.INT8: True}
+        return _full_range(signs.get(output_dtype))
 
-    @staticmethod
-    def _signed(dtype: Any) -> bool | None:
-        """Whether a type is of signed bytes or of narrower signed integers; ``None`` for wider ones and for floats."""
-        return {"uint8": False, "int8": True, "uint4": False, "int4": True}.get(dtype.name)
-
-
-def _full(signed: bool | None) -> Bytes | None:
-    return None if signed is None else Bytes(-128, 127, True) if signed else Bytes(0, 255, False)
+    def _range_of_type(self, node: ir.Node, position: int) -> ByteRange | None:
+        """All bytes of the type of a zero point, input ``position`` of ``node``."""
+        zero = node.inputs[position] if len(node.inputs) > position else None
+        return _full_range(_IS_SIGNED.get(self.constant(zero).dtype.name)) if zero in self.constants else None
 
 
-def _union(parts: list[Bytes | None]) -> Bytes | None:
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({part.signed for part in known}) != 1:
+def _full_range(signed: bool | None) -> ByteRange | None:
+    return None if signed is None else ByteRange(-128, 127, True) if signed else ByteRange(0, 255, False)
+
+
+def _union(ranges: list[ByteRange | None]) -> ByteRange | None:
+    """The range of all, ``None`` if one is not known or their types differ."""
+    known = [r for r in ranges if r is not None]
+    if len(known) < len(ranges) or len({r.signed for r in known}) != 1:
         return None
-    return Bytes(min(part.low for part in known), max(part.high for part in known), known[0].signed)
+    return known[0].including(min(r.low for r in known), max(r.high for r in known))

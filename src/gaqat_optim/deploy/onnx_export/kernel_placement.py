@@ -1,4 +1,4 @@
-"""Which layers of an exported graph onnxruntime runs on integers, which not, and why not."""
+"""Which layers of an exported graph onnxruntime runs on integers, and why others run in floating point."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import dataclasses
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..nn.base import DeployLayer
-from .graph_cleanup import MOVED_ACROSS, PRODUCTS
-from .saturation import Saturating, saturating_products
+from .graph_cleanup import LAYER
+from .operators import MOVES, PRODUCTS
+from .saturation import Saturating, first_few, saturating_products
 from .verification import session_options
 
-# onnxruntime's own names for operators on integers that do not begin with its usual prefix, and for products that run
-# in floating point.
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# onnxruntime's names for operators on integers without its usual prefix, and for products in floating point.
 _INTEGER_PREFIX = "QLinear"
 _INTEGER = {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
 _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
-# By this, products are found again under the names that onnxruntime makes of theirs.
+# The number of a product; onnxruntime makes names of new operators from the names of the old ones.
 _NUMBER = re.compile(r"<product (\d+)>")
-# How many layers a warning names.
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class FloatOperator:
 
     Attributes:
         name: qualified name of its layer; outside of layers, of the module whose forward has it, and of the operation.
-            With ``#2`` and so on where a layer is used again.
+            With ``#2`` and so on if a layer is used again.
         kernel: onnxruntime's name for the operator.
-        reason: why it is not one on integers, and what to set, in words.
-        setting: what to set for the layer, such as ``"output_bits"``; ``None`` where nothing would help.
-        has_integers: whether its weight and its input are integers, so that one on integers was to be expected.
+        reason: why it does not run on integers, and what to set, in words.
+        setting: what to set for the layer, such as ``"output_bits"``; ``None`` if no setting would help.
+        has_integers: whether its weight and its input are integers, so that a user expects an integer kernel.
     """
 
     name: str
@@ -53,7 +54,7 @@ class FloatOperator:
 class Placement:
     """onnxruntime's operators after its optimizations; see :class:`ExportReport` for their meaning.
 
-    ``saturating`` are those that are not proven to be exact without VNNI.
+    ``saturating`` are the products that are not proven to be exact without VNNI.
     """
 
     integer_kernels: dict[str, int]
@@ -62,82 +63,81 @@ class Placement:
     saturating: tuple[Saturating, ...]
 
     def warning(self) -> str | None:
-        """What to tell a user who expects integers; ``None`` where all is as expected."""
+        """What to tell a user who expects integers; ``None`` if all layers are as expected."""
         unexpected = [operator for operator in self.float_operators if operator.has_integers]
         names = [operator.name for operator in unexpected if operator.setting]
         if not names:
             return None
-        parts = [
-            f"Layers with integer weight and input that onnxruntime runs in floating point: {len(unexpected)} "
-            "(float_operators of the report says why of each)"
-        ]
         first = f"{{{names[0].partition('#')[0]!r}: {{'output_bits': 8}}}}"
-        parts.append(
-            f"Set output_bits for {_enumerated(names)}: "
-            f"QuantConfig(output_bits=8) for all layers, overrides={first} for one"
-        )
+        sentences = [
+            f"Layers with integer weight and input that onnxruntime runs in floating point: {len(unexpected)} "
+            "(float_operators of the report says why of each)",
+            f"Set output_bits for {first_few(names)}: "
+            f"QuantConfig(output_bits=8) for all layers, overrides={first} for one",
+        ]
         others = [f"{operator.name} ({operator.reason})" for operator in unexpected if not operator.setting]
         if others:
-            parts.append(f"Nothing to set for {_enumerated(others)}")
-        return ". ".join(parts)
+            sentences.append(f"Nothing to set for {first_few(others)}")
+        return ". ".join(sentences)
 
 
-def placement(deployed: nn.Module, proto: Any, layer_of: Mapping[str, str | None]) -> Placement:
-    """Have onnxruntime optimize a graph, and see what became of its products.
+def placement(deployed: nn.Module, graph: ir.Graph, proto: Any) -> Placement:
+    """Have onnxruntime optimize a graph, and find its products in the result.
 
     Args:
         deployed: the converted network.
-        proto: its graph, an ``onnx.ModelProto``.
-        layer_of: the layer of each product (:func:`~gaqat_optim.deploy.onnx_export.graph_cleanup.name_products`).
+        graph: its graph, the products named by :func:`~gaqat_optim.deploy.onnx_export.graph_cleanup.name_products`.
+        proto: the same graph as an ``onnx.ModelProto``.
     """
-    import onnx
-
-    numbered = onnx.ModelProto()
-    numbered.CopyFrom(proto)
-    products = [node for node in numbered.graph.node if node.op_type in PRODUCTS]
-    names = [node.name for node in products]
-    for number, node in enumerate(products):
-        node.name = f"<product {number}>"
-    optimized = _optimized(numbered)
-    counts = Counter(node.op_type for node in optimized.graph.node)
+    products = [node for node in graph if node.op_type in PRODUCTS]
+    optimized = _optimized(proto)
+    counts = Counter(node.op_type for node in optimized)
     integer = {kind: n for kind, n in counts.items() if kind.startswith(_INTEGER_PREFIX) or kind in _INTEGER}
     floating = {kind: n for kind, n in counts.items() if kind in _FLOAT}
     modules = dict(deployed.named_modules(remove_duplicate=False))
-    users = _Users(numbered.graph)
     operators = []
-    for node in optimized.graph.node:
-        found = _NUMBER.search(node.name)
-        if node.op_type in _FLOAT and found:
-            number = int(found[1])
-            layer = layer_of.get(names[number])
+    for node in optimized:
+        product = _product_of(node, products)
+        if node.op_type in _FLOAT and product is not None:
+            layer = product.meta[LAYER]
             module = None if layer is None else modules[layer]
             has_integers = isinstance(module, DeployLayer) and module.is_integer
-            reason, setting = _reason(layer, module, products[number], users)
-            operators.append(FloatOperator(names[number], node.op_type, reason, setting, has_integers))
-    saturating = [
-        dataclasses.replace(product, name=names[int(found[1])]) if (found := _NUMBER.search(product.name)) else product
-        for product in saturating_products(optimized)
-    ]
+            reason, setting = _reason(layer, module, product)
+            operators.append(FloatOperator(str(product.name), node.op_type, reason, setting, has_integers))
+    saturating = []
+    for found in saturating_products(optimized):
+        product = _product_of(found.product, products)
+        saturating.append(found if product is None else dataclasses.replace(found, name=str(product.name)))
     return Placement(integer, floating, tuple(operators), tuple(saturating))
 
 
-def _optimized(proto: Any) -> Any:
-    """The graph, an ``onnx.ModelProto``, that onnxruntime makes of ``proto``, but for the layout of its data in memory.
+def _product_of(node: ir.Node, products: Sequence[ir.Node]) -> ir.Node | None:
+    """The product in the file that an operator of the optimized graph computes."""
+    number = _NUMBER.search(node.name or "")
+    return None if number is None else products[int(number[1])]
 
-    That is the last step, which chooses no integer kernels and drops the names of some operators.
+
+def _optimized(proto: Any) -> ir.Graph:
+    """The graph that onnxruntime makes of ``proto``, with the products numbered by their names.
+
+    Without the last step, which lays out data in memory: it chooses no integer kernels and drops some names.
     """
-    import onnx
+    import onnx_ir as ir
     import onnxruntime
+    from onnx import ModelProto
 
+    numbered = ModelProto.FromString(proto.SerializeToString())
+    for number, node in enumerate(node for node in numbered.graph.node if node.op_type in PRODUCTS):
+        node.name = f"<product {number}>"
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(optimized=True)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath)
+        onnxruntime.InferenceSession(numbered.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ir.load(options.optimized_model_filepath).graph
 
 
-def _reason(layer: str | None, module: nn.Module | None, product: Any, users: _Users) -> tuple[str, str | None]:
+def _reason(layer: str | None, module: nn.Module | None, product: ir.Node) -> tuple[str, str | None]:
     """Why a product is in floating point, and what to set."""
     if module is None:
         return "a product of the network's own code, outside of quantized layers", None
@@ -151,40 +151,24 @@ def _reason(layer: str | None, module: nn.Module | None, product: Any, users: _U
         return "input in floating point: set activation_bits for it", "activation_bits"
     if product.op_type == "ConvTranspose":
         return "onnxruntime has no integer kernel for ConvTranspose", None
-    where = users.obstacle(product.output[0])
+    where = _obstacle(product.outputs[0])
     if where is None or module.output_quantizer is not None:
         return f"onnxruntime has no integer kernel for this {product.op_type}", None
     how = f"overrides={{{layer!r}: {{'output_bits': 8}}}}" if layer else "QuantConfig(output_bits=8)"
     return f"{where}: set output_bits for it ({how})", "output_bits"
 
 
-def _enumerated(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-class _Users:
-    """Who reads which value of a graph."""
-
-    def __init__(self, graph: Any) -> None:
-        self._outputs = {value.name for value in graph.output}
-        self._of: dict[str, list[Any]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._of.setdefault(name, []).append(node)
-
-    def obstacle(self, value: str) -> str | None:
-        """What is between ``value`` and a quantizer that would make an integer kernel of what computes it."""
-        while True:
-            users = self._of.get(value, [])
-            kinds = sorted({node.op_type for node in users})
-            if value in self._outputs:
-                return "its output is one of the network's, and not quantized"
-            if len(users) != 1 and kinds != ["QuantizeLinear"]:
-                return f"its output is not quantized, and read by {' and '.join(kinds)}"
-            node = users[0]
-            if node.op_type == "QuantizeLinear":
-                return None
-            if node.op_type != "Relu" and node.op_type not in MOVED_ACROSS:
-                return f"its output is not quantized, and goes into {node.op_type}"
-            value = node.output[0]
+def _obstacle(value: ir.Value) -> str | None:
+    """Why the operator that produces ``value`` cannot fuse with a following QuantizeLinear; ``None`` if it can."""
+    while True:
+        readers = value.consumers()
+        kinds = sorted({node.op_type for node in readers})
+        if value.is_graph_output():
+            return "its output is one of the network's, and not quantized"
+        if len(readers) != 1 and kinds != ["QuantizeLinear"]:
+            return f"its output is not quantized, and read by {' and '.join(kinds)}"
+        if kinds == ["QuantizeLinear"]:
+            return None
+        if kinds[0] != "Relu" and kinds[0] not in MOVES:
+            return f"its output is not quantized, and goes into {kinds[0]}"
+        value = readers[0].outputs[0]

@@ -1,0 +1,97 @@
+"""An exported graph in onnxruntime, against the converted network in torch."""
+
+import copy
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from deploy.deploy_networks import CONFIGS, images, trained
+from deploy.onnx_runs import STAYS_IN_FLOAT, damage_graph, run, run_torch
+from gaqat_optim import convert, export_onnx
+from gaqat_optim.deploy.onnx_export import export as exporting
+from gaqat_optim.deploy.onnx_export.verification import Comparison, compare, out_of_range_inputs, top1
+
+
+@pytest.mark.parametrize("damage", ["no clip", "other scale", "other codes"])
+def test_the_comparison_sees_a_wrong_file(resnet, damage):
+    model, path = resnet
+    damaged_model = ir.load(path)
+    damage_graph(damaged_model.graph, damage)
+    x = out_of_range_inputs(images(64))
+    right = compare(convert(model), onnx.load(path), x)
+    wrong = compare(convert(model), ir.to_proto(damaged_model), x)
+    assert wrong.codes == right.codes > 100_000
+    assert wrong.code_flip_rate > max(1e-3, 10 * right.code_flip_rate)
+    assert wrong.max_abs_diff > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"), [((1.0, np.nan), 0.0), ((1.5, np.nan), 0.5), ((1.0, 0.0), np.nan), ((np.inf, 0), np.nan)]
+)
+def test_infinities_and_nans_in_the_output_are_seen(changed, difference):
+    comparison = Comparison()
+    expected = np.array([[1.0, np.nan, np.inf, -np.inf]], np.float32)
+    comparison.add_outputs([expected], [np.array([[*changed, np.inf, -np.inf]], np.float32)])
+    assert np.array_equal(comparison.max_abs_diff, difference, equal_nan=True)
+
+
+def test_predictions():
+    assert top1(np.array([[1, 3, 2]])).tolist() == [1]
+    assert top1(np.zeros((2, 5, 7))).shape == (2, 5)
+    assert top1(np.zeros((2, 3, 4, 4))).shape == (2, 4, 4)
+    assert top1(np.array([-1.0, 1.0])).tolist() == [False, True]
+    assert top1(np.array([[-1.0], [1.0]])).tolist() == [[False], [True]]
+
+
+def test_both_optimization_levels_are_compared(resnet, tmp_path):
+    model, _ = resnet
+    x = images(64, seed=5)
+    with pytest.warns(UserWarning, match=STAYS_IN_FLOAT):
+        report = export_onnx(model, x, tmp_path / "net.onnx")
+    proto = onnx.load(report.path)
+    for optimized, suffix in ((True, ""), (False, "_unoptimized")):
+        alone = compare(convert(model), proto, out_of_range_inputs(x), optimized=optimized)
+        fields = (alone.max_abs_diff, alone.code_flip_rate, alone.top1_agreement)
+        names = ("max_abs_diff", "code_flip_rate", "top1_agreement")
+        assert tuple(getattr(report, name + suffix) for name in names) == fields
+    # Where onnxruntime goes from one sum to the next code in one step, it rounds in another order.
+    assert report.max_abs_diff_unoptimized != report.max_abs_diff
+    assert 0 < report.max_abs_diff_unoptimized < 1e-4
+    assert report.max_abs_diff_unoptimized == max(
+        float((run(report.path, v, "as written") - run_torch(convert(model), v)).abs().max())
+        for v in out_of_range_inputs(x)
+    )
+
+
+def test_convert_is_compared_with_the_network_in_training(tmp_path):
+    model, x = trained("mlp", CONFIGS["W2A2"]).train(), images(64, seed=6)
+    state = copy.deepcopy(model.state_dict())
+    report = export_onnx(model, x, tmp_path / "net.onnx")
+    assert model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    deployed = convert(model)
+    expected = (run_torch(model.eval(), x) - run_torch(deployed, x)).abs().max()
+    assert report.convert_max_abs_diff == expected.item() > 0
+    assert report.convert_top1_agreement == 1.0
+    assert "convert against training: top-1 agreement 100.00%" in str(report)
+    again = export_onnx(deployed, x, tmp_path / "again.onnx")
+    assert again.convert_max_abs_diff is again.convert_top1_agreement is None
+    assert "convert against training" not in str(again)
+
+
+def test_a_bias_of_the_converted_network_that_is_wrong_is_seen(tmp_path, monkeypatch):
+    """As far as the rounding of biases goes: here they are rounded to multiples of a thousand."""
+
+    def coarse(model):
+        deployed = convert(model)
+        deployed[1].bias_codes.div_(100_000, rounding_mode="floor").mul_(100_000)
+        return deployed
+
+    model, x = trained("mlp", CONFIGS["W4A4"]), images(64, seed=6)
+    monkeypatch.setattr(exporting, "convert", coarse)
+    report = export_onnx(model, x, tmp_path / "net.onnx")
+    assert report.top1_agreement == 1.0 > report.convert_top1_agreement
+    assert report.convert_max_abs_diff > 0.1
