@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaqat_optim import SAGM, GAQATOptimizer
-from gaqat_optim.optim.state_guards import BufferGuard, restore_buffers
+from gaqat_optim.optim.second_pass.state_guards import BufferGuard, restore_buffers
 from training import assert_same, closure_of, linear, quantized_cnn, tensors, train
 
 LARGE = 2**18  # elements: a megabyte, of which no copy is made unasked
