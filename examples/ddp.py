@@ -67,7 +67,9 @@ def train(model: DistributedDataParallel, optimizer: GAQATOptimizer, batches: Se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--per-rank", action="store_true", help="each process its own ascent, one reduction a step")
+    parser.add_argument(
+        "--per-rank", action="store_true", help="perturb each process by its own gradient: one reduction a step"
+    )
     parser.add_argument("--steps", type=int, default=200, help="steps of training (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/ddp"), help="folder of the network (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""The ranks of DistributedDataParallel: averages over them, and the check that they freeze the same scales."""
+"""The ranks of DistributedDataParallel: one all-reduce for both passes, and the check that they freeze alike."""
 
 from __future__ import annotations
 
@@ -18,13 +18,6 @@ def process_group(model: nn.Module) -> dist.ProcessGroup | None:
     return model.process_group if isinstance(model, DistributedDataParallel) else None
 
 
-def mean_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean of ``values`` over the ranks of ``group`` (``None``: all), the same bits on each."""
-    total = values.clone()
-    dist.all_reduce(total, group=group)
-    return total / dist.get_world_size(group)
-
-
 @torch.no_grad()
 def defer_all_reduce_to_second_pass(
     params: Sequence[Parameter],
@@ -38,26 +31,20 @@ def defer_all_reduce_to_second_pass(
     The second backward adds to ``.grad``, and DistributedDataParallel then averages the sum. An example with two ranks
     and SAGM (weight 1): g_task is 1 and 3, g_smooth 5 and 7. ``.grad`` begins as 1 and 3, the second backward makes it
     6 and 10, the all-reduce 8: the mean g_task 2 plus the mean g_smooth 6. With zeros for g_task, SAGM's combined
-    gradient is then 8 / 2, as it would be with two all-reduces.
+    gradient is then 8 / 2, as it would be with two all-reduces. The two gradients of the scales are needed apart, and
+    are few: their g_task is averaged here.
 
-    Args:
-        params: the parameters that may have a gradient, in one order on all ranks.
-        g_task: the gradients of this rank alone. Another rank may have used other parameters.
-        tracker: the scales. Their two gradients are needed apart, and are few: their g_task is averaged here.
-        weight: the weight of g_task relative to g_smooth.
-        group: the ranks.
-
-    Returns:
-        The g_task to combine after the second pass: zeros, except for the scales; for the same parameters on all ranks.
-
-    Raises:
-        ValueError: the gradients are shards, which are averaged already.
+    ``params`` are in one order on all ranks of ``group``. ``g_task`` is of this rank alone; another rank may have used
+    other parameters. Returns the g_task to combine after the second pass, zeros except for the scales, for the same
+    parameters on all ranks.
     """
     if any(hasattr(g, "full_tensor") for g in g_task.values()):
         raise ValueError("per_rank is for DistributedDataParallel: no rank of fully_shard has a gradient of its own")
     scale_grads = tracker.gather(g_task, missing=0.0)
     is_used = torch.tensor([p in g_task for p in params], dtype=torch.float32, device=scale_grads.device)
-    means = mean_over_ranks(torch.cat([scale_grads, is_used]), group)
+    total = torch.cat([scale_grads, is_used])
+    dist.all_reduce(total, group=group)
+    means = total / dist.get_world_size(group)
     mean_scale_grads, used_share = tracker.split(means[: len(scale_grads)]), means[len(scale_grads) :]
     # A rank that has all gradients need not wait for the device to learn which ones another rank has.
     used_anywhere = [True] * len(params) if len(g_task) == len(params) else (used_share > 0).tolist()
@@ -73,12 +60,9 @@ def defer_all_reduce_to_second_pass(
 
 
 def assert_ranks_agree(tracker: ScaleTracker, group: dist.ProcessGroup) -> None:
-    """Compare the last judged window of all ranks of ``group``: if it differs, their networks drift apart.
+    """Raise on all ranks of ``group`` if their last judged windows differ: their networks would drift apart.
 
     The statistics are compared too, not the mask alone, which is the same everywhere if nothing is frozen.
-
-    Raises:
-        RuntimeError: the ranks differ. Every rank raises.
     """
     fingerprint = tracker.fingerprint()
     extremes = torch.stack([fingerprint, -fingerprint])

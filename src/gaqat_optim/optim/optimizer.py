@@ -20,7 +20,7 @@ from .second_pass.rng_state import rng_states
 from .second_pass.second_pass import run_closure, second_pass
 from .second_pass.step_state import StepState
 from .state_dict import FreezingState, embed, extract, policy_number
-from .validation import check_arguments, check_interval, check_method, check_radius, check_scales, check_trained
+from .validation import check_arguments, check_interval, check_method, check_radius, check_scales
 from .wrapper import OptimizerAroundBase, StateDict, needs_closure, parameters_of
 
 
@@ -108,20 +108,15 @@ class GAQATOptimizer(OptimizerAroundBase):
         self.replay_rng = replay_rng
         self._needs_closure = needs_closure(base)
         self._scale_choice = scales if scales is None or callable(scales) else tuple(scales)
-        all_scales = find_scales(model, self._scale_choice)
-        if self._scale_choice is not None:
-            check_scales(model, self._scale_choice, all_scales)
-        check_trained(base, model, all_scales, elsewhere=self._scale_choice == ())
+        check_scales(base, model, self._scale_choice, find_scales(model, self._scale_choice))
         tracker = ScaleTracker(self._scales_in_groups(), freezing, perturbation.task_weight != 0)
-        self._step_state = StepState(tracker, perturbation, interval, self._parameter_names())
+        names = {p: name for name, p in model.named_parameters()}
+        self._step_state = StepState(tracker, perturbation, interval, names)
 
     def _scales_in_groups(self) -> dict[str, Parameter]:
         """The scales that the base has in its groups, whether or not they need a gradient now."""
         params = set(parameters_of(self.base))
         return {name: p for name, p in find_scales(self.model, self._scale_choice).items() if p in params}
-
-    def _parameter_names(self) -> dict[Parameter, str]:
-        return {p: name for name, p in self.model.named_parameters()}
 
     # -- settings ----------------------------------------------------------------------------------------------
 
@@ -211,9 +206,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         state = self._step_state
         if state.in_second_pass:
             raise RuntimeError("step() inside perturbed(): leave the with block first, it restores the parameters")
-        loss: Any = None
-        if closure is not None:
-            loss = run_closure(self.base, self.model, state, closure, self.replay_rng)
+        loss = None if closure is None else run_closure(self.base, self.model, state, closure, self.replay_rng)
         if all(p.grad is None for p in parameters_of(self.base)):
             state.forget()
         if self.interval > 1 and state.uncommitted_scale_grads is None:
@@ -270,7 +263,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         """
         check_radius(self.base, param_group, len(self.base.param_groups))
         self.base.add_param_group(param_group)
-        self._step_state.names.update(self._parameter_names())
+        self._step_state.names.update({p: name for name, p in self.model.named_parameters()})
         self._step_state.track(self._scales_in_groups())
 
     # -- reading, saving ---------------------------------------------------------------------------------------
@@ -305,7 +298,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         Raises:
             ValueError: the groups or the freezing state do not fit this optimizer, which is not changed.
         """
-        # A copy, since hooks may write into it.
+        # Hooks may write into the copy.
         state_dict = self._through_hooks(self._optimizer_load_state_dict_pre_hooks, state_dict.copy())
         base, freezing = extract(state_dict, self.base.param_groups)
         tracker = ScaleTracker(self._step_state.tracker.scales, self.freezing, self.perturbation.task_weight != 0)

@@ -19,7 +19,7 @@ class ReferenceGAQAT:
     Args:
         base: the optimizer that moves the parameters.
         scales: those of its parameters that are scales.
-        rho: radius of the ascent.
+        rho: radius of the perturbation.
         alpha: weight of SAGM's gradient matching.
         window: number of steps between two judgements.
         threshold: disorder of the task gradient below which it is frozen.

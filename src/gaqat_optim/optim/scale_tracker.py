@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +30,9 @@ def find_scales(model: nn.Module, choice: ScaleChoice) -> dict[str, Parameter]:
 
 
 class ScaleTracker:
-    """Counts, judges and freezes the gradients of a set of scales.
+    """Counts, judges and freezes the gradients of ``scales``, which are keyed by qualified name.
 
-    Args:
-        scales: the scales by qualified name.
-        policy: decides what is frozen.
-        has_task_part: whether g_task is part of the step, for the policy's default target.
+    ``has_task_part`` says whether g_task is part of the step, which decides the part that is frozen by default.
     """
 
     def __init__(self, scales: Mapping[str, Parameter], policy: FreezePolicy, has_task_part: bool) -> None:
@@ -88,13 +84,11 @@ class ScaleTracker:
         # The common case, in one operation: there may be thousands of scales.
         if self._all_1d and all(type(g) is Tensor and g.device == device for g in scale_grads) and scale_grads:
             return torch.cat(scale_grads).to(torch.float32)  # type: ignore[arg-type]
-        rows = []
+        flat = [torch.zeros(0, device=device)]  # torch.cat takes no empty list
         for size, g in zip(self.sizes, scale_grads, strict=True):
-            if g is None:
-                rows.append(torch.full((size,), missing, dtype=torch.float32, device=device))
-            else:
-                rows.append(full_tensor(g).reshape(-1).to(device, torch.float32))
-        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float32, device=device)
+            values = torch.full((size,), missing, device=device) if g is None else full_tensor(g).flatten()
+            flat.append(values.to(device, torch.float32))
+        return torch.cat(flat).float()
 
     def gather_both(
         self, g_task: Mapping[Parameter, Tensor], g_smooth: Mapping[Parameter, Tensor]
@@ -147,11 +141,7 @@ class ScaleTracker:
     # -- counting ----------------------------------------------------------------------------------------------
 
     def commit(self, g_task: Tensor, g_smooth: Tensor) -> bool:
-        """Count one perturbed step; at the end of a window, judge it and freeze and unfreeze for the next.
-
-        Returns:
-            Whether a window ended.
-        """
+        """Count one perturbed step; at the end of a window, freeze and unfreeze for the next. Whether it ended."""
         device = self.device
         if self.frozen.device != device:
             self._move(device)
@@ -174,18 +164,20 @@ class ScaleTracker:
 
     def _rows(self) -> Tensor:
         """All counts, statistics and masks as one float32 tensor of shape (rows, elements)."""
-        rows = [*_values(self.window), *_values(self.last_statistics), self.frozen]
-        return torch.stack([row.float() for row in rows])
+        return torch.cat([self.window.rows, self._result_rows(self.last_statistics)])
 
     def _set_rows(self, rows: Tensor) -> None:
-        count = len(fields(SignCounters))
-        self.window = SignCounters.of_rows(rows[:count])
-        self.last_statistics = WindowStatistics(*rows[count:-1])
+        self.window = SignCounters(rows[: SignCounters.ROWS].clone())
+        self.last_statistics = WindowStatistics(*rows[SignCounters.ROWS : -1])
         self.frozen = rows[-1] > 0
+
+    def _result_rows(self, statistics: WindowStatistics) -> Tensor:
+        s = statistics
+        return torch.stack([s.disorder_task, s.disorder_smooth, s.conflict, s.opposition, self.frozen.float()])
 
     def fingerprint(self) -> Tensor:
         """Statistics of the last judged window and the mask, as one finite tensor of shape (rows, elements)."""
-        return torch.stack([*_values(self.last_statistics), self.frozen.float()]).nan_to_num(-1.0)
+        return self._result_rows(self.last_statistics).nan_to_num(-1.0)
 
     # -- reading and saving ------------------------------------------------------------------------------------
 
@@ -195,8 +187,8 @@ class ScaleTracker:
             return []
         names = {name for name, _ in model.named_parameters()}
         statistics = self.last_statistics if self.windows > 0 else self.window.statistics()
-        table = torch.stack([*_values(statistics), self.frozen.float()])
-        means = torch.stack([columns.nanmean(dim=1) for columns in torch.split(table, self.sizes, dim=1)]).tolist()
+        columns = torch.split(self._result_rows(statistics), self.sizes, dim=1)
+        means = torch.stack([column.nanmean(dim=1) for column in columns]).tolist()
         records = []
         for (name, p), row in zip(self.scales.items(), means, strict=True):
             if name not in names:  # The user has removed its layer.
@@ -225,9 +217,6 @@ class ScaleTracker:
 
         A scale that needs no gradient may lack a state, since torch's distributed checkpoints leave it out. It begins
         without counts.
-
-        Raises:
-            ValueError: the state of a scale is missing or has another shape.
         """
         self.reset()
         untrained = {p: state for p, state in self.state_tensors().items() if not p.requires_grad}
@@ -247,7 +236,3 @@ def _nan_if_zero(g: Tensor) -> Tensor:
     """``g``, or NaN if all of it is zero."""
     g = full_tensor(g)
     return torch.where((g != 0).any(), g, torch.nan)
-
-
-def _values(record: SignCounters | WindowStatistics) -> list[Tensor]:
-    return [getattr(record, f.name) for f in fields(record)]

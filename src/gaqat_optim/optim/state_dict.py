@@ -28,21 +28,13 @@ _GROUP_KEYS = {name: f"gaqat_{name}" for name in ("steps", "perturbed_steps", "w
 
 @dataclass(frozen=True)
 class FreezingState:
-    """What a state dict holds beside the base's part.
+    """What a state dict holds beside the base's part."""
 
-    Attributes:
-        scales: the state tensor of each scale.
-        steps: number of steps made.
-        perturbed_steps: number of those with a second pass.
-        windows: number of windows judged.
-        policy: :func:`policy_number` of the policy that judged them.
-    """
-
-    scales: Mapping[Parameter, Tensor]
+    scales: Mapping[Parameter, Tensor]  # the state tensor of each scale
     steps: int
     perturbed_steps: int
-    windows: int
-    policy: int
+    windows: int  # judged so far
+    policy: int  # policy_number of the policy that judged them
 
 
 def policy_number(policy: FreezePolicy) -> int:

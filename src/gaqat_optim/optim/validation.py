@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.parameter import Parameter
 from ..scale_names import is_scale_name
 from .freezing import FreezePolicy
 from .perturbations import Perturbation
+from .scale_tracker import ScaleChoice
 from .wrapper import has_setting, parameters_of
 
 
@@ -70,32 +71,19 @@ def check_radius(base: torch.optim.Optimizer, group: Mapping[str, Any], index: i
 
 
 def check_scales(
-    model: nn.Module, choice: Sequence[Parameter] | Callable[[str, Parameter], bool], scales: Mapping[str, Parameter]
+    base: torch.optim.Optimizer, model: nn.Module, choice: ScaleChoice, scales: Mapping[str, Parameter]
 ) -> None:
-    """Raise ValueError if the ``choice`` of ``scales`` has a tensor that ``model`` lacks, or matches nothing."""
+    """Refuse a ``choice`` of scales that fails, and an untrained scale of a trained weight.
+
+    All other parameters that are not trained make one warning. With ``()`` for choice, the scales of this package may
+    be trained elsewhere.
+    """
     if callable(choice):
         if not scales:
             names = [name for name, _ in model.named_parameters()]
             raise ValueError(f"scales matches none of the model's parameters: {', '.join(names[:10])} ...")
-    elif missing := len(set(choice) - set(scales.values())):
+    elif missing := len(set(choice or ()) - set(scales.values())):
         raise ValueError(f"scales: {missing} of the given tensors are no parameters of the model")
-
-
-def check_trained(
-    base: torch.optim.Optimizer, model: nn.Module, scales: Mapping[str, Parameter], elsewhere: bool
-) -> None:
-    """Refuse an untrained scale of a trained weight; warn once of all other parameters that are not trained.
-
-    Args:
-        base: the base optimizer.
-        model: the network.
-        scales: all of its scales.
-        elsewhere: the user has said that the optimizer has no scales: those of this package may be trained elsewhere.
-
-    Raises:
-        ValueError: a scale is not among the base's parameters, while the weight of its layer is; or the base has no
-            parameter of ``model`` at all.
-    """
     params = set(parameters_of(base))
     untrained = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in params}
     if params.isdisjoint(model.parameters()):
@@ -111,12 +99,10 @@ def check_trained(
     def is_expected(name: str) -> bool:
         weights = layer_weights(model, name, scales) if name in scales else []
         is_of_fixed_weight = bool(weights) and not any(w.requires_grad for w in weights)
-        return is_of_fixed_weight or (elsewhere and is_scale_name(name))
+        return is_of_fixed_weight or (choice == () and is_scale_name(name))
 
-    if names := [name for name in untrained if not is_expected(name)]:
-        warnings.warn(
-            f"the base optimizer does not train these parameters of the model: {name_list(names)}", stacklevel=3
-        )
+    if unexpected := name_list([name for name in untrained if not is_expected(name)]):
+        warnings.warn(f"the base optimizer does not train these parameters of the model: {unexpected}", stacklevel=3)
 
 
 def untrained_scales(base: torch.optim.Optimizer, model: nn.Module, scales: Mapping[str, Parameter]) -> list[str]:

@@ -85,12 +85,9 @@ class OptimizerAroundBase(torch.optim.Optimizer):
 
     def _init_hook_registries(self) -> None:
         """Set the attributes of ``Optimizer.__init__`` other than groups and state."""
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        for event in ("step", "state_dict", "load_state_dict"):
+            setattr(self, f"_optimizer_{event}_pre_hooks", OrderedDict())
+            setattr(self, f"_optimizer_{event}_post_hooks", OrderedDict())
         self._patch_step_function()
 
     def _through_hooks(self, hooks: Any, state_dict: StateDict) -> StateDict:

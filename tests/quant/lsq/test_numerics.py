@@ -25,7 +25,7 @@ from gaqat_optim import LSQQuantizer
 from gaqat_optim.quant.lsq import functional
 from gaqat_optim.quant.lsq.functional import integer_bounds
 from gaqat_optim.quant.lsq.scale_init import initial_scale
-from oracle import lsq
+from oracle.lsq import lsq
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = st.integers(2, 8)

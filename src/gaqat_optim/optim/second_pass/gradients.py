@@ -32,9 +32,6 @@ def radii_of(base: torch.optim.Optimizer, perturbation: Perturbation, tracker: S
 
     A ``"rho"`` that is a setting of the base, such as Adadelta's decay, is no radius. Most bases have ``maximize`` in
     their groups, some as an attribute.
-
-    Raises:
-        ValueError: the ``"rho"`` of a group is no radius.
     """
     check_radii(base)
     radii: dict[Parameter, Radius] = {}

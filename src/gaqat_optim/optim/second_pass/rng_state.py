@@ -24,10 +24,6 @@ def replayed_rng(model: nn.Module, start: Sequence[Tensor]) -> Iterator[None]:
     """Within the block, draw random numbers from the states ``start`` on; after it, from the states before it.
 
     A warning says if the block has not drawn as many numbers as were drawn between ``start`` and the block.
-
-    Args:
-        model: the network.
-        start: from :func:`rng_states`.
     """
     states_before = rng_states(model)
     _set_rng_states(model, start)

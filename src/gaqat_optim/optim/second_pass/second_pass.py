@@ -31,11 +31,7 @@ from .step_state import StepState
 def run_closure(
     base: torch.optim.Optimizer, model: nn.Module, state: StepState, closure: Callable[[], Any], replay_rng: bool
 ) -> Any:
-    """Call ``closure`` and, in a step that perturbs, call it again at the perturbed parameters.
-
-    Returns:
-        The first loss.
-    """
+    """Call ``closure`` and, in a step that perturbs, call it again at the perturbed parameters; the first loss."""
     earlier_grads = state.uncommitted_scale_grads
     params = parameters_of(base)
     rng = rng_states(model) if replay_rng and state.perturbs else None
@@ -72,15 +68,10 @@ def second_pass(
 ) -> Iterator[None]:
     """Perturb the parameters for the block (forward and backward), restore them, and combine both gradients.
 
-    Args:
-        base: the base optimizer, whose parameters have the gradients of the first pass.
-        model: the network.
-        state: the state of the optimizer; it keeps the scales' gradients until the step.
-        rng: random states to draw from again; ``None`` to draw on.
-        grad_scale: as in :meth:`GAQATOptimizer.perturbed`.
-        per_rank: as there.
-        restores_grad: restore ``.grad`` if the block raises. Without it the caller does that, and a g_task that the
-            step does not use is freed during the second backward.
+    The parameters of ``base`` have the gradients of the first pass. ``state`` keeps the scales' gradients until the
+    step. The block draws random numbers from the states ``rng`` again, if given. If it raises, ``.grad`` is restored;
+    without ``restores_grad`` the caller does that, and a g_task that the step does not use is freed during the second
+    backward. ``grad_scale`` and ``per_rank`` are those of :meth:`GAQATOptimizer.perturbed`.
     """
     if state.in_second_pass:
         raise RuntimeError("perturbed() inside perturbed(): a step has one second pass")

@@ -20,21 +20,13 @@ _SMALL_BYTES = 2**16
 
 @dataclass(frozen=True)
 class SavedBuffer:
-    """A buffer as it was.
-
-    Attributes:
-        module: the module that owns it.
-        name: its name there.
-        tensor: the buffer itself, since a module may replace it.
-        version: the number of writes to it in place; ``None`` for a tensor that cannot be written.
-        value: a copy; ``None`` for a large buffer that no pass has written so far.
-    """
+    """A buffer of ``module`` as it was."""
 
     module: nn.Module
     name: str
-    tensor: Tensor | None
-    version: int | None
-    value: Tensor | None
+    tensor: Tensor | None  # the buffer itself, since a module may replace it
+    version: int | None  # the number of writes in place; None for a tensor that cannot be written
+    value: Tensor | None  # a copy; None for a large buffer that no pass has written so far
 
 
 class BufferGuard:
@@ -81,11 +73,7 @@ def restore_buffers(saved: Sequence[SavedBuffer], source: str) -> None:
     """Give buffers the tensors and values that were saved.
 
     Values are written through ``.data``, which leaves the version as it is: a graph that has saved a buffer for its
-    backward can then still run it.
-
-    Args:
-        saved: from :meth:`BufferGuard.save`.
-        source: the pass that wrote them, for the warning about a large buffer of which there is no copy.
+    backward can then still run it. A large buffer without a copy makes a warning, which names the ``source``.
     """
     lost = []
     for buffer in saved:
@@ -138,10 +126,6 @@ def frozen_running_stats(model: nn.Module, guard: BufferGuard) -> Iterator[None]
 
     ``track_running_stats=False`` does that. Momentum 0 would still count batches, and is wrong for ``momentum=None``.
     The buffers of other modules are restored at the end of the block, error or not.
-
-    Args:
-        model: the network.
-        guard: saves its buffers.
     """
     batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     # A subclass with a forward of its own may ignore the flag: its buffers are saved.

@@ -24,37 +24,21 @@ WARN_AFTER = 20
 
 @dataclass
 class StepState:
-    """Mutable state in one object: Lightning's wrapper copies ``__dict__``, and both must see the same state.
+    """Mutable state in one object: Lightning's wrapper copies ``__dict__``, and both must see the same state."""
 
-    Attributes:
-        tracker: counts and freezes the scales.
-        perturbation: where the second pass looks.
-        interval: one step of so many has a second pass.
-        names: qualified names of the parameters.
-        steps: number of steps made.
-        in_second_pass: whether the parameters are perturbed.
-        uncommitted_scale_grads: both gradients of the scales from a second pass, until the step counts them.
-        steps_without_second_pass: number of steps in a row that were due a second pass and had none.
-        buffers: saves the buffers of the model.
-        warned_of_scales: names of scales that a warning has called untrained.
-        module_count: number of modules of the model in the last step.
-        watch: the hook that notices another backward's gradients in place of the combined ones.
-        rng_at_zero_grad: with ``replay_rng``, the random states at the last ``zero_grad()``.
-    """
-
-    tracker: ScaleTracker
+    tracker: ScaleTracker  # counts and freezes the scales
     perturbation: Perturbation
-    interval: int
-    names: dict[Parameter, str]
+    interval: int  # one step of so many has a second pass
+    names: dict[Parameter, str]  # qualified names of the parameters
     steps: int = 0
     in_second_pass: bool = False
-    uncommitted_scale_grads: tuple[Tensor, Tensor] | None = None
-    steps_without_second_pass: int = 0
+    uncommitted_scale_grads: tuple[Tensor, Tensor] | None = None  # of a second pass, until the step counts them
+    steps_without_second_pass: int = 0  # in a row, though one was due
     buffers: BufferGuard = field(default_factory=BufferGuard)
     warned_of_scales: set[str] = field(default_factory=set)
-    module_count: int = 0
-    watch: RemovableHandle | None = None
-    rng_at_zero_grad: list[Tensor] | None = None
+    module_count: int = 0  # in the last step
+    watch: RemovableHandle | None = None  # the hook that notices another backward's gradients
+    rng_at_zero_grad: list[Tensor] | None = None  # random states at the last zero_grad(), with replay_rng
 
     @property
     def perturbs(self) -> bool:
@@ -95,15 +79,7 @@ class StepState:
         self.tracker = tracker
 
     def record_step(self, base: torch.optim.Optimizer, has_closure: bool) -> bool:
-        """Count a step that ``base`` has made.
-
-        Args:
-            base: the base optimizer.
-            has_closure: whether ``step`` had a closure.
-
-        Returns:
-            Whether a window of the tracker ended.
-        """
+        """Count a step that ``base`` has made; returns whether a window ended."""
         window_ended = False
         if self.uncommitted_scale_grads is not None:
             window_ended = self.tracker.commit(*self.uncommitted_scale_grads)
