@@ -159,22 +159,6 @@ def test_alternate_freezes_every_other_window_from_the_second_on():
     assert not AlternateFreeze.initially_frozen
 
 
-def step(model, optimizer, factor=1):
-    """One step; the scale's gradient in the first pass, in the second, and the combined one."""
-
-    def one_pass():
-        optimizer.zero_grad()
-        (model["weight"].sum() * model["scale"]).square().sum().mul(factor).backward()
-        return model["scale"].grad.clone()
-
-    task = one_pass()
-    with optimizer.perturbed():
-        smooth = one_pass()
-    combined = model["scale"].grad.clone()
-    optimizer.step()
-    return task, smooth, combined
-
-
 WINDOWED = [
     AlwaysFreeze,
     DisorderFreeze,

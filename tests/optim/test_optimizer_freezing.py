@@ -21,7 +21,6 @@ from gaqat_optim import (
     param_groups,
     quantize_model,
 )
-from gaqat_optim.optim.sign_statistics import WindowStatistics
 from networks import cnn
 from training import BASES, X, closure_of, quantized_cnn, tensors, through_a_file, train
 
@@ -194,12 +193,6 @@ def test_counters_of_old_scales_go_on_when_new_ones_are_added(moment):
         assert added.disorder_task == pytest.approx(flips)
     else:
         assert math.isnan(added.disorder_task)
-
-
-def statistics(task, smooth=None, conflict=None, opposition=None):
-    task = torch.tensor(task)
-    others = (torch.zeros_like(task) if v is None else torch.tensor(v) for v in (conflict, opposition))
-    return WindowStatistics(task, task if smooth is None else torch.tensor(smooth), *others)
 
 
 def is_scale(name, p):

@@ -75,6 +75,17 @@ def test_between_steps_the_optimizer_holds_no_copy_of_the_parameters():
     assert living()[1] - before <= 2 * model_bytes + 40 * 4 * scales
 
 
+def test_counters_do_not_grow_with_the_window():
+    sizes = {}
+    for window in (2, 10_000):
+        optimizer, closure = training(SAGM(), window)
+        for _ in range(5):
+            optimizer.step(closure)
+        state = optimizer.state_dict()["state"].values()
+        sizes[window] = sum(entry["gaqat"].numel() for entry in state if "gaqat" in entry)
+    assert sizes[2] == sizes[10_000] > 0
+
+
 def peak(run):
     """The most bytes that were held at a time, beyond what was held before, by all of torch's allocations."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

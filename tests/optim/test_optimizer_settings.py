@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gaqat_optim import (
     ASAM,
@@ -20,25 +19,13 @@ from gaqat_optim import (
 )
 from training import (
     BASES,
-    X,
-    Y,
     closure_of,
+    distance,
     linear,
     quantized_cnn,
     tensors,
     train,
 )
-
-
-def distance(model, optimizer):
-    """How far the second pass looks."""
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    closure_of(model, optimizer)()
-    with optimizer.perturbed():
-        there = torch.cat([p.detach().flatten() for p in model.parameters()])
-        F.cross_entropy(model(X), Y).backward()
-    optimizer.zero_grad()
-    return (there - before).norm().item()
 
 
 def pair(policy, **settings):

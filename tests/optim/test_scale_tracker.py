@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gaqat_optim import (
@@ -303,30 +302,3 @@ def test_counters_begin_where_a_model_without_data_is_filled(in_place):
     empty.to_empty(device="cpu").load_state_dict(filled.state_dict())
     train(empty, optimizer, 3)
     assert all(0 <= r.disorder_task <= 1 for r in optimizer.scale_report())
-
-
-def training(perturbation, window):
-    torch.manual_seed(0)
-    x, y = torch.rand(8, 6), torch.randint(3, (8,))
-    model = quantize_model(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), QuantConfig(4, 4), calibration=x)
-    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    optimizer = GAQATOptimizer(base, model, perturbation=perturbation, freezing=DisorderFreeze(window))
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    return optimizer, closure
-
-
-def test_counters_do_not_grow_with_the_window():
-    sizes = {}
-    for window in (2, 10_000):
-        optimizer, closure = training(SAGM(), window)
-        for _ in range(5):
-            optimizer.step(closure)
-        state = optimizer.state_dict()["state"].values()
-        sizes[window] = sum(entry["gaqat"].numel() for entry in state if "gaqat" in entry)
-    assert sizes[2] == sizes[10_000] > 0

@@ -13,7 +13,7 @@ from gaqat_optim import (
     FreezeOnce,
     OppositionFreeze,
 )
-from gaqat_optim.optim.sign_statistics import SignCounters, WindowStatistics
+from gaqat_optim.optim.sign_statistics import SignCounters
 from oracle.sign_counter import SignCounter
 
 GRADIENT = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0, None])
@@ -104,25 +104,3 @@ def test_only_two_gradients_in_a_row_are_compared_by_hand():
     feed(window, [none, 1], [1, 1])
     assert math.isnan(window.statistics().disorder_task.item())  # the step before the last had none
     assert window.statistics().disorder_smooth.item() == pytest.approx(1 / 2)
-
-
-def statistics(task, smooth=None, conflict=None, opposition=None):
-    task = torch.tensor(task)
-    others = (torch.zeros_like(task) if v is None else torch.tensor(v) for v in (conflict, opposition))
-    return WindowStatistics(task, task if smooth is None else torch.tensor(smooth), *others)
-
-
-def step(model, optimizer, factor=1):
-    """One step; the scale's gradient in the first pass, in the second, and the combined one."""
-
-    def one_pass():
-        optimizer.zero_grad()
-        (model["weight"].sum() * model["scale"]).square().sum().mul(factor).backward()
-        return model["scale"].grad.clone()
-
-    task = one_pass()
-    with optimizer.perturbed():
-        smooth = one_pass()
-    combined = model["scale"].grad.clone()
-    optimizer.step()
-    return task, smooth, combined

@@ -1,4 +1,4 @@
-"""A ``torch.optim.Optimizer`` around a base optimizer, and what can be read from a base."""
+"""A ``torch.optim.Optimizer`` around a base optimizer, and the parameters and settings of a base."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class OptimizerAroundBase(torch.optim.Optimizer):
         self._patch_step_function()
 
     def _through_hooks(self, hooks: Any, state_dict: StateDict) -> StateDict:
-        """``state_dict``, or what the last of ``hooks`` that returns one makes of it."""
+        """``state_dict`` after ``hooks``, each of which may return another one."""
         for hook in hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         return state_dict

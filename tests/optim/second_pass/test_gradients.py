@@ -20,23 +20,13 @@ from training import (
     assert_same,
     build_base,
     closure_of,
+    distance,
     every_perturbation,
     linear,
     quantized_cnn,
     tensors,
     train,
 )
-
-
-def distance(model, optimizer):
-    """How far the second pass looks."""
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    closure_of(model, optimizer)()
-    with optimizer.perturbed():
-        there = torch.cat([p.detach().flatten() for p in model.parameters()])
-        F.cross_entropy(model(X), Y).backward()
-    optimizer.zero_grad()
-    return (there - before).norm().item()
 
 
 @pytest.mark.parametrize("kind", RATES)

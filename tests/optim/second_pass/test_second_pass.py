@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from gaqat_optim import SAGM, SAM, DisorderFreeze, GAQATOptimizer
 from training import BASES, X, Y, assert_same, closure_of, every_perturbation, linear, quantized_cnn, tensors, train
 
-ROWS, TARGETS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1, 0])
+ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 
 
 def around_each(step, closure):

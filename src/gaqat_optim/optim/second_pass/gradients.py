@@ -21,7 +21,7 @@ Gradients = Mapping[Parameter, Tensor]
 
 
 class Radius(NamedTuple):
-    """How far, and which way, a parameter is perturbed."""
+    """How far a parameter is perturbed, and in which direction."""
 
     rho: float
     sign: int  # -1 in a group that maximizes
@@ -62,8 +62,8 @@ def first_gradients(grads: Mapping[Parameter, Tensor | None]) -> dict[Parameter,
 def _shares_memory(g: Tensor) -> bool:
     """Whether something else than ``g`` holds its memory.
 
-    A gradient that backward() has just made is held twice in this function, by ``g`` and by ``storage``. For a view of
-    a bucket the count is 3 or more: the bucket holds the memory too.
+    Two objects hold the memory of a gradient that backward() has just made: ``g`` and, in this function, ``storage``.
+    For a view of a bucket the count is 3 or more: the bucket holds the memory too.
     """
     if type(g) is not Tensor or g.layout != torch.strided:
         return g._base is not None
@@ -87,9 +87,8 @@ def perturb_parameters(
         return
     params = list(radii)
     rhos = [radius.rho for radius in radii.values()]
-    deltas = perturbation.direction(
-        params, [grads[p] for p in params], rhos, grad_scale, [names.get(p, "") for p in params]
-    )
+    param_names = [names.get(p, "") for p in params]
+    deltas = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale, param_names)
     deltas.reverse()
     for p, radius in radii.items():
         delta = deltas.pop()  # Freed when the copy of p is made: both together are one copy of the model.
@@ -110,10 +109,10 @@ def restore(saved_values: list[tuple[Parameter, Tensor]]) -> None:
 
 
 @contextmanager
-def dropped_on_arrival(g_task: dict[Parameter, Tensor], params: Iterable[Parameter]) -> Iterator[None]:
-    """Within the block (the second backward), drop g_task of each of ``params`` when its g_smooth is there.
+def release_task_gradients(g_task: dict[Parameter, Tensor], params: Iterable[Parameter]) -> Iterator[None]:
+    """Within the block (the second backward), free the g_task of each of ``params`` when its g_smooth is there.
 
-    SAM's step does not use g_task: it so never holds two gradients of all parameters at once.
+    The step of SAM does not use g_task. It so never holds two gradients of all parameters at once.
     """
 
     def drop(p: Tensor) -> None:

@@ -15,12 +15,12 @@ from ..validation import check_first_gradients, check_pass, check_separate, refu
 from ..wrapper import parameters_of
 from .gradients import (
     combine_gradients,
-    dropped_on_arrival,
     first_gradients,
     gradient_versions,
     gradients_changed,
     perturb_parameters,
     radii_of,
+    release_task_gradients,
     restore,
 )
 from .rng_state import replayed_rng, rng_states
@@ -92,16 +92,16 @@ def second_pass(
         if per_rank:
             weight = state.perturbation.task_weight or 0.0
             g_task = defer_all_reduce_to_second_pass(params, g_task, state.tracker, weight, process_group(model))
-        dispensable: set[Parameter] = set()
+        unused_in_step: set[Parameter] = set()
         if not restores_grad:
             original_grads = {}
             if state.perturbation.task_weight == 0:
-                dispensable = set(g_task) - set(state.tracker.scales.values())
+                unused_in_step = set(g_task) - set(state.tracker.scales.values())
         versions = gradient_versions(params)
         with (
             frozen_running_stats(model, state.buffers),
             replayed_rng(model, rng) if rng is not None else nullcontext(),
-            dropped_on_arrival(g_task, dispensable),
+            release_task_gradients(g_task, unused_in_step),
         ):
             yield
         if not gradients_changed(params, versions):
