@@ -36,7 +36,7 @@ def test_scales_in_float32_beside_float64_weights(two):
     )  # float32 gradients, summed in another order
 
 
-def test_uncalibrated_scales_start_alike_on_ranks_with_other_data(two):
+def test_uncalibrated_scales_are_the_same_on_ranks_with_different_data(two):
     assert_same_bits(two["uncalibrated"])
     state = two["uncalibrated"][0]
     assert state["0.input_quantizer.scale_is_signed"].item()  # one rank alone has seen a negative input
@@ -68,7 +68,7 @@ def test_a_parameter_used_in_one_pass_only_does_not_part_the_ranks(two, passes):
 
 
 @pytest.mark.parametrize("per_rank", [False, True])
-def test_a_scale_that_one_rank_uses_counts_on_all_and_parts_none(two, per_rank):
+def test_a_scale_that_one_rank_uses_counts_on_all_ranks(two, per_rank):
     results = [result[f"per rank: {per_rank}"] for result in two["one rank only"]]
     *same, names = zip(*results, strict=True)
     for of_ranks in same:
@@ -212,7 +212,7 @@ def test_no_sync_without_per_rank_is_an_error_on_every_rank(ranks, policy, step)
 # -- ZeroRedundancyOptimizer -------------------------------------------------------------------------------------
 
 
-def test_zero_redundancy_trains_alike_and_resumes_from_a_state_dict_of_rank_0(two):
+def test_zero_redundancy_optimizer_trains_as_adam_and_resumes_from_rank_0(two):
     results = two["zero"]
     for name in ("plain", "uninterrupted", "resumed", "frozen"):
         assert_same_bits([result[name] for result in results])

@@ -121,7 +121,7 @@ def test_quantile_takes_ties_to_the_exact_fraction_and_skips_the_unused():
     assert not judged[1]
 
 
-def test_freeze_once_never_thaws():
+def test_freeze_once_never_unfreezes():
     policy, frozen = FreezeOnce(threshold=0.3), UNFROZEN
     for windows, disorder in enumerate([[0.9, 0.1, 0.9, 0.9], [0.9, 0.9, 0.2, 0.9], [0.9] * 4, [math.nan] * 4]):
         frozen = policy.judge(statistics(disorder), frozen, windows)
@@ -142,7 +142,7 @@ def test_random_draws_depend_on_nothing_but_seed_and_window():
     assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
 
 
-def test_random_draws_are_others_for_other_seeds():
+def test_random_draws_differ_between_seeds():
     draws = [drawn(RandomFreeze(seed=seed), windows=windows) for seed in range(3) for windows in range(3)]
     assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
 

@@ -301,7 +301,7 @@ def test_a_user_who_raises_on_a_loss_that_is_not_finite_keeps_a_good_model():
         assert model.p.grad is None
 
 
-def test_a_closure_that_forgets_backward_is_told_and_changes_nothing():
+def test_a_closure_without_backward_raises_and_changes_nothing():
     model, optimizer = prepared()
     optimizer.zero_grad()
     before = snapshot(model, optimizer)
@@ -337,7 +337,7 @@ def test_a_closure_that_zeroes_in_place_gets_its_tensors_back_as_it_left_them():
 
 
 @pytest.mark.parametrize("failing", ["first", "second"])
-def test_scales_that_were_taken_in_a_failed_first_step_are_those_of_a_run_without_failure(failing):
+def test_scales_initialized_in_a_failed_first_step_are_those_of_a_run_without_failure(failing):
     def start():
         torch.manual_seed(3)
         model = quantize_model(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), QuantConfig(3, 3))
@@ -508,7 +508,7 @@ KILLS = [(4, "second backward"), (9, "first forward"), (11, "saving")]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_a_run_that_is_killed_again_and_again_gives_the_bits_of_one_that_never_stopped(tmp_path):
+def test_a_run_that_is_killed_and_resumed_often_has_the_bits_of_an_uninterrupted_one(tmp_path):
     script, killed, whole = tmp_path / "run.py", tmp_path / "killed", tmp_path / "whole"
     script.write_text(SCRIPT)
     killed.mkdir()

@@ -44,7 +44,7 @@ def test_two_lines_train_and_freeze():
 
 
 @pytest.mark.parametrize(("perturbation", "freeze"), [(SAM(0.1), None), (SAGM(0.1), "both")])
-def test_frozen_with_both_parts_does_not_move_whatever_momentum_and_decay_say(perturbation, freeze):
+def test_frozen_with_both_parts_a_scale_resists_momentum_and_decay(perturbation, freeze):
     model = quantized_cnn()
     optimizer = GAQATOptimizer(
         torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5),
@@ -242,7 +242,7 @@ class EveryOther:
         return torch.arange(frozen.numel()) % 2 == windows % 2
 
 
-def test_a_policy_of_one_s_own_needs_no_change_of_the_optimizer():
+def test_a_custom_policy_freezes_as_it_judges():
     model, optimizer = scaled_line(EveryOther())
     moved = []
     for _ in range(6):
@@ -354,7 +354,7 @@ class FreezeFirst:
         return first
 
 
-def test_one_channel_is_held_while_its_neighbours_move():
+def test_one_frozen_channel_stays_while_its_neighbours_move():
     model = small()
     assert [p.numel() for p in scales_of(model).values()] == [6, 1, 3, 1]
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

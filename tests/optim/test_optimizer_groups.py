@@ -133,7 +133,7 @@ def test_a_group_with_rho_zero_is_not_perturbed_and_another_radius_counts():
     assert distance == pytest.approx(0.7, rel=1e-3)
 
 
-def test_groups_have_radii_of_their_own_which_checkpoints_keep():
+def test_group_radii_are_in_checkpoints():
     torch.manual_seed(0)
     model = mlp().double()
     x, y = torch.randn(16, 8, dtype=torch.float64), torch.randint(4, (16,))

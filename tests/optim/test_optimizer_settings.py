@@ -62,7 +62,7 @@ def test_another_policy_judges_what_was_counted_and_goes_on():
     assert frozen(optimizer) == [0] * 6
 
 
-def test_before_the_first_window_the_mask_is_what_the_policy_begins_with():
+def test_freezing_assigned_before_the_first_window_freezes_initially():
     model, optimizer = pair(DisorderFreeze(4))
     train(model, optimizer, 2)
     optimizer.freezing = AlwaysFreeze(4, freeze="both")

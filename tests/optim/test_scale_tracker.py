@@ -130,7 +130,7 @@ def default_dtype(request):
     torch.set_default_dtype(before)
 
 
-def test_counters_are_float32_whatever_the_default_is(default_dtype):
+def test_counters_are_float32_under_every_default_dtype(default_dtype):
     # Of 299 comparisons every other one is a flip: in bfloat16, sums of ones end at 256.
     model = Branches()
     optimizer = GAQATOptimizer(
@@ -156,7 +156,7 @@ def test_counters_are_float32_whatever_the_default_is(default_dtype):
 
 
 @pytest.mark.parametrize("domain", ["log", "linear"])
-def test_scales_are_float32_whatever_the_default_is(default_dtype, domain):
+def test_scales_are_float32_under_every_default_dtype(default_dtype, domain):
     net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     x = torch.randn(16, 8)
     model = quantize_model(net, QuantConfig(4, 4, scale_domain=domain, output_bits=8), calibration=x)

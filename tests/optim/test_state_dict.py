@@ -128,7 +128,7 @@ class OfItsOwnForm(torch.optim.SGD):
         super().load_state_dict(state_dict["inner"])
 
 
-def test_a_state_dict_of_another_form_is_refused_and_the_base_s_own_serves():
+def test_a_base_state_dict_without_groups_is_refused():
     model = quantized_cnn()
     optimizer = GAQATOptimizer(OfItsOwnForm(model.parameters(), lr=0.05, momentum=0.9), model)
     train(model, optimizer, 2)

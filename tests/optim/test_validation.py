@@ -91,7 +91,7 @@ def test_scales_of_other_libraries_are_found_by_name_or_identity():
         assert [r.name for r in GAQATOptimizer(base, model, scales=scales).scale_report()] == ["bias"]
 
 
-def test_misuse_is_explained_and_harmless():
+def test_misuse_raises_and_changes_nothing():
     model, base = linear(2, 1)
     optimizer = GAQATOptimizer(base, model)
     with pytest.raises(RuntimeError, match="has a gradient: the first backward"), optimizer.perturbed():

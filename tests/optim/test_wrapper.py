@@ -208,7 +208,7 @@ def test_hooks_deepcopy_and_pickle():
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "pickle"]
 )
-def test_copies_of_model_and_optimizer_go_on_alike_and_apart(way, name):
+def test_copies_of_model_and_optimizer_train_the_same_and_independently(way, name):
     model = quantized_cnn()
     base = build_base(name, model.parameters(), RATES[name])
     optimizer = GAQATOptimizer(base, model, freezing=DisorderFreeze(4, 0.6), interval=2, perturbation=SAGM(0.3))
@@ -286,14 +286,14 @@ def test_train_and_eval_are_the_base_s():
     assert not optimizer.base.training
 
 
-def test_a_base_without_train_and_eval_gives_none():
+def test_train_and_eval_are_absent_where_the_base_has_none():
     _, optimizer = pair(NeverFreeze())
     for name in ("train", "eval", "first_step", "second_step", "_step_supports_amp_scaling"):
         assert not hasattr(optimizer, name)
         assert getattr(optimizer, name, 7) == 7
 
 
-def test_the_loop_of_the_most_used_sam_package_is_told_ours():
+def test_first_step_and_second_step_raise_with_a_loop_that_trains():
     model, optimizer = pair(NeverFreeze())
     F.cross_entropy(model(X), Y).backward()
     with pytest.raises(AttributeError, match=r"has no first_step\(\)(.|\n)*with optimizer\.perturbed\(\):"):

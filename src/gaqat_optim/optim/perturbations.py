@@ -91,7 +91,7 @@ class _GradientPerturbation:
         for p, direction, rho in zip(params, directions, rhos, strict=True):
             device = direction.device
             if (rho, device) not in factors:
-                factors[rho, device] = (self._length(rho, norm) / grad_scale).to(device)
+                factors[rho, device] = (self._step_size(rho, norm) / grad_scale).to(device)
             # In half precision the factor itself may round to zero.
             delta = _at_least_float32(direction) * factors[rho, device]
             if not known_finite:
@@ -105,8 +105,8 @@ class _GradientPerturbation:
         """The norm that the radius is relative to, and a direction for each parameter, both times ``grad_scale``."""
         return total_norm(grads), grads
 
-    def _length(self, rho: float, norm: Tensor) -> Tensor:
-        """What a direction is multiplied by."""
+    def _step_size(self, rho: float, norm: Tensor) -> Tensor:
+        """The factor by which a direction is multiplied."""
         return rho / (norm + 1e-12)
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
@@ -170,8 +170,8 @@ class SAGM(_GradientPerturbation):
     task_weight: ClassVar[float | None] = 1.0
 
     @override
-    def _length(self, rho: float, norm: Tensor) -> Tensor:
-        return super()._length(rho, norm) - self.alpha
+    def _step_size(self, rho: float, norm: Tensor) -> Tensor:
+        return super()._step_size(rho, norm) - self.alpha
 
     @override
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:

@@ -41,10 +41,6 @@ class ScaleTracker:
         self.has_task_part = has_task_part
         self.sizes = [p.numel() for p in self.scales.values()]
         self._all_1d = all(p.dim() == 1 for p in self.scales.values())
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all counts, and freeze what the policy freezes initially."""
         self.steps = self.windows = 0
         self._start_counting()
 
@@ -213,12 +209,11 @@ class ScaleTracker:
         return other
 
     def load_state_tensors(self, state_tensors: Mapping[Parameter, Tensor], steps: int, windows: int) -> None:
-        """Load :meth:`state_tensors`, saved after ``steps`` perturbed steps and ``windows`` judged windows.
+        """Load :meth:`state_tensors` into a new tracker, saved after ``steps`` perturbed steps and ``windows`` windows.
 
         A scale that needs no gradient may lack a state, since torch's distributed checkpoints leave it out. It begins
         without counts.
         """
-        self.reset()
         untrained = {p: state for p, state in self.state_tensors().items() if not p.requires_grad}
         states = {**untrained, **state_tensors}
         row_count = self._rows().shape[0]

@@ -220,7 +220,7 @@ class LaterWriter(Holds):
             self.table += 1
 
 
-def test_what_a_second_pass_is_the_first_to_write_in_a_large_buffer_is_told():
+def test_restore_buffers_warns_of_a_large_buffer_that_a_second_pass_wrote_first():
     model, optimizer = build(LaterWriter)
     model.begin = 6
     train(model, optimizer, 2, X, Y)
@@ -231,7 +231,7 @@ def test_what_a_second_pass_is_the_first_to_write_in_a_large_buffer_is_told():
     assert model.table[0] == 4
 
 
-def test_what_a_failed_step_is_the_first_to_write_in_a_large_buffer_is_told():
+def test_restore_buffers_warns_of_a_large_buffer_that_a_failed_step_wrote_first():
     model, optimizer = build(LaterWriter)
     model.begin = 4
     train(model, optimizer, 1, X, Y)

@@ -25,7 +25,7 @@ from training import (
 )
 
 
-def test_a_loop_that_never_makes_a_second_pass_is_told_so_once():
+def test_a_loop_that_never_makes_a_second_pass_is_warned_once():
     model = quantized_cnn()
     optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model)
 

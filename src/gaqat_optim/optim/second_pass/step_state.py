@@ -68,7 +68,7 @@ class StepState:
             self.watch = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "watch": None}  # The hook is on this copy's parameters only.
+        return {**self.__dict__, "watch": None}  # A copy has parameters of its own, without the hook.
 
     def track(self, scales: Mapping[str, Parameter]) -> None:
         """Track ``scales`` from now on, and keep what is known of those among them that are tracked already."""
