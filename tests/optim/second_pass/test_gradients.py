@@ -12,6 +12,7 @@ from gaqat_optim import (
     SAM,
     GAQATOptimizer,
 )
+from gaqat_optim.optim.second_pass.gradients import gradient_versions, gradients_changed
 from training import (
     BASES,
     RATES,
@@ -274,3 +275,22 @@ def test_a_half_precision_network_with_a_large_loss_is_perturbed():
     with optimizer.perturbed():
         assert not torch.equal(model.weight, before["weight"])
         (model(x).float().sum() * 100).backward()
+
+
+def test_gradients_changed_sees_writes_replacements_and_first_gradients():
+    p, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    params = [p, unused]
+    versions = gradient_versions(params)
+    assert not gradients_changed(params, versions)
+    p.sum().backward()
+    assert gradients_changed(params, versions)
+    versions = gradient_versions(params)
+    assert not gradients_changed(params, versions)
+    p.sum().backward()  # the same tensor, written to
+    assert gradients_changed(params, versions)
+    versions = gradient_versions(params)
+    p.grad = p.grad.clone()  # another tensor with the same values
+    assert gradients_changed(params, versions)
+    versions = gradient_versions(params)
+    p.grad = None
+    assert gradients_changed(params, versions)

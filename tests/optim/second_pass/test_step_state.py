@@ -132,3 +132,14 @@ def test_a_second_pass_whose_gradients_are_changed_before_the_step_counts(change
     train(model, optimizer, 1)  # and no hook of the step before is left
     assert optimizer.perturbed_steps == 2
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_closure_that_only_clears_the_gradients_drops_a_second_pass():
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, interval=2)
+    train(model, optimizer, 1)
+    closure_of(model, optimizer)()
+    with optimizer.perturbed():
+        F.cross_entropy(model(X), Y).backward()
+    optimizer.step(model.zero_grad)
+    assert (optimizer.steps, optimizer.perturbed_steps) == (2, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -150,17 +150,22 @@ def combine_gradients(
             p.grad = g
 
 
-def gradient_versions(params: Iterable[Parameter]) -> list[tuple[Callable[[], Tensor | None], int]]:
-    """For each parameter, a weak reference to its ``.grad`` and the version of that tensor."""
-    return [(lambda: None, 0) if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in params]
+def gradient_versions(params: Iterable[Parameter]) -> list[tuple[weakref.ref[Tensor], int] | None]:
+    """For each parameter, a weak reference to its ``.grad`` and the version of that tensor; ``None`` without one."""
+    return [None if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in params]
 
 
-def gradients_changed(params: Iterable[Parameter], versions: list[tuple[Callable[[], Tensor | None], int]]) -> bool:
+def gradients_changed(params: Iterable[Parameter], versions: list[tuple[weakref.ref[Tensor], int] | None]) -> bool:
     """Whether a ``.grad`` is another tensor, or was written to, since :func:`gradient_versions`.
 
     torch adds 1 to a tensor's version at each write in place. Say ``.grad`` is tensor a at version 0: ``backward()``
     makes it a at version 1; ``zero_grad()`` and ``backward()`` make it another tensor b. Still a at version 0, nothing
     was computed. Values would not tell: a new gradient may equal the old one.
     """
-    pairs = zip((p.grad for p in params), versions, strict=True)
-    return any(g is not last_grad() or (g is not None and g._version != version) for g, (last_grad, version) in pairs)
+    for p, version in zip(params, versions, strict=True):
+        if p.grad is None or version is None:
+            if p.grad is not None or version is not None:
+                return True
+        elif p.grad is not version[0]() or p.grad._version != version[1]:
+            return True
+    return False
