@@ -1,7 +1,7 @@
 """What the generic tests of the optimizer run over, one line an entry, and the network that they train.
 
 To have a perturbation's setting, a policy, a base or a protocol tested against all others, add a line here. A new class
-of perturbation or policy also needs its formula in optimizer_twin.
+of perturbation or policy also needs its formula in oracle/optimizer_twin.py.
 """
 
 import inspect
@@ -29,7 +29,7 @@ from gaqat_optim import (
     OppositionFreeze,
     RandomFreeze,
 )
-from optimizer_twin import EXTRA, SHAPES, Twin, is_scale
+from oracle.optimizer_twin import EXTRA, SHAPES, Twin, is_scale
 
 # -- perturbations: the setting, and the "rho" of a second parameter group (None: one group for all) --------------
 
@@ -146,7 +146,7 @@ def parameter(name):
 
 
 class Net(nn.Module):
-    """The problem of optimizer_twin, in torch."""
+    """The problem of oracle/optimizer_twin.py, in torch."""
 
     def __init__(self, extra=True):
         super().__init__()

@@ -88,6 +88,17 @@ def train(model, optimizer, steps, x=X, y=Y):
     return [optimizer.step(closure_of(model, optimizer, x, y)).item() for _ in range(steps)]
 
 
+def distance(model, optimizer):
+    """How far the second pass perturbs the parameters."""
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    closure_of(model, optimizer)()
+    with optimizer.perturbed():
+        there = torch.cat([p.detach().flatten() for p in model.parameters()])
+        F.cross_entropy(model(X), Y).backward()
+    optimizer.zero_grad()
+    return (there - before).norm().item()
+
+
 def tensors(model):
     """Copies of all parameters and buffers, by name."""
     return {k: v.detach().clone() for k, v in model.state_dict(keep_vars=True).items()}

@@ -20,12 +20,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn.parallel import DistributedDataParallel
 
 from gaqat_optim import DisorderFreeze, GAQATOptimizer
 
-from .fsdp_scenarios import sharded
-from .processes import PERTURBATIONS, data, masks, part_of, quantized, train, whole
+from .processes import (
+    PERTURBATIONS,
+    data,
+    frozen_fractions,
+    full_parameters,
+    part_of,
+    quantized,
+    report,
+    train,
+)
+from .training_scenarios import ddp, sharded
 
 BEFORE, AFTER = 5, 6  # Steps before and after saving; every other one has a second pass: 3 before, so half a window.
 
@@ -37,13 +45,9 @@ def build(model: nn.Module) -> GAQATOptimizer:
 
 
 def result(model: nn.Module, optimizer: GAQATOptimizer) -> Any:
-    tracker = optimizer._step_state.tracker
-    return (
-        whole(model),
-        masks(optimizer),
-        tracker.window.flips_task.clone(),
-        [optimizer.steps, optimizer.perturbed_steps],
-    )
+    """The counts of the current window show in the report after it, when a resumed run has gone on."""
+    counts = [optimizer.steps, optimizer.perturbed_steps]
+    return full_parameters(model), frozen_fractions(optimizer), report(optimizer), counts
 
 
 def uninterrupted() -> Any:
@@ -87,12 +91,8 @@ def load_and_continue(name: str, wrap: Any, rank: int, ranks: int, folder: Path)
     return {"loaded": loaded, "resumed": result(model, optimizer)}
 
 
-def of_ddp(ranks: int) -> nn.Module:
-    return DistributedDataParallel(quantized())
-
-
 def full(rank: int, ranks: int, folder: Path) -> Any:
-    """A whole state dict on the CPU of the first rank, as a plain file; loaded from a copy on each, or from one."""
+    """A full state dict on the CPU of the first rank, as a plain file; loaded from a copy on each, or from one."""
     batch = part_of(rank, ranks)
     model = sharded(ranks)
     optimizer = build(model)
@@ -121,12 +121,12 @@ def full(rank: int, ranks: int, folder: Path) -> Any:
 
 ON_TWO = {
     "dcp fsdp": partial(save_and_continue, "fsdp", sharded),
-    "dcp ddp": partial(save_and_continue, "ddp", of_ddp),
+    "dcp ddp": partial(save_and_continue, "ddp", ddp),
     "dcp full": full,
 }
 ON_FOUR = {
     "dcp fsdp": partial(load_and_continue, "fsdp", sharded),
-    "dcp ddp": partial(load_and_continue, "ddp", of_ddp),
-    "dcp fsdp as ddp": partial(load_and_continue, "fsdp", of_ddp),
+    "dcp ddp": partial(load_and_continue, "ddp", ddp),
+    "dcp fsdp as ddp": partial(load_and_continue, "fsdp", ddp),
 }
 SCENARIOS = ON_TWO

@@ -4,8 +4,10 @@ import os
 
 import pytest
 
-from distributed import checkpoint_scenarios, ddp_scenarios, fsdp_scenarios
+from distributed import checkpoint_scenarios, ddp_scenarios, fsdp_scenarios, training_scenarios
 from distributed.processes import spawn
+
+SCENARIOS = {**training_scenarios.SCENARIOS, **ddp_scenarios.SCENARIOS, **fsdp_scenarios.SCENARIOS}
 
 
 @pytest.fixture(scope="session")
@@ -22,16 +24,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def two(folder):
     """Results of two ranks, by scenario."""
-    scenarios = {**ddp_scenarios.SCENARIOS, **fsdp_scenarios.SCENARIOS, **checkpoint_scenarios.ON_TWO}
-    return spawn(scenarios, 2, folder)
+    return spawn({**SCENARIOS, **checkpoint_scenarios.ON_TWO}, 2, folder)
 
 
 @pytest.fixture(scope="session")
 def four(folder, two):
     """Results of four ranks, by scenario; they load what two saved."""
-    names = ("synchronised", "per rank", "forgotten", "fsdp")
-    scenarios = {**ddp_scenarios.SCENARIOS, **fsdp_scenarios.SCENARIOS}
-    return spawn({**{name: scenarios[name] for name in names}, **checkpoint_scenarios.ON_FOUR}, 4, folder)
+    names = ("ddp combinations", "fsdp combinations", "per rank", "forgotten")
+    return spawn({**{name: SCENARIOS[name] for name in names}, **checkpoint_scenarios.ON_FOUR}, 4, folder)
 
 
 @pytest.fixture(params=["two", "four"])

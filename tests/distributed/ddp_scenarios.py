@@ -21,8 +21,9 @@ from .processes import (
     SOME,
     STEPS,
     data,
+    frozen_fractions,
+    full_parameters,
     loss_of,
-    masks,
     network,
     optimizer_for,
     part_of,
@@ -30,42 +31,12 @@ from .processes import (
     report,
     sgd,
     train,
-    whole,
 )
+from .training_scenarios import ddp
 
 # Perturbations whose gradients of both passes may be averaged at once.
 PER_RANK = [(perturbation, policy) for perturbation, policy in COMBINATIONS if perturbation != "GSAM"]
 SOME_PER_RANK = [(perturbation, policy) for perturbation, policy in SOME if perturbation != "GSAM"]
-
-
-def wrapped(**options: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(quantized(), **options)
-
-
-def synchronised(rank: int, ranks: int, folder: Path) -> Any:
-    """Every perturbation under every policy."""
-    results = {}
-    for perturbation, policy in COMBINATIONS:
-        model = wrapped()
-        optimizer = optimizer_for(model, perturbation, policy)
-        train(model, optimizer, *part_of(rank, ranks))
-        results[f"{perturbation} {policy}"] = whole(model), masks(optimizer), report(optimizer)
-    return results
-
-
-def settings(rank: int, ranks: int, folder: Path) -> Any:
-    """DistributedDataParallel's own settings must make no difference."""
-    results = {}
-    for name, options in {
-        "bucket views": {"gradient_as_bucket_view": True},
-        "static graph": {"static_graph": True},
-        "small buckets": {"bucket_cap_mb": 0.0005},
-    }.items():
-        model = wrapped(**options)
-        optimizer = optimizer_for(model)
-        train(model, optimizer, *part_of(rank, ranks))
-        results[name] = whole(model), masks(optimizer)
-    return results
 
 
 def uncalibrated(rank: int, ranks: int, folder: Path) -> Any:
@@ -79,7 +50,7 @@ def float32_scales(rank: int, ranks: int, folder: Path) -> Any:
     model = DistributedDataParallel(quantize_model(network(), QuantConfig(3, 3), calibration=data()[0]))
     optimizer = optimizer_for(model)
     train(model, optimizer, *part_of(rank, ranks))
-    return whole(model)
+    return full_parameters(model)
 
 
 class OnePassOnly(nn.Module):
@@ -105,7 +76,7 @@ def one_pass_only(rank: int, ranks: int, folder: Path) -> Any:
             model = DistributedDataParallel(OnePassOnly(), find_unused_parameters=True)
             optimizer = optimizer_for(model)
             train_branch(model, optimizer, passes, per_rank, *part_of(rank, ranks))
-            results[f"{passes} per rank: {per_rank}"] = whole(model)
+            results[f"{passes} per rank: {per_rank}"] = full_parameters(model)
     return results
 
 
@@ -165,9 +136,8 @@ def one_rank_only(rank: int, ranks: int, folder: Path) -> Any:
             with optimizer.perturbed(per_rank=per_rank):
                 loss_of(model, x, y).backward()
             optimizer.step()
-        compared = optimizer._step_state.tracker.window.compared_task.clone()
         names = [record.name.removeprefix("module.") for record in optimizer.scale_report()]
-        results[f"per rank: {per_rank}"] = whole(model), masks(optimizer), report(optimizer), compared, names
+        results[f"per rank: {per_rank}"] = full_parameters(model), frozen_fractions(optimizer), report(optimizer), names
     return results
 
 
@@ -185,7 +155,7 @@ def batch_norm(rank: int, ranks: int, folder: Path) -> Any:
         train(wrapper, optimizer, *part_of(rank, ranks), 3)
         norm = model[1]
         results[f"broadcast: {broadcast}"] = {
-            "parameters": whole(wrapper),
+            "parameters": full_parameters(wrapper),
             "mean": norm.running_mean.clone(),
             "count": norm.num_batches_tracked.clone(),
             "inputs": torch.stack(inputs),  # of both passes, in turn
@@ -203,10 +173,10 @@ def without_scales(rank: int, ranks: int, folder: Path) -> Any:
     model = DistributedDataParallel(network())
     optimizer = GAQATOptimizer(sgd(model), model, perturbation=SAGM(0.2, 0.01), freezing=DisorderFreeze(2))
     train(model, optimizer, *part_of(rank, ranks), 5)
-    return whole(model)
+    return full_parameters(model)
 
 
-# -- each rank its own ascent ------------------------------------------------------------------------------------
+# -- each rank perturbed by its own gradient ----------------------------------------------------------------------
 
 
 def step_per_rank(model: DistributedDataParallel, optimizer: GAQATOptimizer, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -221,11 +191,11 @@ def step_per_rank(model: DistributedDataParallel, optimizer: GAQATOptimizer, x: 
 def per_rank(rank: int, ranks: int, folder: Path) -> Any:
     results = {}
     for perturbation, policy in PER_RANK if ranks == 2 else SOME_PER_RANK:
-        model = wrapped(gradient_as_bucket_view=policy == "disorder")
+        model = ddp(ranks, gradient_as_bucket_view=policy == "disorder")
         optimizer = optimizer_for(model, perturbation, policy)
         for step in range(STEPS):
             step_per_rank(model, optimizer, *part_of(rank, ranks, seed=step))
-        results[f"{perturbation} {policy}"] = whole(model), masks(optimizer)
+        results[f"{perturbation} {policy}"] = full_parameters(model), frozen_fractions(optimizer)
     return results
 
 
@@ -233,25 +203,25 @@ def reductions(rank: int, ranks: int, folder: Path) -> Any:
     """Numbers of gradient elements that each of four steps reduces, by DistributedDataParallel and apart."""
     results = {}
     for mode in ("synchronised", "per rank"):
-        model = wrapped()
+        model = ddp(ranks)
         optimizer = GAQATOptimizer(sgd(model), model, freezing=DisorderFreeze(3))
-        of_buckets: list[int] = []
+        in_buckets: list[int] = []
         apart: list[int] = []
 
-        def hook(state, bucket, seen=of_buckets):
-            seen[-1] += bucket.buffer().numel()
+        def hook(state, bucket, counts=in_buckets):
+            counts[-1] += bucket.buffer().numel()
             work = dist.distributed_c10d.all_reduce(bucket.buffer().div_(ranks), async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
 
-        def counted(tensor: torch.Tensor, *args: Any, seen: list[int] = apart, **kwargs: Any) -> Any:
-            seen[-1] += tensor.numel()
+        def counting_all_reduce(tensor: torch.Tensor, *args: Any, counts: list[int] = apart, **kwargs: Any) -> Any:
+            counts[-1] += tensor.numel()
             return dist.distributed_c10d.all_reduce(tensor, *args, **kwargs)
 
         model.register_comm_hook(None, hook)
-        original, dist.all_reduce = dist.all_reduce, counted
+        original, dist.all_reduce = dist.all_reduce, counting_all_reduce
         try:
             for _ in range(4):
-                of_buckets.append(0)
+                in_buckets.append(0)
                 apart.append(0)
                 if mode == "per rank":
                     step_per_rank(model, optimizer, *part_of(rank, ranks))
@@ -259,7 +229,7 @@ def reductions(rank: int, ranks: int, folder: Path) -> Any:
                     train(model, optimizer, *part_of(rank, ranks), 1)
         finally:
             dist.all_reduce = original
-        results[mode] = {"buckets": of_buckets, "apart": apart}
+        results[mode] = {"buckets": in_buckets, "apart": apart}
     return results
 
 
@@ -267,7 +237,7 @@ def forgotten(rank: int, ranks: int, folder: Path) -> Any:
     """The first pass under no_sync() without per_rank: the message of the error at the end of the window."""
     results = {}
     for policy, freezing in {"disorder": DisorderFreeze(2, 0.6), "nothing freezes": NeverFreeze(4)}.items():
-        model = wrapped()
+        model = ddp(ranks)
         optimizer = GAQATOptimizer(sgd(model), model, perturbation=SAGM(0.2), freezing=freezing)
         messages = []
         for step in range(4):
@@ -286,30 +256,9 @@ def forgotten(rank: int, ranks: int, folder: Path) -> Any:
     return results
 
 
-def accumulated(rank: int, ranks: int, folder: Path) -> Any:
-    """Two micro-batches, the last one synchronised, in both passes."""
-    model = wrapped()
-    optimizer = optimizer_for(model)
-    x, y = part_of(rank, ranks)
-    size = len(x) // 2
-
-    def backward() -> None:
-        with model.no_sync():
-            (loss_of(model, x[:size], y[:size]) / 2).backward()
-        (loss_of(model, x[size:], y[size:]) / 2).backward()
-
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        backward()
-        with optimizer.perturbed():
-            backward()
-        optimizer.step()
-    return whole(model), masks(optimizer)
-
-
 def accumulated_per_rank(rank: int, ranks: int, folder: Path) -> Any:
-    """The same, with each rank's own ascent: all micro-batches of the first pass are under no_sync."""
-    model = wrapped()
+    """Each rank perturbed by its own gradient: all micro-batches of the first pass are under no_sync."""
+    model = ddp(ranks)
     optimizer = optimizer_for(model)
     for step in range(STEPS):
         x, y = part_of(rank, ranks, seed=step)
@@ -323,7 +272,7 @@ def accumulated_per_rank(rank: int, ranks: int, folder: Path) -> Any:
                 (loss_of(model, x[:size], y[:size]) / 2).backward()
             (loss_of(model, x[size:], y[size:]) / 2).backward()
         optimizer.step()
-    return whole(model), masks(optimizer)
+    return full_parameters(model), frozen_fractions(optimizer)
 
 
 # -- ZeroRedundancyOptimizer -------------------------------------------------------------------------------------
@@ -334,7 +283,7 @@ def zero(rank: int, ranks: int, folder: Path) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
 
     def build(spread: bool) -> tuple[nn.Module, GAQATOptimizer]:
-        model = wrapped()
+        model = ddp(ranks)
         base = (
             ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, lr=0.01)
             if spread
@@ -367,18 +316,16 @@ def zero(rank: int, ranks: int, folder: Path) -> Any:
     train(model, optimizer, *batch, 4)
     train(resumed, resumed_optimizer, *batch, 4)
     return {
-        "plain": whole(plain),
-        "uninterrupted": whole(model),
-        "resumed": whole(resumed),
-        "frozen": masks(resumed_optimizer),
+        "plain": full_parameters(plain),
+        "uninterrupted": full_parameters(model),
+        "resumed": full_parameters(resumed),
+        "frozen": frozen_fractions(resumed_optimizer),
         "counts": counts,
         "message": message,
     }
 
 
 SCENARIOS = {
-    "synchronised": synchronised,
-    "settings": settings,
     "uncalibrated": uncalibrated,
     "float32 scales": float32_scales,
     "one pass only": one_pass_only,
@@ -388,7 +335,6 @@ SCENARIOS = {
     "per rank": per_rank,
     "reductions": reductions,
     "forgotten": forgotten,
-    "accumulated": accumulated,
     "accumulated per rank": accumulated_per_rank,
     "zero": zero,
 }

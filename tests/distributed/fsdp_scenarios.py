@@ -8,81 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, LSQQuantizer, QuantConfig, quantize_model
 
 from .processes import (
-    COMBINATIONS,
-    SOME,
-    STEPS,
     data,
+    frozen_fractions,
+    full_parameters,
     loss_of,
-    masks,
     network,
     optimizer_for,
     part_of,
     quantized,
-    report,
     sgd,
     train,
-    whole,
 )
-
-
-def sharded(ranks: int, model: nn.Module | None = None, **options: Any) -> nn.Module:
-    """The quantized network, its first layer a unit of its own, the others another."""
-    model = quantized() if model is None else model
-    mesh = init_device_mesh("cpu", (ranks,))
-    fully_shard(model[0], mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
-    return model
-
-
-def fsdp(rank: int, ranks: int, folder: Path) -> Any:
-    """Every perturbation under every policy."""
-    results = {}
-    for perturbation, policy in COMBINATIONS if ranks == 2 else SOME:
-        model = sharded(ranks)
-        optimizer = optimizer_for(model, perturbation, policy)
-        train(model, optimizer, *part_of(rank, ranks))
-        results[f"{perturbation} {policy}"] = whole(model), masks(optimizer), report(optimizer)
-    return results
-
-
-def settings(rank: int, ranks: int, folder: Path) -> Any:
-    results = {}
-    for name, options in {
-        "no reshard": {"reshard_after_forward": False},
-        "reshard": {"reshard_after_forward": True},
-        "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
-    }.items():
-        model = sharded(ranks, **options)
-        optimizer = optimizer_for(model)
-        train(model, optimizer, *part_of(rank, ranks))
-        results[name] = whole(model), masks(optimizer)
-    return results
-
-
-def clipping(rank: int, ranks: int, folder: Path) -> Any:
-    """The loop written out, with clipping after the block."""
-    model = sharded(ranks)
-    optimizer = optimizer_for(model)
-    norms = train_clipped(model, optimizer, *part_of(rank, ranks))
-    return whole(model), norms
-
-
-def train_clipped(model: nn.Module, optimizer: GAQATOptimizer, x: torch.Tensor, y: torch.Tensor) -> list[float]:
-    norms = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        with optimizer.perturbed():
-            loss_of(model, x, y).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-        norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
-        optimizer.step()
-    return norms
+from .training_scenarios import sharded
 
 
 def mixed_precision(rank: int, ranks: int, folder: Path) -> Any:
@@ -114,7 +56,7 @@ def mixed_precision(rank: int, ranks: int, folder: Path) -> Any:
 
         for _ in range(20):
             optimizer.step(closure)
-        results[name] = {"losses": losses[0::2], "dtypes": dtypes[-1], "parameters": whole(model)}
+        results[name] = {"losses": losses[0::2], "dtypes": dtypes[-1], "parameters": full_parameters(model)}
     return results
 
 
@@ -130,7 +72,7 @@ def half_precision_model(rank: int, ranks: int, folder: Path) -> Any:
     optimizer = optimizer_for(model)
     x, y = part_of(rank, ranks)
     train(model, optimizer, x.bfloat16(), y, 3)
-    return whole(model)
+    return full_parameters(model)
 
 
 def restored(rank: int, ranks: int, folder: Path) -> Any:
@@ -186,7 +128,7 @@ def from_meta(rank: int, ranks: int, folder: Path) -> Any:
     set_model_state_dict(model, source.state_dict(), options=StateDictOptions(full_state_dict=True))
     optimizer = optimizer_for(model)
     train(model, optimizer, *part_of(rank, ranks))
-    return whole(model), masks(optimizer)
+    return full_parameters(model), frozen_fractions(optimizer)
 
 
 def beyond_bounds(rank: int, ranks: int, folder: Path) -> Any:
@@ -219,7 +161,7 @@ def beyond_bounds(rank: int, ranks: int, folder: Path) -> Any:
 
 
 def per_rank(rank: int, ranks: int, folder: Path) -> Any:
-    """Asking for each rank's own ascent, which needs every gradient whole."""
+    """``per_rank=True``, which needs the full gradients of each rank."""
     model = sharded(ranks)
     optimizer = optimizer_for(model)
     loss_of(model, *part_of(rank, ranks)).backward()
@@ -231,32 +173,7 @@ def per_rank(rank: int, ranks: int, folder: Path) -> Any:
     return ""
 
 
-def accumulation(rank: int, ranks: int, folder: Path) -> Any:
-    """Two micro-batches, gradients reduced with the last one."""
-    model = sharded(ranks)
-    optimizer = optimizer_for(model)
-    x, y = part_of(rank, ranks)
-    size = len(x) // 2
-
-    def backward() -> None:
-        model.set_requires_gradient_sync(False)
-        (loss_of(model, x[:size], y[:size]) / 2).backward()
-        model.set_requires_gradient_sync(True)
-        (loss_of(model, x[size:], y[size:]) / 2).backward()
-
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        backward()
-        with optimizer.perturbed():
-            backward()
-        optimizer.step()
-    return whole(model), masks(optimizer)
-
-
 SCENARIOS = {
-    "fsdp": fsdp,
-    "fsdp settings": settings,
-    "fsdp clipping": clipping,
     "fsdp mixed precision": mixed_precision,
     "fsdp half precision model": half_precision_model,
     "fsdp restored": restored,
@@ -264,5 +181,4 @@ SCENARIOS = {
     "fsdp from meta": from_meta,
     "fsdp beyond bounds": beyond_bounds,
     "fsdp per rank": per_rank,
-    "fsdp accumulation": accumulation,
 }

@@ -1,7 +1,7 @@
 """Real processes on loopback, and what their scenarios share: a network, batches, optimizers.
 
 Starting a process costs more than a scenario, so all scenarios of one number of ranks run in the same processes. Each
-returns what it found as tensors and numbers; the tests judge them in the parent.
+returns tensors and numbers; the tests judge them in the parent.
 """
 
 from __future__ import annotations
@@ -128,18 +128,18 @@ def train(model: nn.Module, optimizer: GAQATOptimizer, x: torch.Tensor, y: torch
         optimizer.step(closure)
 
 
-def whole(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters by name, whole, without what wrappers add to the names."""
-    gathered = {}
+def full_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters by name as full tensors, without what wrappers add to the names."""
+    parameters = {}
     for name, p in model.named_parameters():
         p = p.detach()
-        gathered[name.removeprefix("module.")] = p.full_tensor() if hasattr(p, "full_tensor") else p.clone()
-    return gathered
+        parameters[name.removeprefix("module.")] = p.full_tensor() if hasattr(p, "full_tensor") else p.clone()
+    return parameters
 
 
-def masks(optimizer: GAQATOptimizer) -> torch.Tensor:
-    """What is frozen, for each scale element."""
-    return optimizer._step_state.tracker.frozen.clone()
+def frozen_fractions(optimizer: GAQATOptimizer) -> torch.Tensor:
+    """For each scale, the fraction of its elements that is frozen."""
+    return torch.tensor([record.frozen for record in optimizer.scale_report()])
 
 
 def report(optimizer: GAQATOptimizer) -> list[list[float]]:
@@ -149,27 +149,23 @@ def report(optimizer: GAQATOptimizer) -> list[list[float]]:
 def assert_same_bits(ranks: list[Any]) -> None:
     """Every rank returned the same."""
     for other in ranks[1:]:
-        _compare(other, ranks[0], rtol=0, atol=0)
+        assert_close(other, ranks[0], tolerance=0)
 
 
-def assert_close(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
     """Equal but for the order in which float64 numbers were summed."""
-    _compare(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def _compare(found: Any, expected: Any, rtol: float, atol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 _references: dict[tuple[str, str, int], tuple[dict[str, torch.Tensor], torch.Tensor]] = {}
 
 
 def one_process(perturbation: str = "SAGM", policy: str = "disorder", steps: int = STEPS) -> Any:
-    """Parameters and masks after the same steps by one process on the joint batch."""
+    """Parameters and frozen fractions after the same steps by one process on the joint batch."""
     key = (perturbation, policy, steps)
     if key not in _references:
         model = quantized()
         optimizer = optimizer_for(model, perturbation, policy)
         train(model, optimizer, *data(), steps)
-        _references[key] = whole(model), masks(optimizer)
+        _references[key] = full_parameters(model), frozen_fractions(optimizer)
     return _references[key]

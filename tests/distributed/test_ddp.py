@@ -1,4 +1,4 @@
-"""DistributedDataParallel: ranks equal one process on the joint batch, stay alike to the bit, and freeze alike."""
+"""DistributedDataParallel: branches that some ranks use, running statistics, ``per_rank``, ZeroRedundancyOptimizer."""
 
 import math
 
@@ -7,43 +7,23 @@ import torch
 
 from distributed.ddp_scenarios import PER_RANK, SOME_PER_RANK, OnePassOnly, OneRankOnly, train_branch
 from distributed.processes import (
-    COMBINATIONS,
     PERTURBATIONS,
     POLICIES,
     STEPS,
     assert_close,
     assert_same_bits,
     data,
+    full_parameters,
     loss_of,
     network,
-    one_process,
     optimizer_for,
     part_of,
     quantized,
     sgd,
     train,
-    whole,
 )
-from gaqat_optim import GSAM, SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
+from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
 from gaqat_optim.optim.scale_tracker import ScaleTracker, find_scales
-
-
-@pytest.mark.parametrize(("perturbation", "policy"), COMBINATIONS)
-def test_ranks_equal_one_process_on_the_joint_batch(ranks, perturbation, policy):
-    results = [result[f"{perturbation} {policy}"] for result in ranks["synchronised"]]
-    assert_same_bits(results)
-    parameters, frozen, _ = results[0]
-    expected_parameters, expected_frozen = one_process(perturbation, policy)
-    assert_close(parameters, expected_parameters)
-    assert torch.equal(frozen, expected_frozen)
-    assert frozen.any() == (policy != "never")
-
-
-@pytest.mark.parametrize("setting", ["bucket views", "static graph", "small buckets"])
-def test_settings_of_ddp_make_no_difference(two, setting):
-    results = [result[setting] for result in two["settings"]]
-    assert_same_bits(results)
-    assert_close(results[0], one_process())
 
 
 def test_scales_in_float32_beside_float64_weights(two):
@@ -51,10 +31,12 @@ def test_scales_in_float32_beside_float64_weights(two):
     x, y = data()
     model = quantize_model(network(), QuantConfig(3, 3), calibration=x)
     train(model, optimizer_for(model), x, y)
-    assert_close(two["float32 scales"][0], whole(model), tolerance=1e-5)  # float32 gradients, summed in another order
+    assert_close(
+        two["float32 scales"][0], full_parameters(model), tolerance=1e-5
+    )  # float32 gradients, summed in another order
 
 
-def test_uncalibrated_scales_start_alike_on_ranks_with_other_data(two):
+def test_uncalibrated_scales_are_the_same_on_ranks_with_different_data(two):
     assert_same_bits(two["uncalibrated"])
     state = two["uncalibrated"][0]
     assert state["0.input_quantizer.scale_is_signed"].item()  # one rank alone has seen a negative input
@@ -66,7 +48,7 @@ def test_a_network_without_scales(two):
     model = network()
     optimizer = GAQATOptimizer(sgd(model), model, perturbation=SAGM(0.2, 0.01), freezing=DisorderFreeze(2))
     train(model, optimizer, *data(), 5)
-    assert_close(two["without scales"][0], whole(model))
+    assert_close(two["without scales"][0], full_parameters(model))
 
 
 @pytest.mark.parametrize("passes", [(True, False), (False, True)])
@@ -75,7 +57,7 @@ def test_a_parameter_used_in_one_pass_only(two, passes):
     assert_same_bits(results)
     model = OnePassOnly()
     train_branch(model, optimizer_for(model), passes, False, *data())
-    assert_close(results[0], whole(model))
+    assert_close(results[0], full_parameters(model))
 
 
 @pytest.mark.parametrize("passes", [(True, False), (False, True)])
@@ -86,13 +68,13 @@ def test_a_parameter_used_in_one_pass_only_does_not_part_the_ranks(two, passes):
 
 
 @pytest.mark.parametrize("per_rank", [False, True])
-def test_a_scale_that_one_rank_uses_counts_on_all_and_parts_none(two, per_rank):
+def test_a_scale_that_one_rank_uses_counts_on_all_ranks(two, per_rank):
     results = [result[f"per rank: {per_rank}"] for result in two["one rank only"]]
     *same, names = zip(*results, strict=True)
     for of_ranks in same:
         assert_same_bits(list(of_ranks))
     # Of windows of three steps, the first and the third compare two steps and one; the second none for g_task.
-    parameters, _, report, _, _ = results[0]
+    parameters, _, report, _ = results[0]
     used, unused = (row for name, row in zip(names[0], report, strict=True) if name.startswith("branches"))
     assert 0 <= used[1] <= 1
     assert math.isnan(unused[1])
@@ -127,12 +109,7 @@ def running_mean(inputs):
     return mean
 
 
-def test_accumulation_under_no_sync(two):
-    assert_same_bits(two["accumulated"])
-    assert_close(two["accumulated"][0], one_process())
-
-
-# -- each rank its own ascent ------------------------------------------------------------------------------------
+# -- each rank perturbed by its own gradient ----------------------------------------------------------------------
 
 
 def size(kind, perturbation, name, p):
@@ -144,7 +121,7 @@ def size(kind, perturbation, name, p):
     return p.abs() + perturbation.eta if name.endswith("weight") else torch.ones_like(p)
 
 
-def displacement(kind, perturbation, t, g, norm):
+def direction_of(kind, perturbation, t, g, norm):
     """The formulas of the papers, for one parameter."""
     if kind == "ASAM":
         return perturbation.rho * t**2 * g / norm
@@ -160,7 +137,7 @@ def passes_of_one_rank(kind, model, named, x, y):
         sizes = [size(kind, perturbation, name, p) for name, p in named.items()]
         norm = torch.cat([(t * g).reshape(-1) for t, g in zip(sizes, task, strict=True)]).norm()
         for p, g, t in zip(params, task, sizes, strict=True):
-            p.add_(displacement(kind, perturbation, t, g, norm))
+            p.add_(direction_of(kind, perturbation, t, g, norm))
     smooth = torch.autograd.grad(loss_of(model, x, y), params)
     with torch.no_grad():
         for p, value in zip(params, theta, strict=True):
@@ -177,7 +154,7 @@ def per_rank_by_hand(kind, policy, ranks, steps=STEPS):
     for step in range(steps):
         passes = [passes_of_one_rank(kind, model, named, *part_of(r, ranks, seed=step)) for r in range(ranks)]
         task, smooth = ([torch.stack(g).mean(0) for g in zip(*part, strict=True)] for part in zip(*passes, strict=True))
-        seen = [tracker.gather(dict(zip(named.values(), part, strict=True))) for part in (task, smooth)]
+        scale_grads = [tracker.gather(dict(zip(named.values(), part, strict=True))) for part in (task, smooth)]
         frozen = tracker.split(tracker.frozen)
         for p, t, s in zip(named.values(), task, smooth, strict=True):
             mask = frozen.get(p, torch.tensor(False))
@@ -190,21 +167,16 @@ def per_rank_by_hand(kind, policy, ranks, steps=STEPS):
             with torch.no_grad():
                 for p, mask in frozen.items():
                     p.copy_(torch.where(mask, before[p], p))
-        tracker.commit(*seen)
-    return whole(model), tracker.frozen
+        tracker.commit(*scale_grads)
+    return full_parameters(model), torch.tensor([record.frozen for record in tracker.report(model)])
 
 
-@pytest.mark.parametrize(("perturbation", "policy"), PER_RANK)
-def test_each_of_two_ranks_its_own_ascent(two, perturbation, policy):
-    check_per_rank(two, perturbation, policy)
+CASES = [("two", *case) for case in PER_RANK] + [("four", *case) for case in SOME_PER_RANK]
 
 
-@pytest.mark.parametrize(("perturbation", "policy"), SOME_PER_RANK)
-def test_each_of_four_ranks_its_own_ascent(four, perturbation, policy):
-    check_per_rank(four, perturbation, policy)
-
-
-def check_per_rank(ranks, perturbation, policy):
+@pytest.mark.parametrize(("number", "perturbation", "policy"), CASES)
+def test_each_rank_is_perturbed_by_its_own_gradient(request, number, perturbation, policy):
+    ranks = request.getfixturevalue(number)
     results = [result[f"{perturbation} {policy}"] for result in ranks["per rank"]]
     assert_same_bits(results)
     parameters, frozen = per_rank_by_hand(perturbation, policy, len(results))
@@ -212,12 +184,12 @@ def check_per_rank(ranks, perturbation, policy):
     assert torch.equal(results[0][1], frozen)
 
 
-def test_each_rank_its_own_ascent_over_micro_batches(two):
+def test_per_rank_over_micro_batches(two):
     assert_same_bits(two["accumulated per rank"])
     assert_close(two["accumulated per rank"][0], per_rank_by_hand("SAGM", "disorder", 2), tolerance=1e-6)
 
 
-def test_its_own_ascent_takes_one_reduction_of_the_model_and_a_small_one_of_the_scales(two):
+def test_per_rank_takes_one_reduction_of_the_model_and_a_small_one_of_the_scales(two):
     model = quantized()
     elements = sum(p.numel() for p in model.parameters())
     scales = sum(p.numel() for name, p in model.named_parameters() if name.endswith("lsq_log_scale"))
@@ -237,18 +209,10 @@ def test_no_sync_without_per_rank_is_an_error_on_every_rank(ranks, policy, step)
     assert all("per_rank=True" in found[0] for found in messages)
 
 
-def test_gsam_needs_gradients_that_were_averaged_before():
-    model = quantized()
-    optimizer = GAQATOptimizer(sgd(model), model, perturbation=GSAM())
-    loss_of(model, *data()).backward()
-    with pytest.raises(ValueError, match="GSAM needs g_task averaged"), optimizer.perturbed(per_rank=True):
-        pass
-
-
 # -- ZeroRedundancyOptimizer -------------------------------------------------------------------------------------
 
 
-def test_zero_redundancy_trains_alike_and_resumes_from_a_state_dict_of_rank_0(two):
+def test_zero_redundancy_optimizer_trains_as_adam_and_resumes_from_rank_0(two):
     results = two["zero"]
     for name in ("plain", "uninterrupted", "resumed", "frozen"):
         assert_same_bits([result[name] for result in results])

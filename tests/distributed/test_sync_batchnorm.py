@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.ddp_scenarios import batch_norm_network
-from distributed.processes import assert_close, assert_same_bits, data, optimizer_for, spawn, train, whole
+from distributed.processes import assert_close, assert_same_bits, data, full_parameters, optimizer_for, spawn, train
 from gaqat_optim import QuantConfig, quantize_model
 
 STEPS = 3
@@ -27,7 +27,7 @@ def on_gpu(rank, ranks, folder):
     train(wrapper, optimizer_for(wrapper), x, y, STEPS)
     norm = model[1]
     return (
-        {name: value.cpu() for name, value in whole(wrapper).items()},
+        {name: value.cpu() for name, value in full_parameters(wrapper).items()},
         norm.running_mean.cpu(),
         norm.running_var.cpu(),
     )
@@ -39,12 +39,12 @@ def test_ranks_equal_one_process_on_the_joint_batch(tmp_path):
     assert_same_bits(results)
     model = build(synchronised=False)
     train(model, optimizer_for(model), *data(), STEPS)
-    assert_close(results[0], (whole(model), model[1].running_mean, model[1].running_var), tolerance=1e-6)
+    assert_close(results[0], (full_parameters(model), model[1].running_mean, model[1].running_var), tolerance=1e-6)
 
 
 def calibrated(rank, ranks, folder):
     """On a CPU, and with more batches on the second rank than on the first: nothing may wait for the other ranks."""
-    found = []
+    states = []
     for synchronised in (True, False):
         model = batch_norm_network()
         if synchronised:
@@ -54,8 +54,8 @@ def calibrated(rank, ranks, folder):
         assert model[1].running_mean.eq(0).all()
         assert model[1].track_running_stats
         assert model.training
-        found.append(model.state_dict())
-    return found
+        states.append(model.state_dict())
+    return states
 
 
 def test_calibration_is_that_of_batchnorm_on_every_rank(tmp_path):
@@ -69,7 +69,7 @@ def test_the_second_pass_leaves_running_statistics_alone():
     for synchronised in (True, False):
         model = build(synchronised=synchronised)
         train(model, optimizer_for(model), *data(), STEPS)
-        results.append((whole(model), model[1].running_mean, model[1].running_var))
+        results.append((full_parameters(model), model[1].running_mean, model[1].running_var))
         assert isinstance(model[1], nn.SyncBatchNorm) == synchronised
         assert model[1].num_batches_tracked == STEPS
     assert_same_bits(results)

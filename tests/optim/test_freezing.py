@@ -1,4 +1,4 @@
-"""Sign windows against the loop oracle, and the policies against the loops of the twin and by hand."""
+"""The policies as pure functions: against the loops of the twin and by hand."""
 
 import copy
 import math
@@ -7,116 +7,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from gaqat_optim import (
-    SAGM,
     AlternateFreeze,
     AlwaysFreeze,
     ConflictFreeze,
     DisorderFreeze,
     FreezeOnce,
-    GAQATOptimizer,
     NeverFreeze,
     OppositionFreeze,
     RandomFreeze,
 )
 from gaqat_optim.optim.sign_statistics import SignCounters, WindowStatistics
-from optimizer_twin import JUDGES, of
-from oracle import SignCounter
+from oracle.optimizer_twin import JUDGES, of
+from oracle.sign_counter import SignCounter
 
 UNFROZEN = torch.zeros(4, dtype=torch.bool)
+
+
 GRADIENT = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0, None])
 
 
 def vectors(step):
     """The two gradients of all elements; None is NaN."""
     return torch.tensor([[math.nan if g is None else g for g in pair] for pair in step]).T
-
-
-def same(tensor, values):
-    return tensor.tolist() == pytest.approx(values, nan_ok=True, rel=1e-6)
-
-
-@given(
-    st.lists(st.lists(st.tuples(GRADIENT, GRADIENT), min_size=3, max_size=3), min_size=1, max_size=25),
-    st.integers(1, 7),
-)
-def test_windows_count_as_the_oracle_does(steps, length):
-    window = SignCounters.zeros(3, torch.device("cpu"))
-    oracle = [SignCounter() for _ in range(3)]
-    for count, step in enumerate(steps, start=1):
-        window.update(*vectors(step))
-        for counter, (task, smooth) in zip(oracle, step, strict=True):
-            counter.update(task, smooth)
-        statistics = window.statistics()
-        assert same(statistics.disorder_task, [c.disorder("task") for c in oracle])
-        assert same(statistics.disorder_smooth, [c.disorder("smooth") for c in oracle])
-        assert same(statistics.conflict, [c.conflict() for c in oracle])
-        assert same(statistics.opposition, [c.opposition() for c in oracle])
-        if count % length == 0:
-            window.reset()
-            for counter in oracle:
-                counter.reset()
-
-
-def feed(window, task, smooth):
-    for g, h in zip(task, smooth, strict=True):
-        window.update(torch.tensor([float(g)]), torch.tensor([float(h)]))
-
-
-def test_a_window_by_hand():
-    window = SignCounters.zeros(1, torch.device("cpu"))
-    feed(window, [1, -1, 0, -2, 3], [1, 1, 1, 1, -9])
-    s = window.statistics()
-    # g_task: + - (-) - +: two flips in four comparisons. g_smooth: + + + + -: one. Signs differ in steps 2 to 5.
-    assert (s.disorder_task.item(), s.disorder_smooth.item()) == (0.5, 0.25)
-    assert s.conflict.item() == pytest.approx(4 / 5)
-    assert s.opposition.item() == 1  # sums +1 and -5
-    window.reset()
-    feed(window, [-1, -1, -1, -1, -1], [-1] * 5)
-    # The first step is compared with the last one of the window before: five comparisons, one flip.
-    assert window.statistics().disorder_task.item() == pytest.approx(1 / 5)
-    assert window.statistics().opposition.item() == 0
-
-
-def test_a_scale_without_gradients_shows_nothing_and_is_not_frozen():
-    window = SignCounters.zeros(1, torch.device("cpu"))
-    feed(window, [0, 0, 0, math.nan], [0, math.nan, 0, 0])
-    s = window.statistics()
-    assert all(math.isnan(v.item()) for v in (s.disorder_task, s.disorder_smooth, s.conflict, s.opposition))
-    for policy in (
-        DisorderFreeze(),
-        DisorderFreeze(threshold=1.0),
-        DisorderFreeze(quantile=1.0),
-        DisorderFreeze(quantile=1.0, when="above"),
-        DisorderFreeze(threshold=0.0, when="above"),
-        FreezeOnce(threshold=1.0),
-        ConflictFreeze(threshold=0.0),
-        OppositionFreeze(threshold=1.0),
-    ):
-        assert not policy.judge(s, torch.tensor([False]), 0).item()
-
-
-def test_only_two_gradients_in_a_row_are_compared_by_hand():
-    window = SignCounters.zeros(1, torch.device("cpu"))
-    none = math.nan
-    feed(window, [1, none, -1, -1, 0, none, 0, 1], [1, 1, 1, none, none, -1, -1, -1])
-    s = window.statistics()
-    # g_task: + . - - (-) . (-) +: comparisons in steps 4, 5 and 8; one flip, in step 8.
-    assert s.disorder_task.item() == pytest.approx(1 / 3)
-    # g_smooth: + + + . . - - -: steps 2, 3, 7 and 8, without a flip: over the gap nothing is compared.
-    assert s.disorder_smooth.item() == 0
-    # Both in steps 1, 3, 7 and 8, with other signs in 3 and 8.
-    assert s.conflict.item() == pytest.approx(2 / 4)
-    assert s.opposition.item() == 0  # the sums are 0 and 0
-    window.reset()
-    feed(window, [none, 1], [1, 1])
-    assert math.isnan(window.statistics().disorder_task.item())  # the step before the last had none
-    assert window.statistics().disorder_smooth.item() == pytest.approx(1 / 2)
-
-
-# -- policies ---------------------------------------------------------------------------------------------------
 
 
 def statistics(task, smooth=None, conflict=None, opposition=None):
@@ -156,13 +70,19 @@ def test_policies(policy, frozen):
 
 
 THRESHOLD = st.sampled_from([0.0, 0.2, 1 / 3, 0.5, 0.6, 1.0])
+
+
 QUANTILE = st.sampled_from([None, 0.0, 0.25, 0.5, 0.75, 1.0])
+
+
 DISORDER = {
     "threshold": THRESHOLD,
     "quantile": QUANTILE,
     "measure": st.sampled_from(["task", "smooth"]),
     "when": st.sampled_from(["below", "above"]),
 }
+
+
 EVERY_POLICY = st.one_of(
     st.builds(DisorderFreeze, **DISORDER),
     st.builds(FreezeOnce, **DISORDER),
@@ -201,7 +121,7 @@ def test_quantile_takes_ties_to_the_exact_fraction_and_skips_the_unused():
     assert not judged[1]
 
 
-def test_freeze_once_never_thaws():
+def test_freeze_once_never_unfreezes():
     policy, frozen = FreezeOnce(threshold=0.3), UNFROZEN
     for windows, disorder in enumerate([[0.9, 0.1, 0.9, 0.9], [0.9, 0.9, 0.2, 0.9], [0.9] * 4, [math.nan] * 4]):
         frozen = policy.judge(statistics(disorder), frozen, windows)
@@ -222,7 +142,7 @@ def test_random_draws_depend_on_nothing_but_seed_and_window():
     assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
 
 
-def test_random_draws_are_others_for_other_seeds():
+def test_random_draws_differ_between_seeds():
     draws = [drawn(RandomFreeze(seed=seed), windows=windows) for seed in range(3) for windows in range(3)]
     assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
 
@@ -239,69 +159,6 @@ def test_alternate_freezes_every_other_window_from_the_second_on():
     assert not AlternateFreeze.initially_frozen
 
 
-# -- in the optimizer -------------------------------------------------------------------------------------------
-
-
-def is_scale(name, p):
-    return name == "scale"
-
-
-def scaled_line(policy):
-    model = nn.ParameterDict({"weight": nn.Parameter(torch.ones(3)), "scale": nn.Parameter(torch.ones(2))})
-    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-    return model, GAQATOptimizer(base, model, perturbation=SAGM(0.1), freezing=policy, scales=is_scale)
-
-
-def step(model, optimizer, factor=1):
-    """One step; the scale's gradient in the first pass, in the second, and the combined one."""
-
-    def one_pass():
-        optimizer.zero_grad()
-        (model["weight"].sum() * model["scale"]).square().sum().mul(factor).backward()
-        return model["scale"].grad.clone()
-
-    task = one_pass()
-    with optimizer.perturbed():
-        smooth = one_pass()
-    combined = model["scale"].grad.clone()
-    optimizer.step()
-    return task, smooth, combined
-
-
-@pytest.mark.parametrize("freeze", [None, "task", "smooth", "both"])
-def test_always_freezes_from_the_first_step_on(freeze):
-    model, optimizer = scaled_line(AlwaysFreeze(freeze=freeze))
-    for _ in range(3):
-        assert [r.frozen for r in optimizer.scale_report()] == [1]
-        before = model["scale"].detach().clone()
-        task, smooth, combined = step(model, optimizer)
-        want = {"smooth": task / 2, "both": torch.zeros(2)}.get(freeze, smooth / 2)
-        torch.testing.assert_close(combined, want)
-        assert torch.equal(model["scale"], before) == (freeze == "both")
-
-
-class EveryOther:
-    """A policy of a user's own: it shares nothing with this package's."""
-
-    window, freeze, initially_frozen = 2, "both", False
-
-    def judge(self, statistics, frozen, windows):
-        return torch.arange(frozen.numel()) % 2 == windows % 2
-
-
-def test_a_policy_of_one_s_own_needs_no_change_of_the_optimizer():
-    model, optimizer = scaled_line(EveryOther())
-    moved = []
-    for _ in range(6):
-        before = model["scale"].detach().clone()
-        step(model, optimizer)
-        moved.append((model["scale"] != before).tolist())
-    assert moved == [[True, True]] * 2 + [[False, True]] * 2 + [[True, False]] * 2
-    assert [r.frozen for r in optimizer.scale_report()] == [0.5]
-
-
-# -- settings ---------------------------------------------------------------------------------------------------
-
 WINDOWED = [
     AlwaysFreeze,
     DisorderFreeze,
@@ -311,6 +168,8 @@ WINDOWED = [
     OppositionFreeze,
     AlternateFreeze,
 ]
+
+
 BAD = [
     *((kind, {"window": window}) for kind in [NeverFreeze, *WINDOWED] for window in (0, -1, 2.5, "3")),
     *((kind, {"freeze": "all"}) for kind in WINDOWED),
@@ -340,15 +199,3 @@ def test_good_settings_are_taken(kind):
     for freeze in (None, "task", "smooth", "both"):
         assert kind(freeze=freeze).freeze == freeze
     assert kind(1).window == 1
-
-
-@pytest.mark.parametrize("control", [NeverFreeze(window=4), AlwaysFreeze(window=4)])
-def test_a_control_reports_over_the_windows_of_the_method(control):
-    reports = []
-    for policy in (control, DisorderFreeze(window=4, threshold=0.0)):
-        model, optimizer = scaled_line(policy)
-        optimizer.param_groups[0]["lr"] = 0.0  # so that what is frozen makes no difference to the gradients
-        for factor in (1, -1, 1, -1, -1, -1):
-            step(model, optimizer, factor)
-        reports.append([(r.disorder_task, r.disorder_smooth, r.conflict) for r in optimizer.scale_report()])
-    assert reports == [[(1.0, 1.0, 0.0)]] * 2  # of the first four steps

@@ -43,7 +43,7 @@ from optimizer_registry import (
     tensor_groups,
     wrap,
 )
-from optimizer_twin import EXTRA
+from oracle.optimizer_twin import EXTRA
 
 SEQUENCES = int(os.environ.get("SOAK_EXAMPLES", "1000"))
 CASES = [(perturbation, policy) for perturbation in PERTURBATIONS for policy in POLICIES if legal(perturbation, policy)]

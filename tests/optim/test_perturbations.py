@@ -12,8 +12,14 @@ from torch import nn
 from gaqat_optim import ASAM, GSAM, SAGM, SAM, GAQATOptimizer
 
 RHO = st.floats(0, 2)
+
+
 WEIGHTS = ["a.weight", "b.weight", "c.weight"]
+
+
 EVERY = [SAM(0.5), SAGM(0.5), ASAM(0.5), GSAM(0.5)]
+
+
 every = pytest.mark.parametrize("perturbation", EVERY, ids=lambda p: type(p).__name__)
 
 
@@ -37,15 +43,14 @@ def assert_close(got, want):
         assert math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-15)  # float64; sums in another order
 
 
-# -- where the second pass looks --------------------------------------------------------------------------------
-
-
 def factor(perturbation, grads, rho):
     norm = math.sqrt(sum(x * x for x in flat(grads)))
     return rho / (norm + 1e-12) - (perturbation.alpha if isinstance(perturbation, SAGM) else 0.0)
 
 
 ALPHA = st.floats(0, 0.1)
+
+
 GRAD_SCALE = st.sampled_from([1.0, 1024.0, 0.5])
 
 
@@ -78,7 +83,7 @@ def test_asam_measures_the_radius_relative_to_each_weight(seed, rhos, eta, grad_
 
 @given(st.integers(0, 10_000), st.floats(0.1, 10))
 def test_asam_does_not_see_how_a_layer_is_scaled(seed, factor):
-    # Weights times a factor, gradients over it: the displacement is the same relative to the weights.
+    # Weights times a factor, gradients over it: the perturbation is the same relative to the weights.
     weights, grads = draw(seed, 2)
     want = [factor * x for x in flat(ASAM(1.0, eta=0.0).direction(weights, grads, [1.0] * 3, 1.0, WEIGHTS))]
     scaled = [w * factor for w in weights], [g / factor for g in grads]
@@ -176,14 +181,14 @@ def test_each_group_has_its_radius_under_one_norm(perturbation):
 
 @every
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite_displace_nothing(perturbation, bad):
+def test_gradients_that_are_not_finite_perturb_nothing(perturbation, bad):
     grads = [torch.tensor([1.0, bad]), torch.ones(2)]
     got = perturbation.direction([torch.ones(2)] * 2, grads, [0.5, 0.5], 1.0, WEIGHTS[:2])
     assert torch.cat(got).tolist() == [0, 0, 0, 0]
 
 
 @every
-def test_zero_gradients_displace_nothing(perturbation):
+def test_zero_gradients_perturb_nothing(perturbation):
     for w in (torch.zeros(2), torch.ones(2)):
         assert perturbation.direction([w], [torch.zeros(2)], [0.5], 1.0, WEIGHTS[:1])[0].tolist() == [0, 0]
 
@@ -205,9 +210,6 @@ def test_asam_in_half_precision_with_small_weights(dtype):
     (got,) = ASAM(10.0, eta=0.0).direction([w], [g], [10.0], 65536.0, WEIGHTS[:1])
     assert got.dtype == dtype
     assert got.tolist() == pytest.approx([10 * 0.6 * 1e-4, 10 * 0.8 * 2e-4], rel=2e-2)
-
-
-# -- how the two gradients make one -----------------------------------------------------------------------------
 
 
 def test_combine():
@@ -272,9 +274,6 @@ def test_nothing_changes_its_arguments(perturbation):
     assert not any(r is t for r in result for t in task)
 
 
-# -- settings ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 @pytest.mark.parametrize(
     ("kind", "name"),
@@ -283,3 +282,27 @@ def test_nothing_changes_its_arguments(perturbation):
 def test_bad_settings_are_named(kind, name, value):
     with pytest.raises(ValueError, match=f"{kind.__name__}: {name} must be a finite number >= 0"):
         kind(**{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("perturbation", [SAM(1.0), SAGM(1.0, 0.0), ASAM(1.0, eta=0.0), GSAM(1.0)], ids=str)
+def test_large_finite_gradients_of_half_precision_perturb(perturbation, dtype):
+    weights, grads = [torch.ones(4, dtype=dtype), torch.ones(1)], [torch.full((4,), 4e4, dtype=dtype), torch.ones(1)]
+    half, single = perturbation.direction(weights, grads, [1.0, 1.0], 1.0, ["a.weight", "b.weight"])
+    expected = 4e4 / (4 * 4e4**2 + 1) ** 0.5
+    assert half.dtype == dtype
+    assert half.tolist() == pytest.approx([expected] * 4, rel=1e-2)  # bfloat16 has 8 bits
+    assert single.item() == pytest.approx(1 / (4 * 4e4**2 + 1) ** 0.5, rel=1e-2)
+
+
+def test_the_mean_of_large_half_precision_gradients_is_finite():
+    large, larger = (
+        torch.tensor([4e4, -6e4, 1e-7], dtype=torch.float16),
+        torch.tensor([6e4, -6e4, 0], dtype=torch.float16),
+    )
+    (mean,) = SAGM().combine([large], [larger])
+    expected = (large.double() + larger.double()) / 2
+    assert mean.dtype == torch.float16
+    assert torch.equal(mean, expected.to(torch.float16))
+    (combined,) = GSAM(alpha=1.0).combine([large], [large])
+    assert torch.equal(combined, large)  # no part of it is orthogonal to itself

@@ -1,13 +1,34 @@
-"""Checkpoints: runs that are resumed, state dicts of the base alone, names for ids, what does not fit."""
+"""State dicts: resumed to the bit, of the base alone, of another policy, and refused."""
 
 import copy
 
 import pytest
 import torch
 
-from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
+from gaqat_optim import (
+    SAGM,
+    AlternateFreeze,
+    AlwaysFreeze,
+    DisorderFreeze,
+    FreezeOnce,
+    GAQATOptimizer,
+    NeverFreeze,
+    QuantConfig,
+    RandomFreeze,
+    quantize_model,
+)
 from networks import cnn
-from training import BASES, X, assert_same, closure_of, every_base, quantized_cnn, tensors, through_a_file, train
+from training import (
+    BASES,
+    X,
+    assert_same,
+    closure_of,
+    every_base,
+    quantized_cnn,
+    tensors,
+    through_a_file,
+    train,
+)
 
 
 @every_base
@@ -107,7 +128,7 @@ class OfItsOwnForm(torch.optim.SGD):
         super().load_state_dict(state_dict["inner"])
 
 
-def test_a_state_dict_of_another_form_is_refused_and_the_base_s_own_serves():
+def test_a_base_state_dict_without_groups_is_refused():
     model = quantized_cnn()
     optimizer = GAQATOptimizer(OfItsOwnForm(model.parameters(), lr=0.05, momentum=0.9), model)
     train(model, optimizer, 2)
@@ -159,3 +180,68 @@ def test_state_moves_to_another_precision_with_the_model():
     assert repr(again.scale_report()) == repr(optimizer.scale_report())
     train(wide, again, 2, X.double())
     assert all(state["exp_avg"].dtype == torch.float64 for state in again.state.values())
+
+
+def pair(policy, **settings):
+    model = quantized_cnn()
+    return model, GAQATOptimizer(BASES["sgd"](model.parameters()), model, freezing=policy, **settings)
+
+
+def frozen(optimizer):
+    return [r.frozen for r in optimizer.scale_report()]
+
+
+class Strict:
+    """A policy of a user's own, with a setting."""
+
+    freeze, initially_frozen = None, False
+
+    def __init__(self, window, least):
+        self.window, self.least = window, least
+
+    def judge(self, statistics, frozen, windows):
+        return statistics.disorder_task >= self.least
+
+
+POLICIES = {
+    "never": NeverFreeze(4),
+    "always": AlwaysFreeze(4),
+    "half": DisorderFreeze(4, quantile=0.5),
+    "once": FreezeOnce(4, quantile=0.25),
+    "random": RandomFreeze(4, 0.5, seed=3),
+    "alternate": AlternateFreeze(4),
+    "longer": DisorderFreeze(7, quantile=0.5),
+    "own": Strict(4, 0.0),
+    "own, other setting": Strict(4, 2.0),
+}
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+@pytest.mark.parametrize("new", POLICIES)
+@pytest.mark.parametrize("old", ["never", "half", "always", "own"])
+def test_a_checkpoint_of_another_policy_is_judged_by_this_one(old, new, steps):
+    model, optimizer = pair(POLICIES[old])
+    train(model, optimizer, steps)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed, again = pair(POLICIES[new])
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    optimizer.freezing = POLICIES[new]
+    assert (again.steps, again.perturbed_steps) == (steps, steps)
+    for _ in range(4):
+        assert repr(again.scale_report()) == repr(optimizer.scale_report())
+        train(model, optimizer, 1)
+        train(resumed, again, 1)
+    assert_same(tensors(model), tensors(resumed))
+
+
+@pytest.mark.parametrize("policy", ["once", "own"])
+def test_the_same_policy_in_another_process_keeps_its_mask(policy):
+    # FreezeOnce's mask is not what one judgement gives; a policy of a user's own is another object in every process.
+    model, optimizer = pair(POLICIES[policy])
+    train(model, optimizer, 9)
+    frozen_before = frozen(optimizer)
+    _, again = pair(copy.deepcopy(POLICIES[policy]))
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert frozen(again) == frozen_before
+    assert any(frozen_before)

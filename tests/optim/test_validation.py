@@ -1,15 +1,34 @@
-"""Construction and misuse: what is refused, in which words, and what is warned of."""
+"""What is refused or warned of, before anything changes."""
 
-import warnings
+import math
+import re
+from decimal import Decimal
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaqat_optim import SAGM, SAM, DisorderFreeze, GAQATOptimizer, quantize_model
-from networks import cnn
-from training import BASES, X, Y, assert_same, closure_of, linear, quantized_cnn, tensors, train
+from gaqat_optim import (
+    SAGM,
+    SAM,
+    DisorderFreeze,
+    GAQATOptimizer,
+    QuantConfig,
+    quantize_model,
+)
+from gaqat_optim.scale_names import is_scale_name
+from networks import cnn, mlp
+from training import (
+    BASES,
+    X,
+    Y,
+    assert_same,
+    linear,
+    quantized_cnn,
+    tensors,
+    train,
+)
 
 
 def test_an_optimizer_built_before_the_swap_is_an_error():
@@ -72,7 +91,7 @@ def test_scales_of_other_libraries_are_found_by_name_or_identity():
         assert [r.name for r in GAQATOptimizer(base, model, scales=scales).scale_report()] == ["bias"]
 
 
-def test_misuse_is_explained_and_harmless():
+def test_misuse_raises_and_changes_nothing():
     model, base = linear(2, 1)
     optimizer = GAQATOptimizer(base, model)
     with pytest.raises(RuntimeError, match="has a gradient: the first backward"), optimizer.perturbed():
@@ -188,39 +207,90 @@ def test_sparse_gradients_are_refused_by_name():
         pytest.fail("the block must not run")
 
 
-def test_a_loop_that_never_makes_a_second_pass_is_told_so_once():
-    model = quantized_cnn()
-    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model)
-
-    def steps(count):
-        for _ in range(count):
-            closure_of(model, optimizer)()
-            optimizer.step()
-
-    steps(19)
-    train(model, optimizer, 1)  # two passes: the count begins again
-    steps(19)  # a few are somebody's intention
-    with pytest.warns(UserWarning, match="20 steps in a row had no second pass: they were steps of SGD alone") as seen:
-        steps(1)
-    assert seen[0].filename == __file__
-    steps(25)
+def is_scale(name, p):
+    return name.endswith("scale")
 
 
-def test_steps_of_an_interval_are_due_no_second_pass():
-    model = quantized_cnn()
-    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, interval=50)
-    train(model, optimizer, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(30):
-            closure_of(model, optimizer)()
-            optimizer.step()
-    assert (optimizer.steps, optimizer._step_state.steps_without_second_pass) == (31, 0)
+def test_scales_of_a_fixed_backbone_follow_it():
+    model = quantize_model(cnn(), QuantConfig(4, 4), calibration=X)
+    for name, p in model.named_parameters():
+        if not name.startswith("8.") and not is_scale_name(name):
+            p.requires_grad_(False)
+    head = list(model[8].parameters())
+    optimizer = GAQATOptimizer(torch.optim.SGD(head, lr=0.1), model)  # without a warning
+    assert {r.name.partition(".")[0] for r in optimizer.scale_report()} == {"8"}
+    before = tensors(model[:8].eval())
+    train(model, optimizer, 2)
+    assert_same(tensors(model[:8]), before)
 
 
-def test_steps_at_rate_zero_that_distributed_checkpoints_make_do_not_count():
-    model = quantized_cnn()
-    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model)
-    for _ in range(30):
-        optimizer.step()
-    assert (optimizer.steps, optimizer._step_state.steps_without_second_pass) == (0, 0)
+def test_a_fixed_bias_does_not_fix_the_layer_and_a_trained_bias_does_not_train_it():
+    for fixed, refused in (("bias", True), ("weight", False)):
+        model = quantize_model(mlp(), QuantConfig(4, 4), calibration=torch.randn(8, 8))
+        for layer in (model[0], model[2], model[4]):
+            getattr(layer, fixed).requires_grad_(False)
+        base = torch.optim.SGD([p for n, p in model.named_parameters() if not is_scale_name(n)], lr=0.1)
+        if refused:
+            with pytest.raises(ValueError, match=r"does not train the scale '0\.\w+_quantizer"):
+                GAQATOptimizer(base, model)
+        else:
+            assert GAQATOptimizer(base, model).scale_report() == []
+
+
+def test_a_network_in_part_lists_weights_and_scales_that_are_left_out():
+    model = quantize_model(mlp(), QuantConfig(4, 4), calibration=torch.randn(8, 8))
+    base = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias, 0\.weight_quantizer\.lsq_log_scale"):
+        optimizer = GAQATOptimizer(base, model)
+    assert {r.name.partition(".")[0] for r in optimizer.scale_report()} == {"4"}
+
+
+def test_a_base_of_another_copy_of_the_network_is_refused():
+    floating = mlp()
+    base = torch.optim.SGD(floating.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"does not train the scale .*: build it after quantize_model"):
+        GAQATOptimizer(base, quantize_model(floating, calibration=torch.randn(8, 8)))
+
+
+def test_scales_between_layers_belong_to_none():
+    # Such as those of a ReLU. If the base leaves them out, it says so; the backbone around them may be fixed.
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return torch.relu(x) * self.scale
+
+    model = nn.Sequential(nn.Linear(3, 3), Quantized(), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match=r"does not train these parameters of the model: 1\.scale$"):
+        GAQATOptimizer(
+            torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1), model, scales=is_scale
+        )
+
+
+NO_RADII = [math.nan, math.inf, -math.inf, -0.1, "0.1", None, [0.1], torch.tensor(0.1), 1j, Decimal("0.1")]
+
+
+@pytest.mark.parametrize("rho", NO_RADII, ids=repr)
+def test_a_radius_that_is_none_is_refused_by_the_number_of_its_group(rho):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    words = re.escape(f'parameter group 1: "rho" must be a finite number >= 0, got {rho!r}')
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "rho": rho}]
+    with pytest.raises(ValueError, match=words):
+        GAQATOptimizer(torch.optim.SGD(groups, lr=0.1), model)
+
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "rho": rho})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "rho": 0.1})
+    train(model, optimizer, 1, x, y)
+
+    optimizer.param_groups[1]["rho"] = rho  # as a schedule might
+    before = tensors(model)
+    with pytest.raises(ValueError, match=words):
+        train(model, optimizer, 1, x, y)
+    assert_same(tensors(model), before)
+    assert optimizer.steps == 1

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
-import oracle
 from gaqat_optim import (
     GAQATOptimizer,
     LSQQuantizer,
@@ -25,6 +24,7 @@ from gaqat_optim import (
 )
 from gaqat_optim.quant.nn.base import QuantizedModule
 from networks import NETWORKS, TORCHVISION, build
+from oracle.lsq import lsq
 from quant import network_oracle
 
 ALL = [*NETWORKS, *TORCHVISION]
@@ -99,7 +99,7 @@ def test_the_oracle_s_composition_is_the_loop_oracle(bits, signed, scales):
     v_hat = network_oracle.fake_quantize(v, scale[:, None], bits, signed, count=len(codes))
     v_hat.backward(grad)
     for row, s in enumerate(scales):
-        want = oracle.lsq(
+        want = lsq(
             v[row].tolist(), [s] * len(codes), grad[row].tolist(), qmin, qmax, grad_scale=(len(codes) * qmax) ** -0.5
         )
         assert v_hat[row].tolist() == want[0]

@@ -1,4 +1,4 @@
-"""Adapters for training frameworks that leave no room for a second pass. Importing this imports none of them."""
+"""Adapters for training frameworks whose loops have no place for a second pass. No framework is imported here."""
 
 from .transformers_trainer import TwoPassTrainerMixin
 

@@ -12,11 +12,11 @@ class TwoPassTrainerMixin:
     """Makes a Hugging Face ``Trainer`` run the second pass of :class:`~gaqat_optim.GAQATOptimizer`.
 
     The second pass goes over all micro-batches of the step, after the last of them and before the Trainer clips. The
-    loss that the Trainer logs is that of the first pass. A Trainer without this mixin trains with the base optimizer
-    alone; after 20 steps a warning says so.
+    Trainer logs the loss of the first pass. Without this mixin it trains with the base optimizer alone; after 20 steps
+    a warning says so.
 
     Example:
-        Before the Trainer in the list of bases, and with the optimizer given:
+        The mixin comes before the Trainer in the list of bases, and the Trainer gets the optimizer:
 
         >>> import torch
         >>> from gaqat_optim import GAQATOptimizer
@@ -32,7 +32,7 @@ class TwoPassTrainerMixin:
     accelerator: Any
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of the coming step, kept for its second pass."""
+        """Get the micro-batches of the coming step, and keep them for its second pass."""
         self._micro_batches, num_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         return self._micro_batches, num_items
 

@@ -1,4 +1,4 @@
-"""Parameters and gradients that ``fully_shard`` has spread over ranks (DTensors), where a whole value is needed."""
+"""Sums over parameters and gradients that may be sharded by ``fully_shard`` (DTensors), and their full tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself or, of a sharded one, all of it. Every rank of its mesh has to ask."""
+    """The full tensor of a sharded one, else the tensor itself. Every rank of its mesh has to call this."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
-def distribute_like(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, of the shape of ``like`` and the same on all ranks, laid out as ``like`` is."""
-    if not hasattr(like, "full_tensor"):
-        return value.to(like.device)
+def distribute_like(value: Tensor, example: Tensor) -> Tensor:
+    """``value``, a full tensor that all ranks have, with the device and the sharding of ``example``."""
+    if not hasattr(example, "full_tensor"):
+        return value.to(example.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    assert isinstance(like, DTensor)
-    # No rank has to send what all of them have.
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    assert isinstance(example, DTensor)
+    # src_data_rank=None: all ranks have the value, so none has to send it.
+    return distribute_tensor(value.to(example.device), example.device_mesh, example.placements, src_data_rank=None)
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -34,8 +34,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = []
     for (_, is_half), group in groups.items():
         # In half precision the norm of finite values may be infinite.
-        parts = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in group] if is_half else group
-        norms.append(full_tensor(torch.nn.utils.get_total_norm(parts)))
+        summands = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in group] if is_half else group
+        norms.append(full_tensor(torch.nn.utils.get_total_norm(summands)))
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
 
 

@@ -1,7 +1,7 @@
-"""The GAQAT step as the paper has it, in plain loops: for readers, and for the tests as a judge.
+"""The GAQAT step as the paper has it, in plain loops, for readers and as a judge in the tests.
 
-:class:`~gaqat_optim.GAQATOptimizer` computes the same. What it adds is what training loops need: any perturbation and
-policy, accumulated and scaled gradients, several devices and ranks, BatchNorm, failures, checkpoints.
+:class:`~gaqat_optim.GAQATOptimizer` computes the same. It adds what training loops need: any perturbation and policy,
+accumulated and scaled gradients, several devices and ranks, BatchNorm, recovery from errors, checkpoints.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.nn.parameter import Parameter
 
 
 class ReferenceGAQAT:
-    """SAGM around ``base``, without the task gradient of the ``scales`` in which it pushes one way.
+    """SAGM around ``base``, without the task gradient of those ``scales`` where it keeps its sign.
 
     Args:
         base: the optimizer that moves the parameters.
-        scales: those of its parameters that are scales.
-        rho: radius of the ascent.
+        scales: the scales among its parameters.
+        rho: radius of the perturbation.
         alpha: weight of SAGM's gradient matching.
         window: number of steps between two judgements.
         threshold: disorder of the task gradient below which it is frozen.

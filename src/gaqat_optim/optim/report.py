@@ -1,4 +1,4 @@
-"""What the optimizer saw of each scale, and its picture."""
+"""The record of a scale: its disorder, its conflict, whether it is frozen; and a plot of the records."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 class ScaleRecord:
     """One scale parameter, over its last judged window (before the first: over the steps so far).
 
-    A parameter with one scale per channel has the mean over its channels in every field; NaN means that there was
-    nothing to compare.
+    A parameter with one scale per channel has the mean over its channels in every field. NaN means that nothing could
+    be compared.
 
     Attributes:
         name: qualified name of the parameter.
         scale: value of the scale (step size).
         disorder_task: fraction of steps in which g_task changed its sign, 0 to 1.
-        disorder_smooth: the same of g_smooth.
+        disorder_smooth: the same for g_smooth.
         conflict: fraction of steps in which g_task and g_smooth had different signs.
         opposition: 1 where the sums of g_task and g_smooth over the window have opposite signs, else 0.
-        frozen: the fraction of its elements that is frozen now: 0 or 1 for a single scale.
+        frozen: fraction of its elements that are frozen now: 0 or 1 for a single scale.
     """
 
     name: str

@@ -1,11 +1,9 @@
-"""The scales of a model as the optimizer sees them: one vector of elements to count, to judge and to freeze."""
+"""All scales of a model as one vector of elements: their gradients are counted, judged and frozen together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +15,24 @@ from .freezing import FreezePolicy, FreezeTarget
 from .report import ScaleRecord
 from .sign_statistics import SignCounters, WindowStatistics
 
-_GET_DEVICE: Callable[[Any], int] = Tensor.get_device  # Devices themselves take six times as long to tell apart.
+# The parameters themselves, a predicate on name and parameter, or None for this package's scales.
+ScaleChoice = Sequence[Parameter] | Callable[[str, Parameter], bool] | None
 
 
-def find_scales(
-    model: nn.Module, scales: Iterable[Parameter] | Callable[[str, Parameter], bool] | None
-) -> dict[str, Parameter]:
-    """The scales of ``model`` by qualified name, whether or not they need a gradient now.
-
-    Args:
-        model: the network.
-        scales: the parameters themselves, a predicate on name and parameter, or ``None`` for this package's own.
-    """
-    named = model.named_parameters()
-    if scales is None:
-        return {name: p for name, p in named if is_scale_name(name)}
-    if callable(scales):
-        return {name: p for name, p in named if scales(name, p)}
-    wanted = set(scales)
-    return {name: p for name, p in named if p in wanted}
+def find_scales(model: nn.Module, choice: ScaleChoice) -> dict[str, Parameter]:
+    """The scales of ``model`` by qualified name, whether or not they need a gradient now."""
+    if choice is None:
+        return {name: p for name, p in model.named_parameters() if is_scale_name(name)}
+    if callable(choice):
+        return {name: p for name, p in model.named_parameters() if choice(name, p)}
+    chosen = set(choice)
+    return {name: p for name, p in model.named_parameters() if p in chosen}
 
 
 class ScaleTracker:
-    """Counts, judges and freezes the gradients of a set of scales.
+    """Counts, judges and freezes the gradients of ``scales``, which are keyed by qualified name.
 
-    Args:
-        scales: the scales by qualified name.
-        policy: decides what is frozen.
-        has_task_part: whether g_task is part of the step, for the policy's default target.
+    ``has_task_part`` says whether g_task is part of the step, which decides the part that is frozen by default.
     """
 
     def __init__(self, scales: Mapping[str, Parameter], policy: FreezePolicy, has_task_part: bool) -> None:
@@ -52,11 +40,7 @@ class ScaleTracker:
         self.policy = policy
         self.has_task_part = has_task_part
         self.sizes = [p.numel() for p in self.scales.values()]
-        self._flat = all(p.dim() == 1 for p in self.scales.values())
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything: nothing counted, and frozen what the policy freezes from the start."""
+        self._all_1d = all(p.dim() == 1 for p in self.scales.values())
         self.steps = self.windows = 0
         self._start_counting()
 
@@ -73,68 +57,53 @@ class ScaleTracker:
 
     @property
     def frozen_part(self) -> FreezeTarget:
-        """What is frozen."""
+        """The part of the gradient that is frozen."""
         return self.policy.freeze or ("task" if self.has_task_part else "both")
 
     @property
-    def has_judged(self) -> bool:
-        """Whether a window is complete, so that something may be frozen."""
-        return self.windows > 0
-
-    @property
     def may_freeze(self) -> bool:
-        """Whether something may be frozen, as far as can be said without asking the device."""
-        return bool(self.scales) and (self.policy.initially_frozen or self.has_judged)
+        """Whether any element can be frozen yet, without asking the device."""
+        return bool(self.scales) and (self.policy.initially_frozen or self.windows > 0)
 
     def judge_by(self, policy: FreezePolicy) -> None:
-        """Freeze by ``policy`` from now on.
-
-        What was counted stays. The mask is what the new policy makes of the last judged window or, before the first,
-        what it freezes from the start. The window that has begun ends where the number of perturbed steps is a
-        multiple of the new length.
-        """
+        """Freeze by ``policy`` from now on, as :attr:`GAQATOptimizer.freezing` says."""
         self.policy = policy
         self.frozen = torch.full_like(self.frozen, policy.initially_frozen)
-        if self.has_judged:
+        if self.windows > 0:
             self.frozen = policy.judge(self.last_statistics, self.frozen, self.windows - 1)
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
     def gather(self, grads: Mapping[Parameter, Tensor], missing: float = torch.nan) -> Tensor:
         """The gradients of all scale elements as one float32 vector, with ``missing`` where a scale has none."""
-        return self._joined(list(map(grads.get, self.scales.values())), missing)
+        scale_grads, device = [grads.get(p) for p in self.scales.values()], self.device
+        # The common case, in one operation: there may be thousands of scales.
+        if self._all_1d and all(type(g) is Tensor and g.device == device for g in scale_grads) and scale_grads:
+            return torch.cat(scale_grads).to(torch.float32)  # type: ignore[arg-type]
+        flat = [torch.zeros(0, device=device)]  # torch.cat takes no empty list
+        for size, g in zip(self.sizes, scale_grads, strict=True):
+            values = torch.full((size,), missing, device=device) if g is None else full_tensor(g).flatten()
+            flat.append(values.to(device, torch.float32))
+        return torch.cat(flat).float()
 
-    def observed(
+    def gather_both(
         self, g_task: Mapping[Parameter, Tensor], g_smooth: Mapping[Parameter, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Both gradients as :meth:`commit` counts them: NaN where a scale was not used in that pass.
+        """Both gradients for :meth:`commit`: NaN where a pass did not use a scale.
 
-        A g_task of zeros beside no g_smooth is what ``zero_grad(set_to_none=False)`` left of an earlier step.
+        A g_task of zeros beside no g_smooth was not used either: ``zero_grad(set_to_none=False)`` left it.
         """
-        task, smooth = (list(map(grads.get, self.scales.values())) for grads in (g_task, g_smooth))
-        if type(None) in set(map(type, smooth)):
-            task = [_unless_zero(t) if s is None and t is not None else t for t, s in zip(task, smooth, strict=True)]
-        return self._joined(task), self._joined(smooth)
-
-    def _joined(self, grads: Sequence[Tensor | None], missing: float = torch.nan) -> Tensor:
-        # There may be thousands: what is done for each one in Python is most of what all of this takes.
-        if self._flat and set(map(type, grads)) == {Tensor} and len(set(map(_GET_DEVICE, grads))) == 1:
-            return torch.cat(grads).to(self.device, torch.float32)  # type: ignore[arg-type]
-        device, parts = self.device, []
-        for size, g in zip(self.sizes, grads, strict=True):
-            if g is None:
-                parts.append(torch.full((size,), missing, dtype=torch.float32, device=device))
-            else:
-                parts.append(full_tensor(g).reshape(-1).to(device, torch.float32))
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=device)
+        unused = [p for p in self.scales.values() if p not in g_smooth and p in g_task]
+        g_task = {**g_task, **{p: _nan_if_zero(g_task[p]) for p in unused}} if unused else g_task
+        return self.gather(g_task), self.gather(g_smooth)
 
     def split(self, values: Tensor) -> dict[Parameter, Tensor]:
         """``values``, one for each scale element, as one tensor for each scale, in its shape."""
-        parts = torch.split(values, self.sizes)
-        return {p: part.view(p.shape) for p, part in zip(self.scales.values(), parts, strict=True)}
+        pieces = torch.split(values, self.sizes)
+        return {p: piece.view(p.shape) for p, piece in zip(self.scales.values(), pieces, strict=True)}
 
     def mask_frozen(self, part: FreezeTarget, params: Sequence[Parameter], grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """``grads``, with zeros in the elements whose ``part`` ("task" or "smooth") is frozen."""
+        """``grads`` with zeros in the elements whose ``part`` ("task" or "smooth") is frozen."""
         if not self.may_freeze or self.frozen_part not in (part, "both"):
             return grads
         masks = self._masks()
@@ -145,34 +114,30 @@ class ScaleTracker:
 
     @torch.no_grad()
     def zero_frozen_task_grads(self) -> None:
-        """Zero the gradients of scales where the task part is frozen, for a step that has no other part."""
+        """Zero the gradients of scales where the task part is frozen, for a step without a second pass."""
         if self.may_freeze and self.frozen_part in ("task", "both"):
             for p, mask in self._masks().items():
                 if p.grad is not None:
-                    p.grad.copy_(p.grad.masked_fill(mask, 0.0))  # torch 2.8 has no masked_fill_ of sharded ones
+                    p.grad.copy_(p.grad.masked_fill(mask, 0.0))  # torch 2.8 has no masked_fill_ of sharded tensors
 
     @contextmanager
     def hold_frozen_scales(self) -> Iterator[None]:
-        """Within the block (the base's step), what is frozen with both parts does not move at all.
+        """Within the block (the base's step), elements with both parts frozen do not move.
 
-        A zero gradient alone would not do: momentum and weight decay move a parameter without one.
+        A zero gradient is not enough: momentum and weight decay move a parameter all the same.
         """
         if not self.may_freeze or self.frozen_part != "both":
             yield
             return
-        before = {p: p.detach().clone() for p in self.scales.values()}
+        original_values = {p: p.detach().clone() for p in self.scales.values()}
         yield
         for p, mask in self._masks().items():
-            p.copy_(torch.where(mask, before[p], p))
+            p.copy_(torch.where(mask, original_values[p], p))
 
     # -- counting ----------------------------------------------------------------------------------------------
 
     def commit(self, g_task: Tensor, g_smooth: Tensor) -> bool:
-        """Count one perturbed step; at the end of a window, judge it and freeze and unfreeze for the next.
-
-        Returns:
-            Whether a window ended.
-        """
+        """Count one perturbed step; at the end of a window, freeze and unfreeze for the next. Whether it ended."""
         device = self.device
         if self.frozen.device != device:
             self._move(device)
@@ -187,88 +152,82 @@ class ScaleTracker:
         return False
 
     def _move(self, device: torch.device) -> None:
-        """Bring what is counted to where the scales have been moved."""
+        """Move counts and masks to ``device``, where the scales are now."""
         if self.frozen.is_meta:  # Nothing was counted there.
             self._start_counting()
-            return
-        self.window = SignCounters.of_rows(row.to(device) for row in _values(self.window))
-        self.last_statistics = WindowStatistics(*(value.to(device) for value in _values(self.last_statistics)))
-        self.frozen = self.frozen.to(device)
+        else:
+            self._set_rows(self._rows().to(device))
+
+    def _rows(self) -> Tensor:
+        """All counts, statistics and masks as one float32 tensor of shape (rows, elements)."""
+        return torch.cat([self.window.rows, self._result_rows(self.last_statistics)])
+
+    def _set_rows(self, rows: Tensor) -> None:
+        self.window = SignCounters(rows[: SignCounters.ROWS].clone())
+        self.last_statistics = WindowStatistics(*rows[SignCounters.ROWS : -1])
+        self.frozen = rows[-1] > 0
+
+    def _result_rows(self, statistics: WindowStatistics) -> Tensor:
+        s = statistics
+        return torch.stack([s.disorder_task, s.disorder_smooth, s.conflict, s.opposition, self.frozen.float()])
 
     def fingerprint(self) -> Tensor:
-        """What the last judged window showed and what is frozen, as one finite tensor of shape (rows, elements)."""
-        return torch.stack([*_values(self.last_statistics), self.frozen.float()]).nan_to_num(-1.0)
+        """Statistics of the last judged window and the mask, as one finite tensor of shape (rows, elements)."""
+        return self._result_rows(self.last_statistics).nan_to_num(-1.0)
 
     # -- reading and saving ------------------------------------------------------------------------------------
 
     def report(self, model: nn.Module) -> list[ScaleRecord]:
         """One record a scale of ``model``: of the last judged window or, before the first, of the steps so far."""
-        names = {name for name, _ in model.named_parameters()}
         if not self.scales:
             return []
-        statistics = self.last_statistics if self.has_judged else self.window.statistics()
-        table = torch.stack([*_values(statistics), self.frozen.float()])
-        means = torch.stack([part.nanmean(dim=1) for part in torch.split(table, self.sizes, dim=1)]).tolist()
+        names = {name for name, _ in model.named_parameters()}
+        statistics = self.last_statistics if self.windows > 0 else self.window.statistics()
+        columns = torch.split(self._result_rows(statistics), self.sizes, dim=1)
+        means = torch.stack([column.nanmean(dim=1) for column in columns]).tolist()
         records = []
         for (name, p), row in zip(self.scales.items(), means, strict=True):
-            if name not in names:  # A part of the network that was taken out.
+            if name not in names:  # The user has removed its layer.
                 continue
-            owner = model.get_submodule(name.rpartition(".")[0])
-            value = getattr(owner, "scale", p)  # The quantizer may learn a function of the scale, such as its log.
+            quantizer = model.get_submodule(name.rpartition(".")[0])
+            value = getattr(quantizer, "scale", p)  # The parameter may be the log of the scale.
             value = value if isinstance(value, Tensor) and value.numel() == p.numel() else p
             records.append(ScaleRecord(name, full_tensor(value.detach()).float().mean().item(), *row))
         return records
 
     def state_tensors(self) -> dict[Parameter, Tensor]:
         """The state of each scale's elements as one float32 tensor of shape (rows, elements)."""
-        rows = [*_values(self.window), *_values(self.last_statistics), self.frozen]
-        parts = torch.split(torch.stack([row.float() for row in rows]), self.sizes, dim=1)
-        return {p: part.clone() for p, part in zip(self.scales.values(), parts, strict=True)}
+        columns = torch.split(self._rows(), self.sizes, dim=1)
+        return {p: state.clone() for p, state in zip(self.scales.values(), columns, strict=True)}
 
     def with_scales(self, scales: Mapping[str, Parameter]) -> ScaleTracker:
-        """A tracker of ``scales`` that knows of each what this one knows; of the others, nothing yet."""
+        """A tracker of ``scales`` with the state of this one; other scales begin without counts."""
         other = ScaleTracker(scales, self.policy, self.has_task_part)
         fresh = other.state_tensors()
         known = {p: state for p, state in self.state_tensors().items() if p in fresh}
         other.load_state_tensors({**fresh, **known}, self.steps, self.windows)
         return other
 
-    def reindexed(self, values: Tensor, other: ScaleTracker) -> Tensor:
-        """``values``, one for each scale element of this tracker, as those of ``other``; NaN where they are new."""
-        return other.gather(self.split(values))
-
     def load_state_tensors(self, state_tensors: Mapping[Parameter, Tensor], steps: int, windows: int) -> None:
-        """Take up what :meth:`state_tensors` gave, after ``steps`` perturbed steps and ``windows`` judged windows.
+        """Load :meth:`state_tensors` into a new tracker, saved after ``steps`` perturbed steps and ``windows`` windows.
 
-        A scale that needs no gradient may have none: torch's distributed checkpoints leave such out. It begins anew.
-
-        Raises:
-            ValueError: the state of a scale is missing or has another shape.
+        A scale that needs no gradient may lack a state, since torch's distributed checkpoints leave it out. It begins
+        without counts.
         """
-        fresh = {p: state for p, state in self.state_tensors().items() if not p.requires_grad}
-        state_tensors = {**fresh, **state_tensors}
-        rows = len(fields(SignCounters)) + len(fields(WindowStatistics)) + 1
+        untrained = {p: state for p, state in self.state_tensors().items() if not p.requires_grad}
+        states = {**untrained, **state_tensors}
+        row_count = self._rows().shape[0]
         for name, p in self.scales.items():
-            shape = tuple(state_tensors[p].shape) if p in state_tensors else None
-            if shape != (rows, p.numel()):
-                found = "no freezing state" if shape is None else f"freezing state of shape {shape}"
-                raise ValueError(f"the checkpoint has {found} for {name!r}, expected {(rows, p.numel())}")
-        self.reset()
+            shape = tuple(states[p].shape) if p in states else None
+            if shape != (row_count, p.numel()):
+                content = "no freezing state" if shape is None else f"freezing state of shape {shape}"
+                raise ValueError(f"the checkpoint has {content} for {name!r}, expected {(row_count, p.numel())}")
         if self.scales:
-            parts = [state_tensors[p].to(self.device, torch.float32) for p in self.scales.values()]
-            table = torch.cat(parts, dim=1).unbind()
-            count = len(fields(SignCounters))
-            self.window = SignCounters.of_rows(table[:count])
-            self.last_statistics = WindowStatistics(*table[count:-1])
-            self.frozen = table[-1] > 0
+            self._set_rows(torch.cat([states[p].to(self.device, torch.float32) for p in self.scales.values()], dim=1))
         self.steps, self.windows = steps, windows
 
 
-def _unless_zero(g: Tensor) -> Tensor:
+def _nan_if_zero(g: Tensor) -> Tensor:
     """``g``, or NaN if all of it is zero."""
     g = full_tensor(g)
     return torch.where((g != 0).any(), g, torch.nan)
-
-
-def _values(record: SignCounters | WindowStatistics) -> list[Tensor]:
-    return [getattr(record, f.name) for f in fields(record)]

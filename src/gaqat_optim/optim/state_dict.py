@@ -1,8 +1,8 @@
-"""The state dict of a base optimizer with the freezing state of the scales in it, and apart again.
+"""The base's state dict with the freezing state of the scales embedded, and extracted again.
 
 The freezing state goes where every checkpointing tool looks: into the state of each scale parameter and into the
-parameter groups. It is there in state dicts only. In the base's run-time state it would do harm: Adam takes a state
-that is not empty for one that it has set up.
+parameter groups. It is in state dicts only. Were it in the base's run-time state, Adam would take the state of a scale
+for complete, and never create its own.
 """
 
 from __future__ import annotations
@@ -17,80 +17,71 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from .freezing import FreezePolicy
+from .wrapper import StateDict
 
-_STATE = "gaqat"
-# What is in every parameter group, by the attribute of Freezing. All are numbers: no checkpointing tool refuses those.
-_NUMBERS = {name: f"gaqat_{name}" for name in ("steps", "perturbed_steps", "windows", "policy")}
-
-StateDict = dict[str, Any]
 Groups = list[dict[str, Any]]
+
+_STATE_KEY = "gaqat"
+# The keys in every parameter group, by the attribute of FreezingState. Every checkpointing tool takes numbers.
+_GROUP_KEYS = {name: f"gaqat_{name}" for name in ("steps", "perturbed_steps", "windows", "policy")}
 
 
 @dataclass(frozen=True)
 class FreezingState:
-    """What a state dict holds beside the base's part.
+    """What a state dict holds beside the base's part."""
 
-    Attributes:
-        scales: the packed state of each scale.
-        steps: number of steps made.
-        perturbed_steps: number of those with a second pass.
-        windows: number of windows judged.
-        policy: :func:`policy_number` of the policy that judged them.
-    """
-
-    scales: Mapping[Parameter, Tensor]
+    scales: Mapping[Parameter, Tensor]  # the state tensor of each scale
     steps: int
     perturbed_steps: int
-    windows: int
-    policy: int
+    windows: int  # judged so far
+    policy: int  # policy_number of the policy that judged them
 
 
 def policy_number(policy: FreezePolicy) -> int:
     """A number that is the same for policies of one class and settings, in every process."""
-    settings = sorted(getattr(policy, "__dict__", {}).items())
-    # The default repr of an object ends with its address, which is another one in every run.
-    described = re.sub(r" at 0x[0-9a-f]+", "", f"{type(policy).__qualname__}{settings}")
-    return zlib.crc32(described.encode())
+    attributes = sorted(getattr(policy, "__dict__", {}).items())
+    # The default repr of an object ends with its address, which changes from run to run.
+    description = re.sub(r" at 0x[0-9a-f]+", "", f"{type(policy).__qualname__}{attributes}")
+    return zlib.crc32(description.encode())
 
 
 def embed(base: StateDict, groups: Groups, freezing: FreezingState) -> StateDict:
     """``base``, a state dict of the optimizer with these ``groups``, with ``freezing`` in it."""
-    _check_form(base)
-    ids = dict(_pairs(groups, base["param_groups"]))
-    # With an entry for every parameter or for none: torch's distributed checkpoints refuse anything between, which
-    # those of the scales alone would be beside a base without state.
-    state = {**({i: {} for i in ids.values()} if freezing.scales else {}), **base["state"]}
-    for p, packed in ((p, packed) for p, packed in freezing.scales.items() if p in ids):
-        state[ids[p]] = {**state[ids[p]], _STATE: packed}  # A copy: the entry is the base's run-time state.
-    numbers = {key: getattr(freezing, name) for name, key in _NUMBERS.items()}
+    _check_keys(base)
+    ids = dict(_parameter_ids(groups, base["param_groups"]))
+    # torch's distributed checkpoints want an entry for every parameter or for none.
+    state = {**({key: {} for key in ids.values()} if freezing.scales else {}), **base["state"]}
+    for p, tensor in freezing.scales.items():
+        if p in ids:
+            state[ids[p]] = {**state[ids[p]], _STATE_KEY: tensor}  # A new dict: the old one is the base's own state.
+    numbers = {key: getattr(freezing, name) for name, key in _GROUP_KEYS.items()}
     return {**base, "state": state, "param_groups": [{**group, **numbers} for group in base["param_groups"]]}
 
 
 def extract(state_dict: StateDict, groups: Groups) -> tuple[StateDict, FreezingState | None]:
-    """The base's state dict, and what :func:`embed` put into it; ``None`` for a state dict of the base alone."""
-    _check_form(state_dict)
+    """The base's state dict, and the freezing state; ``None`` if the state dict is of the base alone."""
+    _check_keys(state_dict)
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    # A base may keep what belongs to no parameter there too, under a name and as anything.
-    state = {key: _without_ours(entry) for key, entry in saved_state.items()}
+    state = {key: _base_entry(entry) for key, entry in saved_state.items()}
     base = {
         **state_dict,
         "state": {key: entry for key, entry in state.items() if entry is not None},
-        "param_groups": [{k: v for k, v in group.items() if k not in _NUMBERS.values()} for group in saved_groups],
+        "param_groups": [{k: v for k, v in group.items() if k not in _GROUP_KEYS.values()} for group in saved_groups],
     }
-    if not saved_groups or _NUMBERS["steps"] not in saved_groups[0]:
+    if not saved_groups or _GROUP_KEYS["steps"] not in saved_groups[0]:
         if any(isinstance(i, str) for group in saved_groups for i in group["params"]):
-            # Nothing may be lost without a word, and this is how set_optimizer_state_dict loses it.
             raise ValueError(
                 "the state dict has names for parameters, as in distributed checkpoints, and no freezing state. Leave "
                 "flatten_optimizer_state_dict out, which drops it; load a checkpoint of the base optimizer into .base"
             )
         return base, None
     # Ids come from the saved groups, never from counting: distributed checkpoints use names for them.
-    scales = {p: saved_state[i][_STATE] for p, i in _pairs(groups, saved_groups) if _STATE in saved_state.get(i, {})}
-    return base, FreezingState(scales, *(int(saved_groups[0][key]) for key in _NUMBERS.values()))
+    ids = _parameter_ids(groups, saved_groups)
+    scales = {p: saved_state[i][_STATE_KEY] for p, i in ids if _STATE_KEY in saved_state.get(i, {})}
+    return base, FreezingState(scales, *(int(saved_groups[0][key]) for key in _GROUP_KEYS.values()))
 
 
-def _check_form(state_dict: StateDict) -> None:
+def _check_keys(state_dict: StateDict) -> None:
     if missing := {"state", "param_groups"} - state_dict.keys():
         raise ValueError(
             f"a state dict of the base has no {' and no '.join(map(repr, sorted(missing)))}, as those of torch.optim "
@@ -98,14 +89,14 @@ def _check_form(state_dict: StateDict) -> None:
         )
 
 
-def _without_ours(entry: Any) -> Any:
-    """An entry of the state without the freezing state; ``None`` for one that is empty then."""
-    if not isinstance(entry, Mapping):
+def _base_entry(entry: Any) -> Any:
+    """An entry of the state without the freezing state; ``None`` if nothing else is in it."""
+    if not isinstance(entry, Mapping):  # A base may store anything under a name.
         return entry
-    return {key: value for key, value in entry.items() if key != _STATE} or None
+    return {key: value for key, value in entry.items() if key != _STATE_KEY} or None
 
 
-def _pairs(groups: Groups, saved: Groups) -> Iterator[tuple[Parameter, Any]]:
+def _parameter_ids(groups: Groups, saved_groups: Groups) -> Iterator[tuple[Parameter, Any]]:
     """Each parameter with its id in the saved groups."""
-    for group, saved_group in zip(groups, saved, strict=False):
+    for group, saved_group in zip(groups, saved_groups, strict=False):
         yield from zip(group["params"], saved_group["params"], strict=False)

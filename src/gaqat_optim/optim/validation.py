@@ -1,12 +1,11 @@
-"""What :class:`GAQATOptimizer` refuses, before it changes anything."""
+"""Checks of :class:`GAQATOptimizer`'s arguments, of its scales, and of the gradients of a step."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,8 @@ from torch.nn.parameter import Parameter
 from ..scale_names import is_scale_name
 from .freezing import FreezePolicy
 from .perturbations import Perturbation
+from .scale_tracker import ScaleChoice
+from .wrapper import has_setting, parameters_of
 
 
 def check_arguments(
@@ -49,89 +50,64 @@ def check_method(perturbation: Perturbation, freezing: FreezePolicy) -> None:
 
 
 def check_interval(interval: int) -> None:
-    """Raise ValueError for a number of steps that cannot be one."""
+    """Raise ValueError unless ``interval`` is a positive integer."""
     if not isinstance(interval, int) or interval < 1:
         raise ValueError(f"interval must be an integer >= 1, got {interval!r}")
 
 
-def needs_closure(base: torch.optim.Optimizer) -> bool:
-    """Whether ``base.step`` cannot be called without a closure."""
-    closure = inspect.signature(base.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def is_of_base(base: torch.optim.Optimizer, key: str) -> bool:
-    """Whether ``key`` of a parameter group is a setting of ``base``, or of an optimizer that it wraps."""
-    wrapped = (value for value in vars(base).values() if isinstance(value, torch.optim.Optimizer))
-    return any(key in optimizer.defaults for optimizer in (base, *wrapped))
-
-
 def check_radii(base: torch.optim.Optimizer) -> None:
-    """Raise ValueError where the ``"rho"`` of a group is no radius, unless it is a setting of ``base``."""
-    for number, group in enumerate(base.param_groups):
-        check_radius(base, group, number)
+    """Raise ValueError for a group whose ``"rho"`` is no radius, unless it is a setting of ``base``."""
+    for index, group in enumerate(base.param_groups):
+        check_radius(base, group, index)
 
 
-def check_radius(base: torch.optim.Optimizer, group: Mapping[str, Any], number: int) -> None:
-    """The same for one group, which may still have to be added."""
-    if "rho" not in group or is_of_base(base, "rho"):
+def check_radius(base: torch.optim.Optimizer, group: Mapping[str, Any], index: int) -> None:
+    """Check one group as :func:`check_radii` does; it need not be in ``base`` yet."""
+    if "rho" not in group or has_setting(base, "rho"):
         return
     rho = group["rho"]
     if not (isinstance(rho, numbers.Real) and 0 <= float(rho) < math.inf):
-        raise ValueError(f'parameter group {number}: "rho" must be a finite number >= 0, got {rho!r}')
+        raise ValueError(f'parameter group {index}: "rho" must be a finite number >= 0, got {rho!r}')
 
 
 def check_scales(
-    model: nn.Module, scales: Sequence[Parameter] | Callable[[str, Parameter], bool], found: Mapping[str, Parameter]
+    base: torch.optim.Optimizer, model: nn.Module, choice: ScaleChoice, scales: Mapping[str, Parameter]
 ) -> None:
-    """Raise ValueError if a choice of ``scales`` names what is no parameter of ``model``, or a predicate nothing."""
-    if callable(scales):
-        if not found:
+    """Refuse a ``choice`` of scales that fails, and an untrained scale of a trained weight.
+
+    All other parameters that are not trained make one warning. With ``()`` for choice, the scales of this package may
+    be trained elsewhere.
+    """
+    if callable(choice):
+        if not scales:
             names = [name for name, _ in model.named_parameters()]
             raise ValueError(f"scales matches none of the model's parameters: {', '.join(names[:10])} ...")
-    elif missing := len(set(scales) - set(found.values())):
+    elif missing := len(set(choice or ()) - set(scales.values())):
         raise ValueError(f"scales: {missing} of the given tensors are no parameters of the model")
-
-
-def check_trained(
-    base: torch.optim.Optimizer, model: nn.Module, scales: Mapping[str, Parameter], elsewhere: bool
-) -> None:
-    """A scale must be trained where its layer's weight is; all else that is not trained makes one warning.
-
-    Args:
-        base: the base optimizer.
-        model: the network.
-        scales: all of its scales.
-        elsewhere: the user said that no scale is to be treated as one, so that those of this package may be missing.
-
-    Raises:
-        ValueError: a scale is not among the base's parameters, while the weight of its layer is; or the base has no
-            parameter of ``model`` at all.
-    """
-    params = _params(base)
-    missing = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in params}
-    foreign = params.isdisjoint(model.parameters())
-    for name in [name for name in scales if name in missing] if foreign else untrained_scales(base, model, scales):
+    params = set(parameters_of(base))
+    untrained = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in params}
+    if params.isdisjoint(model.parameters()):
+        refused = [name for name in scales if name in untrained]
+    else:
+        refused = untrained_scales(base, model, scales)
+    if refused:
         raise ValueError(
-            f"the base optimizer does not train the scale {name!r}: build it after quantize_model, from the "
+            f"the base optimizer does not train the scale {refused[0]!r}: build it after quantize_model, from the "
             "parameters of the model that quantize_model returned"
         )
-    # The scale of a layer with a fixed weight follows it.
-    follows = {
-        name
-        for name in missing
-        if (name in scales and (of_layer := layer_weights(model, name, scales)) and not _any_needs_gradient(of_layer))
-        or (elsewhere and is_scale_name(name))
-    }
-    listed = [name for name in missing if name not in follows]
-    if listed:
-        text = ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
-        warnings.warn(f"the base optimizer does not train these parameters of the model: {text}", stacklevel=3)
+
+    def is_expected(name: str) -> bool:
+        weights = layer_weights(model, name, scales) if name in scales else []
+        is_of_fixed_weight = bool(weights) and not any(w.requires_grad for w in weights)
+        return is_of_fixed_weight or (choice == () and is_scale_name(name))
+
+    if unexpected := name_list([name for name in untrained if not is_expected(name)]):
+        warnings.warn(f"the base optimizer does not train these parameters of the model: {unexpected}", stacklevel=3)
 
 
 def untrained_scales(base: torch.optim.Optimizer, model: nn.Module, scales: Mapping[str, Parameter]) -> list[str]:
     """The names of those ``scales`` that ``base`` does not train although it trains the weight of their layer."""
-    params = _params(base)
+    params = set(parameters_of(base))
     return [
         name
         for name, scale in scales.items()
@@ -142,36 +118,23 @@ def untrained_scales(base: torch.optim.Optimizer, model: nn.Module, scales: Mapp
 
 
 def layer_weights(model: nn.Module, name: str, scales: Mapping[str, Parameter]) -> list[Parameter]:
-    """The weights of the layer to which a scale belongs: the nearest module around it that has any.
+    """The weights of the layer that has the scale ``name``: the nearest module around it with other parameters.
 
-    None for a scale that stands between layers: the nearest module around it is a container of them then.
+    The list is empty for a scale between layers: the nearest such module is a container without own parameters.
     """
-    others = set(scales.values())
+    scale_set = set(scales.values())
     while name:
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
-        if not others.issuperset(module.parameters()):
-            own = [p for p in module.parameters(recurse=False) if p not in others]
+        if not scale_set.issuperset(module.parameters()):
+            own = [p for p in module.parameters(recurse=False) if p not in scale_set]
             return [p for p in own if p.dim() > 1] or own
     return []
 
 
-def _params(base: torch.optim.Optimizer) -> set[Parameter]:
-    return {p for group in base.param_groups for p in group["params"]}
-
-
-def _any_needs_gradient(params: Iterable[Parameter]) -> bool:
-    return any(p.requires_grad for p in params)
-
-
-def warn_of_untrained(names: Sequence[str]) -> None:
-    """Warn of scales that came after the optimizer was built."""
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    warnings.warn(
-        f"the base optimizer does not train these scales, which came after it was built: {listed}. Give them to "
-        "add_param_group()",
-        stacklevel=5,  # where step() was called
-    )
+def name_list(names: Sequence[str]) -> str:
+    """The first ten of ``names``, and how many there are beside them."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def check_pass(perturbation: Perturbation, grad_scale: float | Tensor, per_rank: bool) -> None:
@@ -185,8 +148,8 @@ def check_pass(perturbation: Perturbation, grad_scale: float | Tensor, per_rank:
         )
 
 
-def check_gradients(grads: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]) -> None:
-    """The gradients of a first pass: there must be some, and none of them sparse."""
+def check_first_gradients(grads: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]) -> None:
+    """Raise RuntimeError if the first pass left no gradient, or a sparse one."""
     if not grads:
         raise RuntimeError(
             "no parameter of the base optimizer has a gradient: the first backward() must come before perturbed(), "
@@ -200,60 +163,50 @@ def check_gradients(grads: Mapping[Parameter, Tensor], names: Mapping[Parameter,
             )
 
 
-@contextmanager
-def refuse_accumulation(params: Sequence[Parameter]) -> Iterator[None]:
-    """Refuse a first pass that adds to gradients of earlier ones, which the second pass would not see.
-
-    A probe does: the first parameter with a gradient. Where the pass clears it, by taking it away or by writing to it,
-    nothing waits for the device; else that is asked whether it was zero, so that there was nothing to clear.
-
-    Raises:
-        RuntimeError: at the end of the block.
-    """
-    probe = next((p for p in params if p.grad is not None and p.requires_grad), None)
-    if probe is None or probe.grad is None or hasattr(probe, "full_tensor"):
-        yield
-        return
-    version = probe.grad._version
-    was_there: list[Tensor | None] = []
-
-    def arrives(_: Any) -> None:
-        """Called when a gradient is about to be added to that of the probe."""
-        if not was_there:
-            g = probe.grad
-            was_there.append(None if g is None or g._version != version else torch.ne(g, 0).any())
-
-    node = get_gradient_edge(probe).node
-    handle = node.register_prehook(arrives)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if was_there and was_there[0] is not None and bool(was_there[0]):
-        raise RuntimeError(
-            "the closure adds to gradients that were there before it, and does not clear them: the second pass would "
-            "see its batch alone, the first one all before it too. Let it begin with optimizer.zero_grad(); to "
-            "accumulate over several batches, run all of them in both passes, the second inside optimizer.perturbed() "
-            "(where a framework makes the closure: in its manual optimization)"
-        )
-
-
-def check_second_pass(before: Sequence[object], after: Sequence[object]) -> None:
-    """Raise if the second pass changed no gradient, of which ``before`` and ``after`` are the versions."""
-    if before == after:
-        raise RuntimeError(
-            "no parameter of the base optimizer received a gradient in the second pass: perturbed() is the block "
-            "around the second forward and backward(), and a closure must call backward() each time it is called"
-        )
-
-
-def check_apart(
+def check_separate(
     g_task: Mapping[Parameter, Tensor], g_smooth: Mapping[Parameter, Tensor], names: Mapping[Parameter, str]
 ) -> None:
-    """Raise if the second pass wrote its gradient over that of the first."""
+    """Raise RuntimeError if the second pass wrote its gradient over the first."""
     for p, g in g_task.items():
         if g is g_smooth.get(p):
             raise RuntimeError(
                 f"the second pass left its gradient of {names.get(p, 'a parameter')!r} in the tensor of the first, "
                 "which is lost: set .grad to a copy of what a captured graph has written"
             )
+
+
+@contextmanager
+def refuse_accumulation(params: Sequence[Parameter]) -> Iterator[None]:
+    """Refuse a first pass that adds to earlier gradients, which the second pass would not see.
+
+    A hook watches the first parameter that has a gradient: does ``backward()`` add to that one as it was? If the block
+    has replaced or zeroed it before, no device is asked. Else the answer is whether it was anything but zeros.
+
+    Raises:
+        RuntimeError: at the end of the block.
+    """
+    watched = next((p for p in params if p.grad is not None and p.requires_grad), None)
+    if watched is None or watched.grad is None or hasattr(watched, "full_tensor"):
+        yield
+        return
+    version = watched.grad._version
+    nonzero: list[Tensor | None] = []  # of the gradient before the first addition; None if it was cleared
+
+    def before_accumulation(_: Any) -> None:
+        if not nonzero:
+            g = watched.grad
+            nonzero.append(None if g is None or g._version != version else torch.ne(g, 0).any())
+
+    node = get_gradient_edge(watched).node
+    hook = node.register_prehook(before_accumulation)
+    try:
+        yield
+    finally:
+        hook.remove()
+    if nonzero and nonzero[0] is not None and bool(nonzero[0]):
+        raise RuntimeError(
+            "the closure adds to gradients that were there before it, and does not clear them: the second pass would "
+            "see its batch alone, the first one all before it too. Let it begin with optimizer.zero_grad(); to "
+            "accumulate over several batches, run all of them in both passes, the second inside optimizer.perturbed() "
+            "(where a framework makes the closure: in its manual optimization)"
+        )

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from gaqat_optim import LSQQuantizer
 from gaqat_optim.quant.lsq import functional
 from gaqat_optim.quant.lsq.functional import integer_bounds
-from oracle import lsq
+from oracle.lsq import lsq
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = st.integers(2, 8)

@@ -97,7 +97,7 @@ def test_micro_batches_are_replayed_in_their_order():
     assert all(map(torch.equal, model[1].masks[:2], model[1].masks[2:]))
 
 
-def test_a_first_pass_that_begins_nowhere_is_an_error():
+def test_replay_rng_without_zero_grad_raises():
     model, optimizer = build(replay_rng=True)
     model(X).sum().backward()
     with pytest.raises(RuntimeError, match="call it on the optimizer directly before"), optimizer.perturbed():
@@ -108,7 +108,7 @@ def test_a_first_pass_that_begins_nowhere_is_an_error():
         model(X).sum().backward()
 
 
-def test_a_replay_that_misses_is_told():
+def test_replay_rng_warns_of_other_random_numbers():
     model, optimizer = build(replay_rng=True)
     optimizer.zero_grad()
     torch.rand(3)  # as a loader that shuffles, between zero_grad() and the first forward pass

@@ -1,4 +1,4 @@
-"""The states of torch's random number generators, set back so that the second pass draws what the first one drew."""
+"""Random number generators, set back so that the second pass draws the same numbers as the first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# What reads the state of a generator, and what sets it.
+# A function that reads the state of a generator, and one that sets it.
 Access = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 
 
@@ -21,27 +21,22 @@ def rng_states(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def replayed_rng(model: nn.Module, start: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block, random numbers are drawn from ``start`` on; behind it, from where they were before it.
+    """Within the block, draw random numbers from the states ``start`` on; after it, from the states before it.
 
-    A warning tells if the block did not draw as many as were drawn between ``start`` and the block: then it has not
-    seen the same ones.
-
-    Args:
-        model: the network.
-        start: from :func:`rng_states`.
+    A warning says if the block has not drawn as many numbers as were drawn between ``start`` and the block.
     """
-    before = rng_states(model)
+    states_before = rng_states(model)
     _set_rng_states(model, start)
     try:
         yield
-        if not all(map(torch.equal, rng_states(model), before)):
+        if not all(map(torch.equal, rng_states(model), states_before)):
             warnings.warn(
                 "replay_rng: the second pass has drawn other random numbers than the first. Both must draw as many; "
                 "with perturbed(), call zero_grad() directly before the first forward pass, where the replay begins",
                 stacklevel=2,
             )
     finally:
-        _set_rng_states(model, before)
+        _set_rng_states(model, states_before)
 
 
 def _set_rng_states(model: nn.Module, states: Sequence[Tensor]) -> None:
@@ -51,22 +46,22 @@ def _set_rng_states(model: nn.Module, states: Sequence[Tensor]) -> None:
 
 def _generators(model: nn.Module) -> list[Access]:
     """The default generators of the CPU and the accelerator's devices, and those that modules of ``model`` own."""
-    owned = [value for module in model.modules() for value in vars(module).values()]
+    attributes = [value for module in model.modules() for value in vars(module).values()]
     return [
         (torch.get_rng_state, torch.set_rng_state),
-        *_of_accelerator(),
-        *((g.get_state, g.set_state) for g in owned if isinstance(g, torch.Generator)),
+        *_accelerator_generators(),
+        *((g.get_state, g.set_state) for g in attributes if isinstance(g, torch.Generator)),
     ]
 
 
-def _of_accelerator() -> list[Access]:
+def _accelerator_generators() -> list[Access]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return []
     backend = torch.get_device_module(accelerator)
-    if accelerator.type == "mps":  # There is one device, and it has no number.
+    if accelerator.type == "mps":  # It has one device, without an index.
         return [(backend.get_rng_state, backend.set_rng_state)]
-    if not backend.is_initialized():  # Nothing was drawn there, and to ask would set up every device.
+    if not backend.is_initialized():  # Nothing was drawn there, and the question would initialize every device.
         return []
     indices = range(backend.device_count())
     return [(partial(backend.get_rng_state, i), partial(backend.set_rng_state, device=i)) for i in indices]

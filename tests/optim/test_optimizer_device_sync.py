@@ -1,7 +1,6 @@
-"""A step never waits for the device: no value is read back from it, but at the end of a window on several ranks.
+"""A step reads no value from the device, except at the end of a window on several ranks.
 
-The network and the optimizer are on torch's meta device, whose tensors have no data: as on a GPU, nothing is computed
-when Python asks for it; and to read a value is an error.
+The network and the optimizer are on the meta device, whose tensors have no data: to read a value is an error there.
 """
 
 import copy

@@ -113,7 +113,7 @@ def test_fixed_parameters_and_empty_groups():
     assert train(model, optimizer, 2) == train(again, loaded, 2)
 
 
-def test_a_group_with_rho_zero_is_not_displaced_and_another_radius_counts():
+def test_a_group_with_rho_zero_is_not_perturbed_and_another_radius_counts():
     model = quantized_cnn()
     head = set(model[8].parameters())
     groups = [
@@ -133,7 +133,7 @@ def test_a_group_with_rho_zero_is_not_displaced_and_another_radius_counts():
     assert distance == pytest.approx(0.7, rel=1e-3)
 
 
-def test_groups_have_radii_of_their_own_which_checkpoints_keep():
+def test_group_radii_are_in_checkpoints():
     torch.manual_seed(0)
     model = mlp().double()
     x, y = torch.randn(16, 8, dtype=torch.float64), torch.randint(4, (16,))
@@ -147,7 +147,7 @@ def test_groups_have_radii_of_their_own_which_checkpoints_keep():
     for opt in (optimizer, again):
         before = tensors(model)
         closure_of(model, opt, x, y)()
-        # One norm, over what is displaced.
+        # One norm, over what is perturbed.
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = torch.cat([g.flatten() for name, g in gradients.items() if not name.startswith("2.")]).norm()
         with opt.perturbed():

@@ -30,7 +30,7 @@ from optimizer_registry import (
     twin_step,
     wrap,
 )
-from optimizer_twin import SHAPES, is_scale
+from oracle.optimizer_twin import SHAPES, is_scale
 
 every_base = pytest.mark.parametrize("base", BASES)
 every_perturbation = pytest.mark.parametrize("perturbation", PERTURBATIONS)
@@ -70,7 +70,7 @@ def test_the_registry_knows_every_perturbation_and_policy_of_the_package(kind):
 
 
 @every_perturbation
-def test_the_displacement_in_the_block_is_the_twin_s_and_undone_to_the_bit(perturbation):
+def test_the_perturbation_in_the_block_is_the_twin_s_and_undone_to_the_bit(perturbation):
     model, optimizer, twin = build(perturbation, "always", "sgd")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     one_pass(model, BATCHES[:1])
@@ -79,7 +79,7 @@ def test_the_displacement_in_the_block_is_the_twin_s_and_undone_to_the_bit(pertu
         inside = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         one_pass(model, BATCHES[:1])
-    assert_close(inside, twin.displaced(task), 1e-12, 1e-14)
+    assert_close(inside, twin.perturbed_parameters(task), 1e-12, 1e-14)
     kept = {n for n in SHAPES if perturbation.startswith("asam") and is_scale(n)}
     if perturbation.endswith("rho0"):
         kept.update(groups_of(SHAPES, 0.0)[1]["names"])
@@ -170,7 +170,7 @@ def test_an_interval_of_one_is_no_interval(base):
     assert_same_bits(one, two)
 
 
-def displaced(perturbation, radius):
+def direction_of(perturbation, radius):
     model = Net()
     base = make_base("sgd", tensor_groups(model, groups_of(SHAPES, radius)))
     optimizer = wrap(base, model, perturbation, "never")
@@ -183,10 +183,10 @@ def displaced(perturbation, radius):
 
 @pytest.mark.parametrize("radius", [None, 0.0, 0.7])
 @pytest.mark.parametrize("rho", [0.0, 0.05, 2.0])
-def test_the_ascent_of_sagm_without_alpha_and_of_gsam_is_that_of_sam(rho, radius):
-    want = displaced(SAM(rho), radius)
+def test_sagm_without_alpha_and_gsam_perturb_as_sam_does(rho, radius):
+    want = direction_of(SAM(rho), radius)
     for other in (SAGM(rho, alpha=0.0), gaqat_optim.GSAM(rho)):
-        got = displaced(other, radius)
+        got = direction_of(other, radius)
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaqat_optim import SAGM, GAQATOptimizer
-from gaqat_optim.optim.state_guards import BufferGuard, restore_buffers
+from gaqat_optim.optim.second_pass.state_guards import BufferGuard, restore_buffers
+from networks import cnn
+from training import X as IMAGES
 from training import assert_same, closure_of, linear, quantized_cnn, tensors, train
 
 LARGE = 2**18  # elements: a megabyte, of which no copy is made unasked
@@ -106,6 +108,8 @@ class Normalizes(Module):
 
 
 MODULES = [Module, Rebinds, SetsFirst, WritesThroughData, Queue, Expands, OwnsAScale, Normalizes]
+
+
 X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1, 0])
 
 
@@ -216,7 +220,7 @@ class LaterWriter(Holds):
             self.table += 1
 
 
-def test_what_a_second_pass_is_the_first_to_write_in_a_large_buffer_is_told():
+def test_restore_buffers_warns_of_a_large_buffer_that_a_second_pass_wrote_first():
     model, optimizer = build(LaterWriter)
     model.begin = 6
     train(model, optimizer, 2, X, Y)
@@ -227,7 +231,7 @@ def test_what_a_second_pass_is_the_first_to_write_in_a_large_buffer_is_told():
     assert model.table[0] == 4
 
 
-def test_what_a_failed_step_is_the_first_to_write_in_a_large_buffer_is_told():
+def test_restore_buffers_warns_of_a_large_buffer_that_a_failed_step_wrote_first():
     model, optimizer = build(LaterWriter)
     model.begin = 4
     train(model, optimizer, 1, X, Y)
@@ -299,3 +303,39 @@ def test_a_copy_of_the_optimizer_goes_on_by_itself():
     train(model, optimizer, 2, X, Y)
     train(other_model, other, 2, X, Y)
     assert_same(tensors(model), tensors(other_model))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batchnorm_sees_one_batch_a_step(momentum):
+    plain = cnn()
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = momentum
+    wrapped = copy.deepcopy(plain)
+    optimizer = GAQATOptimizer(torch.optim.SGD(wrapped.parameters(), lr=0.0), wrapped, perturbation=SAGM(0.5))
+    for _ in range(3):
+        plain(IMAGES)
+        optimizer.step(closure_of(wrapped, optimizer))
+    assert_same(tensors(plain), tensors(wrapped))
+
+
+def test_batchnorm_in_evaluation_mode_stays_frozen_and_instancenorm_counts_once():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True))
+    model[1].running_mean += 3.0
+    model[1].eval()
+    plain = copy.deepcopy(model)
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, perturbation=SAGM(0.5))
+    outputs = []
+
+    def closure():
+        optimizer.zero_grad()
+        outputs.append(model[:2](IMAGES))
+        loss = model(IMAGES).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    plain(IMAGES)
+    assert_same(tensors(plain), tensors(model))
+    assert outputs[1].mean().item() == pytest.approx(outputs[0].mean().item(), abs=0.5)  # not batch statistics: mean 0
+    assert abs(outputs[1].mean().item()) > 1

@@ -1,15 +1,13 @@
-"""The method: its oracle, its reductions to the bit, accumulation, the interval."""
+"""The method on quantized networks: its reductions to the bit, accumulation, the interval."""
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaqat_optim import SAGM, SAM, DisorderFreeze, GAQATOptimizer, NeverFreeze, QuantConfig, quantize_model
+from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, NeverFreeze, QuantConfig, quantize_model
 from networks import build
-from oracle import SGDTwoPass, TanhRegression
 from training import (
     BASES,
     X,
@@ -24,74 +22,6 @@ from training import (
     tensors,
     train,
 )
-
-
-class Tanh(nn.Module):
-    """The oracle's problem in torch, float64: w and b as one parameter each, c as the other."""
-
-    def __init__(self, theta):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(theta[:-2], dtype=torch.float64))
-        self.b = nn.Parameter(torch.tensor(theta[-2:-1], dtype=torch.float64))
-        self.c = nn.Parameter(torch.tensor(theta[-1:], dtype=torch.float64))
-
-    def forward(self, x):
-        return self.c * torch.tanh(x @ self.w + self.b)
-
-    def theta(self):
-        return torch.cat([self.w, self.b, self.c]).tolist()
-
-
-@pytest.mark.parametrize(
-    ("kind", "freeze"),
-    [
-        ("sam", None),
-        ("sam", "smooth"),
-        ("sam", "both"),
-        ("sagm", None),
-        ("sagm", "task"),
-        ("sagm", "smooth"),
-        ("sagm", "both"),
-    ],
-)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_trajectory_equals_the_float64_loops_of_the_method(kind, momentum, freeze):
-    xs = torch.randn(6, 3, dtype=torch.float64)
-    ys = torch.randn(6, dtype=torch.float64)
-    theta = [0.3, -0.2, 0.5, 0.1, 0.7]
-    window, threshold = 4, 0.3
-    oracle = SGDTwoPass(
-        TanhRegression(xs.tolist(), ys.tolist()), theta, lr=0.2, momentum=momentum, kind=kind, rho=0.4, alpha=0.05,
-        scales=(0, 1, 2, 4) if freeze else (), window=window, threshold=threshold, freeze=freeze,
-    )  # fmt: skip
-    model = Tanh(theta)
-    policy = DisorderFreeze(window, threshold, freeze=freeze) if freeze else NeverFreeze()
-    optimizer = GAQATOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.2, momentum=momentum),
-        model,
-        perturbation=SAM(0.4) if kind == "sam" else SAGM(0.4, 0.05),
-        freezing=policy,
-        scales=(lambda name, p: name in ("w", "c")) if freeze else None,
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (model(xs) - ys).square().mean()
-        loss.backward()
-        return loss
-
-    frozen_once = False
-    for _ in range(50):
-        optimizer.step(closure)
-        oracle.step()
-        # float64 on both sides; the loops differ in the order of sums, and 50 steps amplify a little.
-        assert model.theta() == pytest.approx(oracle.theta, rel=1e-9, abs=1e-11)
-        if freeze:
-            frozen = dict(zip("wc", [r.frozen for r in optimizer.scale_report()], strict=True))
-            assert frozen["w"] == pytest.approx(sum(oracle.frozen[i] for i in (0, 1, 2)) / 3)
-            assert frozen["c"] == oracle.frozen[4]
-            frozen_once |= any(oracle.frozen.values())
-    assert frozen_once == (freeze is not None)
 
 
 @every_base
@@ -137,7 +67,7 @@ def test_the_closure_is_called_twice_and_its_first_loss_comes_back_under_no_grad
     with torch.no_grad():
         assert optimizer.step(closure) is losses[0]
     assert len(losses) == 2
-    assert losses[1] > losses[0]  # the second is at the displaced point
+    assert losses[1] > losses[0]  # the second is at the perturbed point
 
 
 def test_step_without_closure_is_the_base_s_and_legal_without_gradients():

@@ -170,7 +170,7 @@ def test_parameters_on_the_meta_device_are_left_alone():
     assert set(optimizer.state) == set(model["here"].parameters())
 
 
-def test_tied_parameters_are_displaced_once_and_restored():
+def test_tied_parameters_are_perturbed_once_and_restored():
     torch.manual_seed(0)
     model = quantize_model(TiedWeights(), QuantConfig(4, 4), calibration=torch.randn(16, 8))
     x, y = torch.randn(16, 8), torch.randint(4, (16,))

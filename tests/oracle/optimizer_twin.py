@@ -1,6 +1,6 @@
 """The whole step of GAQATOptimizer again, slowly: Python floats (float64), loops, and nothing of the package's code.
 
-Written from the equations of the method. The network, its gradient, the displacement, the combination, the counting of
+Written from the equations of the method. The network, its gradient, the perturbation, the combination, the counting of
 signs, the judgement of each policy, masks and intervals are all here. Two things are torch's: the base optimizer, which
 steps on float64 tensors one by one, and the random permutation that RandomFreeze documents.
 
@@ -27,7 +27,7 @@ from gaqat_optim import (
     OppositionFreeze,
     RandomFreeze,
 )
-from oracle import SignCounter
+from oracle.sign_counter import SignCounter
 
 # -- the problem -----------------------------------------------------------------------------------------------
 
@@ -91,24 +91,24 @@ def gradient(theta, xs, ys):
     return total
 
 
-# -- perturbations: displacement of the weights w by gradients g with radii, and the combined gradient ------------
+# -- perturbations: what is added to the weights w by gradients g with radii, and the combined gradient ------------
 
 
 def norm(values):
     return math.sqrt(sum(v * v for v in values))
 
 
-def sam_displacement(settings, w, g, radii, names):
+def sam_direction(settings, w, g, radii, names):
     size = norm(g) + 1e-12
     return [rho / size * x for x, rho in zip(g, radii, strict=True)]
 
 
-def sagm_displacement(settings, w, g, radii, names):
+def sagm_direction(settings, w, g, radii, names):
     size = norm(g) + 1e-12
     return [(rho / size - settings.alpha) * x for x, rho in zip(g, radii, strict=True)]
 
 
-def asam_displacement(settings, w, g, radii, names):
+def asam_direction(settings, w, g, radii, names):
     t = [abs(v) + settings.eta if "weight" in name.split(".")[-1] else 1 for v, name in zip(w, names, strict=True)]
     size = norm([a * x for a, x in zip(t, g, strict=True)]) + 1e-12
     return [rho / size * a * a * x for a, x, rho in zip(t, g, radii, strict=True)]
@@ -128,12 +128,12 @@ def gap_closed(settings, task, smooth):
     return [s - settings.alpha * (t - along * s) for t, s in zip(task, smooth, strict=True)]
 
 
-# Each with: displacement, combination, whether g_task is part of the step, whether scales are displaced.
+# Each with: direction, combination, whether g_task is part of the step, whether scales are perturbed.
 FORMULAS = {
-    SAM: (sam_displacement, smooth_alone, False, True),
-    SAGM: (sagm_displacement, mean, True, True),
-    ASAM: (asam_displacement, smooth_alone, False, False),
-    GSAM: (sam_displacement, gap_closed, True, True),
+    SAM: (sam_direction, smooth_alone, False, True),
+    SAGM: (sagm_direction, mean, True, True),
+    ASAM: (asam_direction, smooth_alone, False, False),
+    GSAM: (sam_direction, gap_closed, True, True),
 }
 
 
@@ -231,7 +231,7 @@ class Twin:
 
     def perturb_by(self, perturbation):
         self.perturbation = perturbation
-        self.displacement, self.combination, self.has_task, self.scales_move = of(FORMULAS, perturbation)
+        self.direction, self.combination, self.has_task, self.scales_move = of(FORMULAS, perturbation)
 
     def freeze_by(self, policy):
         """Another policy judges the last window again or, before the first, begins as it begins."""
@@ -281,7 +281,7 @@ class Twin:
             self.batches_seen += 1
         return self._gradient(self.theta, batches, extra)
 
-    def displaced(self, task):
+    def perturbed_parameters(self, task):
         """The parameters in the second pass."""
         theta = self.theta
         where, w, g, radii = [], [], [], []
@@ -295,13 +295,13 @@ class Twin:
                     g.append(x)
                     radii.append(group.get("rho", self.perturbation.rho))
         names = [name for name, _ in where]
-        for (name, i), d in zip(where, self.displacement(self.perturbation, w, g, radii, names), strict=True):
+        for (name, i), d in zip(where, self.direction(self.perturbation, w, g, radii, names), strict=True):
             theta[name][i] += d
         return theta
 
     def second(self, task, batches, extra=True):
         """g_smooth."""
-        return self._gradient(self.displaced(task), batches, extra)
+        return self._gradient(self.perturbed_parameters(task), batches, extra)
 
     def _without_frozen(self, part, gradients):
         if self.target not in (part, "both"):

@@ -1,0 +1,171 @@
+"""The two gradients of a step: keep the first, perturb and restore the parameters, combine both."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from ..freezing import FreezeTarget
+from ..perturbations import Perturbation
+from ..scale_tracker import ScaleTracker
+from ..validation import check_radii
+from ..wrapper import has_setting
+
+Gradients = Mapping[Parameter, Tensor]
+
+
+class Radius(NamedTuple):
+    """How far a parameter is perturbed, and in which direction."""
+
+    rho: float
+    sign: int  # -1 in a group that maximizes
+
+
+def radii_of(base: torch.optim.Optimizer, perturbation: Perturbation, tracker: ScaleTracker) -> dict[Parameter, Radius]:
+    """The radius of every parameter of ``base`` that is perturbed; those of a group with ``"rho"`` 0 are not.
+
+    A ``"rho"`` that is a setting of the base, such as Adadelta's decay, is no radius. Most bases have ``maximize`` in
+    their groups, some as an attribute.
+    """
+    check_radii(base)
+    radii: dict[Parameter, Radius] = {}
+    unperturbed = set() if perturbation.perturbs_scales else set(tracker.scales.values())
+    groups_have_radii, groups_maximize = not has_setting(base, "rho"), has_setting(base, "maximize")
+    for group in base.param_groups:
+        if groups_have_radii and group.get("rho") == 0:
+            continue
+        rho = group.get("rho", perturbation.rho) if groups_have_radii else perturbation.rho
+        maximizes = group.get("maximize", False) if groups_maximize else getattr(base, "maximize", False)
+        radii.update({p: Radius(rho, -1 if maximizes else 1) for p in group["params"] if p not in unperturbed})
+    return radii
+
+
+# How many objects hold a storage: no public function of torch tells, and CPU builds of older versions have none.
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def first_gradients(grads: Mapping[Parameter, Tensor | None]) -> dict[Parameter, Tensor]:
+    """The gradients of the first pass, in memory that the second backward does not write.
+
+    A replayed CUDA graph writes its gradients to the same memory every time, and so does DistributedDataParallel with
+    the buckets that ``.grad`` are views of. Such a gradient is copied: something else holds its memory too.
+    """
+    return {p: g.clone() if _shares_memory(g) else g for p, g in grads.items() if g is not None}
+
+
+def _shares_memory(g: Tensor) -> bool:
+    """Whether something else than ``g`` holds its memory.
+
+    Two objects hold the memory of a gradient that backward() has just made: ``g`` and, in this function, ``storage``.
+    For a view of a bucket the count is 3 or more: the bucket holds the memory too.
+    """
+    if type(g) is not Tensor or g.layout != torch.strided:
+        return g._base is not None
+    if _use_count is None:
+        return True
+    storage = g.untyped_storage()
+    return bool(_use_count(storage._cdata) > 2)
+
+
+@torch.no_grad()
+def perturb_parameters(
+    perturbation: Perturbation,
+    radii: Mapping[Parameter, Radius],
+    grads: Gradients,
+    grad_scale: float | Tensor,
+    names: Mapping[Parameter, str],
+    saved_values: list[tuple[Parameter, Tensor]],
+) -> None:
+    """Move the parameters of ``radii`` to where the second pass looks, and append their values to ``saved_values``."""
+    if not radii:
+        return
+    params = list(radii)
+    rhos = [radius.rho for radius in radii.values()]
+    param_names = [names.get(p, "") for p in params]
+    deltas = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale, param_names)
+    deltas.reverse()
+    for p, radius in radii.items():
+        delta = deltas.pop()  # Freed when the copy of p is made: both together are one copy of the model.
+        saved_values.append((p, p.detach().clone()))
+        p.add_(delta, alpha=radius.sign)
+    torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def restore(saved_values: list[tuple[Parameter, Tensor]]) -> None:
+    """Restore parameters to the bit; the second call does nothing."""
+    if not saved_values:
+        return
+    for p, value in saved_values:
+        p.copy_(value)
+    saved_values.clear()
+    torch.clear_autocast_cache()
+
+
+@contextmanager
+def release_task_gradients(g_task: dict[Parameter, Tensor], params: Iterable[Parameter]) -> Iterator[None]:
+    """Within the block (the second backward), free the g_task of each of ``params`` when its g_smooth is there.
+
+    The step of SAM does not use g_task. It so never holds two gradients of all parameters at once.
+    """
+
+    def drop(p: Tensor) -> None:
+        g_task.pop(p, None)  # type: ignore[call-overload]
+
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in params]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def combine_gradients(
+    perturbation: Perturbation, tracker: ScaleTracker, g_task: Gradients, g_smooth: Gradients
+) -> None:
+    """Write the combined gradients, without their frozen parts, to ``.grad``.
+
+    A parameter with a gradient in one pass only uses the one that it has.
+    """
+    shared = [p for p in g_task if p in g_smooth]
+    task = tracker.mask_frozen("task", shared, [g_task[p] for p in shared])
+    smooth = tracker.mask_frozen("smooth", shared, [g_smooth[p] for p in shared])
+    for p, g in zip(shared, perturbation.combine(task, smooth), strict=True):
+        if g_smooth[p]._base is not None:  # .grad stays a view of DistributedDataParallel's bucket.
+            g_smooth[p].copy_(g)
+        elif g is not g_smooth[p]:
+            p.grad = g
+    parts: tuple[tuple[FreezeTarget, Gradients, Gradients], ...]
+    parts = ("task", g_task, g_smooth), ("smooth", g_smooth, g_task)
+    for part, grads, other_grads in parts:
+        single = {p: g for p, g in grads.items() if p not in other_grads}
+        for p, g in zip(single, tracker.mask_frozen(part, list(single), list(single.values())), strict=True):
+            p.grad = g
+
+
+def gradient_versions(params: Iterable[Parameter]) -> list[tuple[weakref.ref[Tensor], int] | None]:
+    """For each parameter, a weak reference to its ``.grad`` and the version of that tensor; ``None`` without one."""
+    return [None if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in params]
+
+
+def gradients_changed(params: Iterable[Parameter], versions: list[tuple[weakref.ref[Tensor], int] | None]) -> bool:
+    """Whether a ``.grad`` is another tensor, or was written to, since :func:`gradient_versions`.
+
+    torch adds 1 to a tensor's version at each write in place. Say ``.grad`` is tensor a at version 0: ``backward()``
+    makes it a at version 1; ``zero_grad()`` and ``backward()`` make it another tensor b. Still a at version 0, nothing
+    was computed. Values would not tell: a new gradient may equal the old one.
+    """
+    for p, version in zip(params, versions, strict=True):
+        if p.grad is None or version is None:
+            if p.grad is not None or version is not None:
+                return True
+        elif p.grad is not version[0]() or p.grad._version != version[1]:
+            return True
+    return False

@@ -1,0 +1,296 @@
+"""Perturb, restore, combine: radii of groups, and gradients in every kind of memory."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gaqat_optim import (
+    SAGM,
+    SAM,
+    GAQATOptimizer,
+)
+from gaqat_optim.optim.second_pass.gradients import gradient_versions, gradients_changed
+from training import (
+    BASES,
+    RATES,
+    X,
+    Y,
+    assert_same,
+    build_base,
+    closure_of,
+    distance,
+    every_perturbation,
+    linear,
+    quantized_cnn,
+    tensors,
+    train,
+)
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_every_base_of_torch_is_perturbed_by_the_radius(kind):
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(build_base(kind, model.parameters(), RATES[kind]), model, perturbation=SAM(0.05))
+    assert distance(model, optimizer) == pytest.approx(0.05, rel=1e-4)
+
+
+class WithRho(torch.optim.SGD):
+    """A base with a "rho" of its own, which is what its author likes: here a string."""
+
+    def __init__(self, params, lr, rho="auto"):
+        super().__init__(params, lr)
+        self.defaults["rho"] = rho
+        for group in self.param_groups:
+            group["rho"] = rho
+
+
+class Around(torch.optim.Optimizer):
+    """A base around another one, whose groups it shows, as ZeroRedundancyOptimizer is."""
+
+    def __init__(self, params, inner, **settings):
+        super().__init__(params, settings)
+        self.inner = inner(self.param_groups, **settings)
+        self.param_groups = self.inner.param_groups
+
+    def add_param_group(self, group):
+        self.inner.add_param_group(group) if hasattr(self, "inner") else super().add_param_group(group)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("make", [
+    WithRho,
+    lambda params, lr: Around(params, torch.optim.Adadelta, lr=lr),
+    lambda params, lr: torch.optim.Adadelta(params, lr=lr, rho=0.0),
+])  # fmt: skip
+def test_a_rho_of_the_base_is_no_radius(make):
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(make(model.parameters(), 0.1), model, perturbation=SAM(0.05))
+    own = optimizer.param_groups[0]["rho"]
+    assert distance(model, optimizer) == pytest.approx(0.05, rel=1e-4)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    train(model, optimizer, 1)
+    assert optimizer.param_groups[0]["rho"] == own
+
+
+class MaximizingByAttribute(torch.optim.SGD):
+    def __init__(self, params, lr, maximize=True):
+        super().__init__(params, lr)
+        del self.defaults["maximize"]
+        for group in self.param_groups:
+            del group["maximize"]
+        self.maximize = maximize
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["maximize"] = self.maximize
+        super().step(closure)
+        for group in self.param_groups:
+            del group["maximize"]
+
+
+def test_whether_the_base_maximizes_says_the_base():
+    def moved(make):
+        model, _ = linear(2, 1)
+        optimizer = GAQATOptimizer(make(model.parameters()), model, perturbation=SAM(0.5))
+        start = model.weight.detach().clone()
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        with optimizer.perturbed():
+            there = (model.weight - start).flatten().tolist()
+            model(torch.ones(1, 2)).sum().backward()
+        return pytest.approx(there)
+
+    assert moved(lambda params: torch.optim.SGD(params, lr=0.1)) == [0.3, 0.4]
+    assert moved(lambda params: torch.optim.SGD(params, lr=0.1, maximize=True)) == [-0.3, -0.4]
+    assert moved(lambda params: MaximizingByAttribute(params, lr=0.1)) == [-0.3, -0.4]
+    assert moved(lambda params: MaximizingByAttribute(params, lr=0.1, maximize=False)) == [0.3, 0.4]
+    # A key that means nothing to the base moves nothing the other way.
+    groups = [{"maximize": True}]
+    assert moved(lambda params: MaximizingByAttribute([{"params": params, **groups[0]}], 0.1, False)) == [0.3, 0.4]
+
+
+def test_parameters_are_perturbed_inside_and_restored_to_the_bit():
+    model = quantized_cnn().to(torch.bfloat16)  # where adding and subtracting would not come back
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, perturbation=SAGM(0.5))
+    x = X.to(torch.bfloat16)
+    F.cross_entropy(model(x), Y).backward()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    pointers = [p.data_ptr() for p in model.parameters()]
+    with optimizer.perturbed():
+        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if "weight" in n and p.dim() > 1)
+        assert all(p.grad is None for p in model.parameters())
+        F.cross_entropy(model(x), Y).backward()
+    assert all(
+        torch.equal(p.view(torch.int16), before[n].view(torch.int16))
+        for n, p in model.named_parameters()
+        if p.dtype == torch.bfloat16
+    )
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+
+
+def test_gradients_that_are_views_of_a_bucket_survive_the_second_backward():
+    # As DistributedDataParallel(gradient_as_bucket_view=True) keeps them: the second backward writes the same memory.
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, perturbation=SAGM(0.0, 0.0))
+    bucket = torch.tensor([1.0, 2.0, 3.0])
+    model.weight.grad = bucket.view(1, 3)
+    with optimizer.perturbed():
+        bucket.copy_(torch.tensor([5.0, 6.0, 7.0]))
+        model.weight.grad = bucket.view(1, 3)
+    assert model.weight.grad.tolist() == [[3.0, 4.0, 5.0]]
+    model.weight.grad = bucket.view(1, 3).copy_(torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(KeyError), optimizer.perturbed():  # noqa: PT012
+        bucket.zero_()
+        raise KeyError
+    assert model.weight.grad.tolist() == [[1.0, 2.0, 3.0]]
+
+
+def test_a_parameter_used_in_one_pass_only_takes_the_gradient_it_has():
+    model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("always", "first", "second", "never")})
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, perturbation=SAGM(0.5))
+    before = tensors(model)
+    x = torch.tensor([[1.0, 2.0]])
+    (model["always"](x) + model["first"](x)).sum().backward()
+    with optimizer.perturbed():
+        assert not torch.equal(model["first"].weight, before["first.weight"])
+        (model["always"](x) + model["second"](x)).sum().backward()
+    assert_same(tensors(model), before)
+    assert [None if model[n].weight.grad is None else model[n].weight.grad.tolist() for n in model] == [
+        [[1, 2]], [[1, 2]], [[1, 2]], None,
+    ]  # fmt: skip
+    optimizer.step()
+    assert torch.equal(model["never"].weight, before["never.weight"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_move_nothing_and_stay_visible(bad):
+    model = quantized_cnn()
+    optimizer = GAQATOptimizer(BASES["sgd"](model.parameters()), model, perturbation=SAGM(0.5))
+    before = tensors(model)
+    closure_of(model, optimizer)()
+    model[0].weight.grad[0, 0, 0, 0] = bad
+    with optimizer.perturbed():
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        F.cross_entropy(model(X), Y).backward()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not model[0].weight.grad.isfinite().all()
+
+
+ROWS, TARGETS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+class SameMemory(torch.autograd.Function):
+    """A linear layer whose backward writes the gradient of its weight into one buffer, as a captured graph does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, memory):
+        ctx.save_for_backward(x)
+        ctx.memory = memory
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.memory.copy_(g.T @ ctx.saved_tensors[0])
+        return None, ctx.memory.detach(), None
+
+
+class Captured(nn.Module):
+    def __init__(self, static):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 3))
+        self.memory = torch.zeros(2, 3)
+        self.static = static
+
+    def forward(self, x):
+        return SameMemory.apply(x, self.weight, self.memory) if self.static else x @ self.weight.T
+
+
+@pytest.mark.parametrize("form", ["closure", "explicit"])
+@every_perturbation
+def test_a_backward_that_writes_both_gradients_to_the_same_memory_trains_as_any_other(perturbation, form):
+    weights = []
+    for static in (False, True):
+        model = Captured(static)
+        optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=perturbation)
+        for _ in range(3):
+            closure = closure_of(model, optimizer, ROWS, TARGETS)
+            if form == "closure":
+                optimizer.step(closure)
+                continue
+            closure()
+            with optimizer.perturbed():
+                F.cross_entropy(model(ROWS), TARGETS).backward()
+            optimizer.step()
+        weights.append(model.weight.detach().clone())
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)  # x W^T and its gradient, summed apart
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_storage_Use_Count"), reason="this torch cannot tell: all are copied")
+def test_an_ordinary_gradient_is_not_copied():
+    model, base = linear()
+    optimizer = GAQATOptimizer(base, model, perturbation=SAGM(0.5))
+    model(ROWS).sum().backward()
+    pointers = {p.grad.data_ptr() for p in model.parameters()}
+    seen = set()
+
+    class Looks(type(optimizer.perturbation)):
+        def combine(self, g_task, g_smooth):
+            seen.update(g.data_ptr() for g in g_task)
+            return super().combine(g_task, g_smooth)
+
+    optimizer.perturbation = Looks(0.5)
+    with optimizer.perturbed():
+        model(ROWS).sum().backward()
+    assert seen == pointers
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_storage_Use_Count"), reason="this torch cannot tell: all are copied")
+def test_a_gradient_set_to_the_tensor_of_the_first_pass_is_an_error():
+    model, base = linear()
+    optimizer = GAQATOptimizer(base, model)
+    static = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+
+    def replay():
+        for name, p in model.named_parameters():
+            p.grad = static[name].add_(1)
+
+    replay()
+    with pytest.raises(RuntimeError, match=r"left its gradient of 'weight' in the tensor"), optimizer.perturbed():
+        replay()
+
+
+def test_a_half_precision_network_with_a_large_loss_is_perturbed():
+    model, _ = linear()
+    model.half()
+    optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=1e-6), model, perturbation=SAM(0.5))
+    before = tensors(model)
+    x = torch.full((4, 3), 100.0, dtype=torch.float16)
+    (model(x).float().sum() * 100).backward()  # gradients of 4 * 100 * 100
+    assert model.weight.grad.isfinite().all()
+    with optimizer.perturbed():
+        assert not torch.equal(model.weight, before["weight"])
+        (model(x).float().sum() * 100).backward()
+
+
+def test_gradients_changed_sees_writes_replacements_and_first_gradients():
+    p, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    params = [p, unused]
+    versions = gradient_versions(params)
+    assert not gradients_changed(params, versions)
+    p.sum().backward()
+    assert gradients_changed(params, versions)
+    versions = gradient_versions(params)
+    assert not gradients_changed(params, versions)
+    p.sum().backward()  # the same tensor, written to
+    assert gradients_changed(params, versions)
+    versions = gradient_versions(params)
+    p.grad = p.grad.clone()  # another tensor with the same values
+    assert gradients_changed(params, versions)
+    versions = gradient_versions(params)
+    p.grad = None
+    assert gradients_changed(params, versions)
