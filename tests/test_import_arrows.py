@@ -1,6 +1,7 @@
-"""Imports point one way: optim/ and deploy/ know nothing of each other, quant/ of neither, and there is no circle."""
+"""Imports point one way, between the wings and inside each, in the order that docs/contributing.md gives."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -54,13 +55,23 @@ def test_there_is_no_circle():
     assert list(TopologicalSorter(graph).static_order())  # raises for a circle, and names it
 
 
-def test_there_is_no_circle_between_the_folders_of_a_wing():
-    """A folder counts as one, such as deploy/nn, and so does a file beside it, such as deploy/convert.py."""
-    graph = {module[:2]: set() for module in FILES if len(module) > 1}
-    for module in FILES:
-        if len(module) > 1:
-            graph[module[:2]] |= {target[:2] for target in imports(module) if len(target) > 1} - {module[:2]}
-    assert list(TopologicalSorter(graph).static_order())
+def order_of(wing: str) -> list[list[str]]:
+    """The files and folders of a wing in the groups of docs/contributing.md, which import only earlier groups."""
+    page = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text()
+    block = re.search(rf"^{wing}: (.*?)^(?:\w+:|```)", page, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    return [group.replace(",", " ").split() for group in block.group(1).split("<")]
+
+
+@pytest.mark.parametrize("wing", ["optim", "quant", "deploy"])
+def test_inside_a_wing_imports_follow_the_order_of_the_page(wing):
+    position = {name: i for i, group in enumerate(order_of(wing)) for name in group}
+    inner = [module for module in FILES if module[0:1] == (wing,) and len(module) > 1]
+    assert position.keys() == {module[1] for module in inner}
+    for module in inner:
+        for target in imports(module):
+            if target[0:1] == (wing,) and len(target) > 1 and target[1] != module[1]:
+                assert position[target[1]] < position[module[1]], f"{'.'.join(module)} imports {'.'.join(target)}"
 
 
 def test_training_does_not_load_deployment_and_every_public_name_is_there():
