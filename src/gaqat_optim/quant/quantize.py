@@ -17,7 +17,7 @@ from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule
-from .nn.unsupported import unsupported_reason
+from .nn.unsupported import refuse, unsupported_reason
 
 
 def quantize_model(
@@ -108,11 +108,11 @@ def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.
     reasons = {name: reason for name, module in modules.items() if (reason := unsupported_reason(module)) is not None}
     layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
     excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
+    refusals: dict[nn.Module, tuple[str, str]] = {}
     for name, reason in reasons.items():
         if modules[name] not in excluded:
-            if not name:
-                raise ValueError(f"the model cannot be quantized. {reason}")
-            raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is with exclude=({name!r},)")
+            refusals.setdefault(modules[name], (name, reason))
+    refuse(list(refusals.values()), config.exclude)
     if not layers:
         types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(
