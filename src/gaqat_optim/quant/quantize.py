@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..scale_names import is_scale_name
 from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
+from .float_weights import product_weights, warn_of_float_weights
 from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
@@ -57,6 +58,10 @@ def quantize_model(
             matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then
             unchanged.
 
+    Warns:
+        UserWarning: more than a tenth of the weights of linear and convolutional layers stays in floating point, and
+            ``config`` does not say so: layers with a forward of their own, or parameters that a forward multiplies.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -68,15 +73,16 @@ def quantize_model(
         0      QuantConv2d  8 bits per channel  ... dB       8 bits unsigned  floating  284
         3      QuantLinear  8 bits per channel  ... dB       8 bits unsigned  floating  2,964
         in all: 3,248 bytes
+        quantized: 100.0 % of the weights
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    layer_configs = _layer_configs(model, config)  # refuses all that it can before the copy
+    layer_configs, asked = _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
-        layer_configs = _layer_configs(model, config)
+        layer_configs, asked = _layer_configs(model, config)
 
     replacements: dict[nn.Module, QuantizedModule] = {}
     for name, module, layer in layer_configs:
@@ -93,12 +99,19 @@ def quantize_model(
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
             calibrate(result, calibration)
+        if config.weight_bits is not None:
+            warn_of_float_weights(result, asked, config.exclude)
         undo.pop_all()
     return result
 
 
-def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Module, LayerConfig]]:
-    """The layers to quantize, with names and configurations; raises for all that cannot be quantized."""
+def _layer_configs(
+    model: nn.Module, config: QuantConfig
+) -> tuple[list[tuple[str, nn.Module, LayerConfig]], set[nn.Module]]:
+    """The layers to quantize, with names and configurations, and the modules that the user leaves in floating point.
+
+    Raises for all that cannot be quantized.
+    """
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
             raise ValueError(
@@ -107,7 +120,8 @@ def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.
     modules = dict(model.named_modules(remove_duplicate=False))
     reasons = {name: reason for name, module in modules.items() if (reason := unsupported_reason(module)) is not None}
     layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
-    excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
+    holders = {name: module for name, module in modules.items() if product_weights(module)}
+    excluded = config.excluded({**holders, **layers, **{name: modules[name] for name in reasons}})
     refusals: dict[nn.Module, tuple[str, str]] = {}
     for name, reason in reasons.items():
         if modules[name] not in excluded:
@@ -127,7 +141,10 @@ def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.
             layer_configs.append((name, layers[name], layer_config))
     if not layer_configs:
         raise ValueError(f"nothing to quantize: the configuration leaves all {len(layers)} layers in floating point")
-    return layer_configs
+    chosen = {layer for _, layer, _ in layer_configs}
+    left = excluded | {layer for layer in layers.values() if layer not in chosen}
+    within = {inner for name in (*layers, *reasons) if modules[name] in left for inner in modules[name].modules()}
+    return layer_configs, left | within
 
 
 def _quantized_layer(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
