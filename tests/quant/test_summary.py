@@ -166,6 +166,7 @@ def test_the_model_is_left_as_it_was(fails):
     state = copy.deepcopy(model.state_dict())
     flags = [module.training for module in model.modules()]
     random = torch.get_rng_state()
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     if fails:
         with pytest.raises(ArithmeticError, match="told to"):
             quantization_summary(model, torch.rand(3, 4, generator=torch.Generator()))
@@ -175,7 +176,7 @@ def test_the_model_is_left_as_it_was(fails):
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
     layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
     assert all(quantizer.enabled for layer in layers for _, quantizer in layer.quantizers())
     assert not any(p.grad is not None for p in model.parameters())

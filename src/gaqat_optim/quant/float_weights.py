@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from .exclude_advice import exclude_argument
 from .nn.base import QuantizedModule
-from .nn.unsupported import exclude_argument
 
 # A warning appears when a larger share of the weights stays in floating point.
 TOLERATED_SHARE = 0.1
@@ -62,26 +61,12 @@ def warn_of_float_weights(model: nn.Module, asked: Collection[nn.Module], exclud
     share = sum(left[key] for key in left.keys() - quantized) / max(sum(total.values()), 1)
     if share <= TOLERATED_SHARE:
         return
-    others = [name for name, _ in model.named_modules(remove_duplicate=False) if name not in holders]
     named = [f"{name or 'the model'} ({type(module).__name__})" for name, module in holders.items()]
     more = f" and {len(named) - _MOST_NAMES} more" if len(named) > _MOST_NAMES else ""
     types = ", ".join(sorted({type(module).__name__ for module in holders.values()}))
     warnings.warn(
         f"{share:.1%} of the weights of linear and convolutional layers stay in floating point: "
         f"{', '.join(named[:_MOST_NAMES])}{more}. No quantized class is registered for {types}: register one with "
-        f"gaqat_optim.register_quantized, or accept it with {exclude_argument(_patterns(holders, others), exclude)}",
+        f"gaqat_optim.register_quantized, or accept it with {exclude_argument(model, holders, exclude)}",
         stacklevel=3,
     )
-
-
-def _patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Few patterns that match all ``names`` and none of the ``others``.
-
-    >>> _patterns(["h.0.fc", "h.1.fc", "head"], others=["h", "h.0"])
-    ['h.*.fc', 'head']
-    """
-    patterns: dict[str, None] = {}
-    for name in names:
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        patterns[name if any(fnmatchcase(other, pattern) for other in others) else pattern] = None
-    return list(patterns)

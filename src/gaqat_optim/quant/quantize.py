@@ -19,6 +19,7 @@ from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule
 from .nn.unsupported import refuse, unsupported_reason
+from .weight_reads import FirstForwardCheck
 
 
 def quantize_model(
@@ -54,9 +55,9 @@ def quantize_model(
 
     Raises:
         TypeError: ``model``, ``config`` or a calibration batch is of the wrong type.
-        ValueError: nothing to quantize, already quantized, a module that cannot be (such as an LSTM), a pattern that
-            matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then
-            unchanged.
+        ValueError: nothing to quantize, already quantized, modules that cannot be (such as an LSTM), weights that a
+            forward reads past their layer, a pattern that matches no layer, an empty calibration, or weights or
+            activations that are not finite. ``model`` is then unchanged.
 
     Warns:
         UserWarning: more than a tenth of the weights of linear and convolutional layers stays in floating point, and
@@ -98,7 +99,9 @@ def quantize_model(
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
-            calibrate(result, calibration)
+            calibrate(result, calibration, exclude=config.exclude)
+        elif result is model:
+            undo.callback(result.register_forward_pre_hook(FirstForwardCheck(config.exclude)).remove)
         if config.weight_bits is not None:
             warn_of_float_weights(result, asked, config.exclude)
         undo.pop_all()
@@ -126,7 +129,7 @@ def _layer_configs(
     for name, reason in reasons.items():
         if modules[name] not in excluded:
             refusals.setdefault(modules[name], (name, reason))
-    refuse(list(refusals.values()), config.exclude)
+    refuse(model, list(refusals.values()), config.exclude)
     if not layers:
         types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(

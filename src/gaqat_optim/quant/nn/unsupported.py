@@ -9,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from ..exclude_advice import exclude_argument
 from .base import QUANTIZED
 
 
@@ -45,10 +46,10 @@ def unsupported_reason(module: nn.Module) -> str | None:
     return None
 
 
-def refuse(refusals: Sequence[tuple[str, str]], exclude: Iterable[str]) -> None:
+def refuse(model: nn.Module, refusals: Sequence[tuple[str, str]], exclude: Iterable[str]) -> None:
     """Raise for all modules that cannot be quantized, each with its qualified name and reason, if there are any.
 
-    >>> refuse([("rnn", "GRU has its recurrence in one kernel")], exclude=())
+    >>> refuse(nn.ModuleDict({"rnn": nn.GRU(2, 2)}), [("rnn", "GRU has its recurrence in one kernel")], exclude=())
     Traceback (most recent call last):
     ValueError: 'rnn' cannot be quantized. GRU has its recurrence in one kernel; or leave it ... with exclude=('rnn',)
     """
@@ -57,17 +58,8 @@ def refuse(refusals: Sequence[tuple[str, str]], exclude: Iterable[str]) -> None:
     name, reason = refusals[0]
     if not name:
         raise ValueError(f"the model cannot be quantized. {reason}")
-    advice = f"with {exclude_argument((name for name, _ in refusals), exclude)}"
+    advice = f"with {exclude_argument(model, (name for name, _ in refusals), exclude)}"
     if len(refusals) == 1:
         raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is {advice}")
     lines = "".join(f"\n  {name!r}: {reason}" for name, reason in refusals)
     raise ValueError(f"{len(refusals)} modules cannot be quantized:{lines}\nOr leave them as they are {advice}")
-
-
-def exclude_argument(names: Iterable[str], exclude: Iterable[str]) -> str:
-    """The ``exclude`` of a configuration that leaves out ``names`` beside what it leaves out already.
-
-    >>> exclude_argument(["a", "b"], exclude=("head.*",))
-    "exclude=('head.*', 'a', 'b')"
-    """
-    return f"exclude={(*exclude, *names)!r}"
