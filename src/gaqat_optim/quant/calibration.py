@@ -34,16 +34,20 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any], *, exclude: Ite
     Where tqdm is installed, a calibration of more than two seconds shows a progress bar.
 
     Raises:
-        ValueError: there are no batches, an activation is not finite, or a weight is read past its layer (the error
-            suggests an ``exclude``, beside these patterns).
+        ValueError: there are no batches or values, an activation is not finite, or a weight is read past its layer (the
+            error suggests an ``exclude``, beside these patterns).
         TypeError: a batch is neither a tensor nor a tuple, list or mapping whose first item is one.
     """
     uninitialized = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
     samples: dict[LSQQuantizer, list[Tensor]] = {}
+    without_values: set[LSQQuantizer] = set()
 
     def record(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(quantizer, LSQQuantizer)
-        samples.setdefault(quantizer, []).append(_sample(args[0].detach()))
+        if args[0].numel():  # An expert may get no token of a batch.
+            samples.setdefault(quantizer, []).append(_sample(args[0].detach()))
+        else:
+            without_values.add(quantizer)
 
     count = 0
     with ExitStack() as restore:
@@ -63,8 +67,8 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any], *, exclude: Ite
             for x in _inputs(batches):
                 model(x.to(device))
                 count += 1
-    if count == 0:
-        raise ValueError("calibration is empty: give a tensor, or an iterable with at least one batch")
+    if count == 0 or (without_values and not samples):
+        raise ValueError("calibration is empty: give a tensor with values, or an iterable with at least one batch")
     for quantizer, values in samples.items():
         quantizer.initialize(torch.cat(values))
     unreached = [q.name for q in uninitialized if q not in samples]

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..scale_names import is_scale_name
 from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
+from .first_forward import FirstForwardCheck, activation_quantizers
 from .float_weights import product_weights, warn_of_float_weights
 from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
+from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule
 from .nn.unsupported import refuse, unsupported_reason
-from .weight_reads import FirstForwardCheck
 
 
 def quantize_model(
@@ -46,7 +47,9 @@ def quantize_model(
         config: what to quantize and to how many bits.
         calibration: inputs that set the activation scales: a tensor, or an iterable of batches (each a tensor, or a
             tuple, list or mapping whose first item is the input). A few batches of training data do. Without it,
-            the first forward pass in training mode sets the activation scales.
+            the first forward pass in training mode sets the activation scales, that of an expert its first token. The
+            ranks of ``torch.distributed`` (the default group) agree on them at the end of the model's forward, which
+            each rank must call equally often; with fully_shard, calibrate.
         inplace: change ``model`` itself, with the same Parameter objects, instead of a copy. A model that is itself a
             layer cannot be changed in place: use the returned module.
 
@@ -100,7 +103,7 @@ def quantize_model(
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
             calibrate(result, calibration, exclude=config.exclude)
-        elif result is model:
+        if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):
             undo.callback(result.register_forward_pre_hook(FirstForwardCheck(config.exclude)).remove)
         if config.weight_bits is not None:
             warn_of_float_weights(result, asked, config.exclude)

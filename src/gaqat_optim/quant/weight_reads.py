@@ -71,28 +71,6 @@ def refuse_weight_reads(model: nn.Module, exclude: Iterable[str] = ()) -> Iterat
     )
 
 
-class FirstForwardCheck:
-    """A forward pre-hook for an uncalibrated network: :func:`refuse_weight_reads` in its first training forward."""
-
-    def __init__(self, exclude: Iterable[str]) -> None:
-        self.exclude = tuple(exclude)
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if not model.training or torch.compiler.is_compiling():
-            return
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if hook is self:
-                del model._forward_pre_hooks[key]
-        check = refuse_weight_reads(model, self.exclude)
-        check.__enter__()
-
-        def leave(model: nn.Module, args: Any, output: Any) -> None:
-            handle.remove()
-            check.__exit__(*sys.exc_info())
-
-        handle = model.register_forward_hook(leave, always_call=True)
-
-
 class _Observer(TorchFunctionMode):
     """Notes the first read past each quantized layer."""
 
@@ -135,7 +113,7 @@ class _Observer(TorchFunctionMode):
 
 def _reads_values(func: Any) -> bool:
     if func.__name__ == "__get__":  # of a property
-        return func.__self__.__name__ in _VALUES
+        return getattr(func.__self__, "__name__", "") in _VALUES
     return func.__name__ not in _METADATA
 
 

@@ -111,7 +111,12 @@ class QuantizedModule(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
         weight, quantizer = self.quantized_weight(), self.input_quantizer
-        if quantizer is None or torch.compiler.is_compiling() or not (quantizer.enabled and is_unmodified(quantizer)):
+        if (
+            quantizer is None
+            or torch.compiler.is_compiling()
+            or not (quantizer.enabled and is_unmodified(quantizer))
+            or quantizer.keeps_waiting(input)
+        ):
             y = self.compute(input if quantizer is None else quantizer(input), weight, *args, **kwargs)
         else:
             y = self._compute_eagerly(quantizer, input, weight, *args, **kwargs)
