@@ -19,7 +19,7 @@ from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
-from .nn.base import QUANTIZED, QuantizedModule
+from .nn.base import QUANTIZED, QuantizedModule, quantized_class
 from .nn.unsupported import refuse, unsupported_reason
 
 
@@ -35,9 +35,10 @@ def quantize_model(
     The layers are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d``, the
     projections of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers
     are turned off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by
-    exact type: a subclass keeps its own forward, in floating point, unless it is registered
-    (``gaqat_optim.register_quantized``). Every other module, every hook and every key of the state dict stays; only
-    the keys of the quantizers are new.
+    what they compute: a subclass that inherits its forward unchanged is swapped like its base. One with a forward of
+    its own keeps it, in floating point, unless it is registered (``gaqat_optim.register_quantized``), or known by name:
+    timm's ``Linear``, its convolutions with "same" padding and with standardized weights, and transformers' ``Conv1D``.
+    Every other module, every hook and every key of the state dict stays; only the keys of the quantizers are new.
 
     Build the optimizer after this call, or it will not train the scales, and call
     ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
@@ -125,7 +126,7 @@ def _layer_configs(
             )
     modules = dict(model.named_modules(remove_duplicate=False))
     reasons = {name: reason for name, module in modules.items() if (reason := unsupported_reason(module)) is not None}
-    layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
+    layers = {name: m for name, m in modules.items() if quantized_class(type(m)) and name not in reasons}
     holders = {name: module for name, module in modules.items() if product_weights(module)}
     excluded = config.excluded({**holders, **layers, **{name: modules[name] for name in reasons}})
     refusals: dict[nn.Module, tuple[str, str]] = {}
@@ -137,11 +138,12 @@ def _layer_configs(
         types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(
             f"nothing to quantize: {type(model).__name__} has no {', '.join(t.__name__ for t in QUANTIZED)} "
-            f"(exact types; a subclass is left alone). Its modules with parameters: {', '.join(types) or 'none'}"
+            f"(a subclass with a forward of its own is left alone). "
+            f"Its modules with parameters: {', '.join(types) or 'none'}"
         )
     layer_configs = []
     for name, layer_config in config.resolve(layers, excluded).items():
-        if layer_config is not None and not QUANTIZED[type(layers[name])].quantizes_input:
+        if layer_config is not None and not _quantized_class(layers[name]).quantizes_input:
             layer_config = replace(layer_config, activation_bits=None)
         if layer_config is not None and not layer_config.quantizes_nothing:
             layer_configs.append((name, layers[name], layer_config))
@@ -153,8 +155,14 @@ def _layer_configs(
     return layer_configs, left | within
 
 
+def _quantized_class(module: nn.Module) -> type[QuantizedModule]:
+    quantized = quantized_class(type(module))
+    assert quantized is not None
+    return quantized
+
+
 def _quantized_layer(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
-    quantized = QUANTIZED[type(module)].from_float(module, layer)
+    quantized = _quantized_class(module).from_float(module, layer)
     for attribute, quantizer in quantized.quantizers():
         quantizer.name = f"{name}.{attribute}" if name else attribute
     quantized.initialize_weight()

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from ..exclude_advice import exclude_argument
-from .base import QUANTIZED
+from .base import QUANTIZED, quantized_class
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
@@ -28,14 +28,16 @@ def unsupported_reason(module: nn.Module) -> str | None:
         return f"{kind} has no shape yet: run one forward pass before quantize_model"
     if parametrize.is_parametrized(module) and any(base in QUANTIZED for base in type(module).__mro__):
         return f"{kind} computes its weight: fold that in with torch.nn.utils.parametrize.remove_parametrizations"
-    if type(module) in QUANTIZED and "weight" in vars(module):
+    if quantized_class(type(module)) is None:
+        return None
+    if "weight" in vars(module):
         return f"{kind} computes its weight in a hook: fold that in with remove_weight_norm or remove_spectral_norm"
-    if type(module) in (nn.Embedding, nn.EmbeddingBag):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.sparse:
             return f"{kind} has sparse gradients, which do not pass through a quantizer: build it with sparse=False"
         if module.max_norm is not None:
             return f"{kind} changes its weight in every forward: build it with max_norm=None"
-    if type(module) is nn.MultiheadAttention:
+    if isinstance(module, nn.MultiheadAttention):
         out = module.out_proj
         if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or "weight" not in out._parameters:
             return f"{kind} has a {type(out).__name__} as out_proj: only torch's own can be quantized"
