@@ -45,6 +45,32 @@ def uncalibrated(rank: int, ranks: int, folder: Path) -> Any:
     return model.state_dict()
 
 
+class Experts(nn.Module):
+    """Two experts; one is called with the tokens that are its own, even if there are none, the other only with some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.skipped = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        y = self.called(x[:tokens]).sum(0)
+        return y + self.skipped(x[:tokens]).sum(0) if tokens else y
+
+
+def idle_experts(rank: int, ranks: int, folder: Path) -> Any:
+    """No rank has a token in the first forward, the last rank alone in the second, each of them in the third."""
+    torch.manual_seed(3)
+    model = quantize_model(Experts(), QuantConfig(4, 4)).train()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    states = []
+    for tokens in (0, 3 * (rank == ranks - 1), 2):
+        parallel(torch.full((3, 3), float(rank - 1)), tokens).sum().backward()
+        optimizer.step()
+        states.append({name: v.clone() for name, v in model.state_dict().items()})
+    return states, len(model._forward_pre_hooks)
+
+
 def float32_scales(rank: int, ranks: int, folder: Path) -> Any:
     """Scales in their usual float32, beside float64 weights."""
     model = DistributedDataParallel(quantize_model(network(), QuantConfig(3, 3), calibration=data()[0]))
@@ -327,6 +353,7 @@ def zero(rank: int, ranks: int, folder: Path) -> Any:
 
 SCENARIOS = {
     "uncalibrated": uncalibrated,
+    "idle experts": idle_experts,
     "float32 scales": float32_scales,
     "one pass only": one_pass_only,
     "one rank only": one_rank_only,

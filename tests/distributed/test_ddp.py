@@ -43,6 +43,15 @@ def test_uncalibrated_scales_are_the_same_on_ranks_with_different_data(two):
     assert state["0.input_quantizer.scale_range"].min() > 0
 
 
+def test_an_expert_that_is_idle_on_a_rank_takes_its_scale_from_another(two):
+    assert_same_bits(two["idle experts"])
+    (first, second, third), hooks = two["idle experts"][0]
+    for expert in ("called", "skipped"):
+        ranges = [state[f"{expert}.input_quantizer.scale_range"].max().item() for state in (first, second, third)]
+        assert ranges[0] == 0 < ranges[1] == ranges[2]
+    assert hooks == 0
+
+
 def test_a_network_without_scales(two):
     assert_same_bits(two["without scales"])
     model = network()

@@ -166,6 +166,7 @@ def test_the_model_is_left_as_it_was(fails):
     state = copy.deepcopy(model.state_dict())
     flags = [module.training for module in model.modules()]
     random = torch.get_rng_state()
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     if fails:
         with pytest.raises(ArithmeticError, match="told to"):
             quantization_summary(model, torch.rand(3, 4, generator=torch.Generator()))
@@ -175,7 +176,57 @@ def test_the_model_is_left_as_it_was(fails):
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
     layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
     assert all(quantizer.enabled for layer in layers for _, quantizer in layer.quantizers())
     assert not any(p.grad is not None for p in model.parameters())
+
+
+class Recurrent(nn.Module):
+    """A recurrence in one kernel, a product of its own, and a layer whose weight it reads past the layer."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.recurrence, self.head, self.read = kind, nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.recurrence(x)[0]) @ self.read.weight.T
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        (nn.LSTM(5, 6, batch_first=True), 4 * 6 * (5 + 6)),
+        (nn.GRU(5, 3, num_layers=2, bidirectional=True, batch_first=True), 2 * 3 * 3 * (5 + 3) + 2 * 3 * 3 * (6 + 3)),
+    ],
+    ids=["LSTM", "GRU"],
+)
+def test_the_last_line_is_the_share_that_is_quantized(kind, weights):
+    x = torch.rand(3, 7, 5)
+    model = quantize_model(Recurrent(kind), QuantConfig(exclude=("recurrence",)))
+    summary = quantization_summary(model, x)
+    assert summary.macs == {"float": 7 * (weights + 16), "8x8 bits": 7 * 24}
+    assert summary.never_called == ["read"]
+    share_of_weights, share_of_macs = 40 / (40 + weights), 24 / (24 + 16 + weights)
+    assert (summary.weight_share, summary.mac_share) == (share_of_weights, share_of_macs)
+    *_, error, shares = str(summary).splitlines()
+    assert error.startswith("error: 0 MACs in read: never called for the sample, or its weight is read past it")
+    assert (
+        shares == f"quantized: {100 * share_of_weights:.1f} % of the weights, {100 * share_of_macs:.1f} % of the MACs"
+    )
+    assert str(quantization_summary(model)).splitlines()[-1] == shares.partition(",")[0]
+
+
+def test_a_packed_sequence_counts_its_steps():
+    packed = nn.utils.rnn.pack_sequence([torch.rand(4, 5), torch.rand(2, 5)])
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrence, self.head = nn.RNN(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.recurrence(packed)[0].data)
+
+    model = quantize_model(Packed(), QuantConfig(exclude=("recurrence",)))
+    assert quantization_summary(model, torch.rand(1)).macs == {"float": 6 * 6 * (5 + 6), "8x8 bits": 6 * 12}

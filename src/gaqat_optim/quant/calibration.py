@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
 from .lsq.quantizer import LSQQuantizer
+from .weight_reads import refuse_weight_reads
 
 # A progress bar appears when calibration takes longer than this many seconds.
 PROGRESS_DELAY = 2.0
@@ -23,7 +24,7 @@ PROGRESS_DELAY = 2.0
 _SAMPLE_SIZE = 16384
 
 
-def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
+def calibrate(model: nn.Module, batches: Tensor | Iterable[Any], *, exclude: Iterable[str] = ()) -> None:
     """Run ``batches`` through the float network and initialise every activation quantizer that has no scale yet.
 
     The network runs in evaluation mode, without gradients and with all quantizers off. A BatchNorm that was never
@@ -33,15 +34,20 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
     Where tqdm is installed, a calibration of more than two seconds shows a progress bar.
 
     Raises:
-        ValueError: there are no batches, or an activation is not finite.
+        ValueError: there are no batches or values, an activation is not finite, or a weight is read past its layer (the
+            error suggests an ``exclude``, beside these patterns).
         TypeError: a batch is neither a tensor nor a tuple, list or mapping whose first item is one.
     """
     uninitialized = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
     samples: dict[LSQQuantizer, list[Tensor]] = {}
+    without_values: set[LSQQuantizer] = set()
 
     def record(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(quantizer, LSQQuantizer)
-        samples.setdefault(quantizer, []).append(_sample(args[0].detach()))
+        if args[0].numel():  # An expert may get no token of a batch.
+            samples.setdefault(quantizer, []).append(_sample(args[0].detach()))
+        else:
+            without_values.add(quantizer)
 
     count = 0
     with ExitStack() as restore:
@@ -57,12 +63,12 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any]) -> None:
                 # As BatchNorm, without waiting for other ranks, which may have fewer batches.
                 restore.callback(vars(norm).pop, "forward")
                 vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
-        with torch.no_grad():
+        with torch.no_grad(), refuse_weight_reads(model, exclude):
             for x in _inputs(batches):
                 model(x.to(device))
                 count += 1
-    if count == 0:
-        raise ValueError("calibration is empty: give a tensor, or an iterable with at least one batch")
+    if count == 0 or (without_values and not samples):
+        raise ValueError("calibration is empty: give a tensor with values, or an iterable with at least one batch")
     for quantizer, values in samples.items():
         quantizer.initialize(torch.cat(values))
     unreached = [q.name for q in uninitialized if q not in samples]

@@ -222,7 +222,7 @@ def _show(key: str | type) -> str:
 def _matches(key: str | type, layers: Mapping[str, nn.Module], argument: str) -> set[nn.Module]:
     """The layers that ``key`` means; it is an error that lists the nearest names if there are none."""
     if isinstance(key, str):
-        matches = {module for name, module in layers.items() if fnmatchcase(name, key)}
+        matches = {module for name, module in layers.items() if name == key or fnmatchcase(name, key)}
     else:
         matches = {module for module in layers.values() if type(module) is key}
     if matches:

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from ..scale_names import is_scale_name
 from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
+from .first_forward import FirstForwardCheck, activation_quantizers
+from .float_weights import product_weights, warn_of_float_weights
 from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
+from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
-from .nn.base import QUANTIZED, QuantizedModule
-from .nn.unsupported import unsupported_reason
+from .nn.base import QUANTIZED, QuantizedModule, quantized_class
+from .nn.unsupported import refuse, unsupported_reason
 
 
 def quantize_model(
@@ -32,9 +35,10 @@ def quantize_model(
     The layers are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d``, the
     projections of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers
     are turned off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by
-    exact type: a subclass keeps its own forward, in floating point, unless it is registered
-    (``gaqat_optim.register_quantized``). Every other module, every hook and every key of the state dict stays; only
-    the keys of the quantizers are new.
+    what they compute: a subclass that inherits its forward unchanged is swapped like its base. One with a forward of
+    its own keeps it, in floating point, unless it is registered (``gaqat_optim.register_quantized``), or known by name:
+    timm's ``Linear``, its convolutions with "same" padding and with standardized weights, and transformers' ``Conv1D``.
+    Every other module, every hook and every key of the state dict stays; only the keys of the quantizers are new.
 
     Build the optimizer after this call, or it will not train the scales, and call
     ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.
@@ -44,7 +48,9 @@ def quantize_model(
         config: what to quantize and to how many bits.
         calibration: inputs that set the activation scales: a tensor, or an iterable of batches (each a tensor, or a
             tuple, list or mapping whose first item is the input). A few batches of training data do. Without it,
-            the first forward pass in training mode sets the activation scales.
+            the first forward pass in training mode sets the activation scales, that of an expert its first token. The
+            ranks of ``torch.distributed`` (the default group) agree on them at the end of the model's forward, which
+            each rank must call equally often; with fully_shard, calibrate.
         inplace: change ``model`` itself, with the same Parameter objects, instead of a copy. A model that is itself a
             layer cannot be changed in place: use the returned module.
 
@@ -53,9 +59,13 @@ def quantize_model(
 
     Raises:
         TypeError: ``model``, ``config`` or a calibration batch is of the wrong type.
-        ValueError: nothing to quantize, already quantized, a module that cannot be (such as an LSTM), a pattern that
-            matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then
-            unchanged.
+        ValueError: nothing to quantize, already quantized, modules that cannot be (such as an LSTM), weights that a
+            forward reads past their layer, a pattern that matches no layer, an empty calibration, or weights or
+            activations that are not finite. ``model`` is then unchanged.
+
+    Warns:
+        UserWarning: more than a tenth of the weights of linear and convolutional layers stays in floating point, and
+            ``config`` does not say so: layers with a forward of their own, or parameters that a forward multiplies.
 
     Example:
         >>> import torch
@@ -68,15 +78,16 @@ def quantize_model(
         0      QuantConv2d  8 bits per channel  ... dB       8 bits unsigned  floating  284
         3      QuantLinear  8 bits per channel  ... dB       8 bits unsigned  floating  2,964
         in all: 3,248 bytes
+        quantized: 100.0 % of the weights
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    layer_configs = _layer_configs(model, config)  # refuses all that it can before the copy
+    layer_configs, asked = _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
-        layer_configs = _layer_configs(model, config)
+        layer_configs, asked = _layer_configs(model, config)
 
     replacements: dict[nn.Module, QuantizedModule] = {}
     for name, module, layer in layer_configs:
@@ -92,13 +103,22 @@ def quantize_model(
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
-            calibrate(result, calibration)
+            calibrate(result, calibration, exclude=config.exclude)
+        if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):
+            undo.callback(result.register_forward_pre_hook(FirstForwardCheck(config.exclude)).remove)
+        if config.weight_bits is not None:
+            warn_of_float_weights(result, asked, config.exclude)
         undo.pop_all()
     return result
 
 
-def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Module, LayerConfig]]:
-    """The layers to quantize, with names and configurations; raises for all that cannot be quantized."""
+def _layer_configs(
+    model: nn.Module, config: QuantConfig
+) -> tuple[list[tuple[str, nn.Module, LayerConfig]], set[nn.Module]]:
+    """The layers to quantize, with names and configurations, and the modules that the user leaves in floating point.
+
+    Raises for all that cannot be quantized.
+    """
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
             raise ValueError(
@@ -106,32 +126,43 @@ def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.
             )
     modules = dict(model.named_modules(remove_duplicate=False))
     reasons = {name: reason for name, module in modules.items() if (reason := unsupported_reason(module)) is not None}
-    layers = {name: m for name, m in modules.items() if type(m) in QUANTIZED and name not in reasons}
-    excluded = config.excluded({**layers, **{name: modules[name] for name in reasons}})
+    layers = {name: m for name, m in modules.items() if quantized_class(type(m)) and name not in reasons}
+    holders = {name: module for name, module in modules.items() if product_weights(module)}
+    excluded = config.excluded({**holders, **layers, **{name: modules[name] for name in reasons}})
+    refusals: dict[nn.Module, tuple[str, str]] = {}
     for name, reason in reasons.items():
         if modules[name] not in excluded:
-            if not name:
-                raise ValueError(f"the model cannot be quantized. {reason}")
-            raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is with exclude=({name!r},)")
+            refusals.setdefault(modules[name], (name, reason))
+    refuse(model, list(refusals.values()), config.exclude)
     if not layers:
         types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(
             f"nothing to quantize: {type(model).__name__} has no {', '.join(t.__name__ for t in QUANTIZED)} "
-            f"(exact types; a subclass is left alone). Its modules with parameters: {', '.join(types) or 'none'}"
+            f"(a subclass with a forward of its own is left alone). "
+            f"Its modules with parameters: {', '.join(types) or 'none'}"
         )
     layer_configs = []
     for name, layer_config in config.resolve(layers, excluded).items():
-        if layer_config is not None and not QUANTIZED[type(layers[name])].quantizes_input:
+        if layer_config is not None and not _quantized_class(layers[name]).quantizes_input:
             layer_config = replace(layer_config, activation_bits=None)
         if layer_config is not None and not layer_config.quantizes_nothing:
             layer_configs.append((name, layers[name], layer_config))
     if not layer_configs:
         raise ValueError(f"nothing to quantize: the configuration leaves all {len(layers)} layers in floating point")
-    return layer_configs
+    chosen = {layer for _, layer, _ in layer_configs}
+    left = excluded | {layer for layer in layers.values() if layer not in chosen}
+    within = {inner for name in (*layers, *reasons) if modules[name] in left for inner in modules[name].modules()}
+    return layer_configs, left | within
+
+
+def _quantized_class(module: nn.Module) -> type[QuantizedModule]:
+    quantized = quantized_class(type(module))
+    assert quantized is not None
+    return quantized
 
 
 def _quantized_layer(name: str, module: nn.Module, layer: LayerConfig) -> QuantizedModule:
-    quantized = QUANTIZED[type(module)].from_float(module, layer)
+    quantized = _quantized_class(module).from_float(module, layer)
     for attribute, quantizer in quantized.quantizers():
         quantizer.name = f"{name}.{attribute}" if name else attribute
     quantized.initialize_weight()

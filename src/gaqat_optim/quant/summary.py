@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
+from .mac_counter import MacCounter
 
 FLOAT = "float"
 
@@ -84,19 +83,41 @@ class QuantSummary(list[QuantRecord]):
         left_in_float: the modules with weights in floating point, with their types.
         macs: multiply-accumulates for one sample by the bits of weight and input, ``"float"`` included; ``None``
             without a sample.
+        float_weights: how many weights the modules in floating point have.
+        never_called: the layers with bits that computed nothing for the sample.
     """
 
     def __init__(
-        self, records: list[QuantRecord], left_in_float: list[str], macs: Mapping[str, int] | None = None
+        self,
+        records: list[QuantRecord],
+        left_in_float: list[str],
+        macs: Mapping[str, int] | None = None,
+        float_weights: int = 0,
+        never_called: Sequence[str] = (),
     ) -> None:
         super().__init__(records)
         self.left_in_float = left_in_float
         self.macs = None if macs is None else dict(macs)
+        self.float_weights, self.never_called = float_weights, list(never_called)
 
     @property
     def bytes(self) -> int:
         """Size of the quantized layers in packed form."""
         return sum(record.bytes for record in self)
+
+    @property
+    def weight_share(self) -> float:
+        """The share of the weights that are quantized."""
+        in_bits = sum(record.weights for record in self if record.weight_bits is not None)
+        return in_bits / max(sum(record.weights for record in self) + self.float_weights, 1)
+
+    @property
+    def mac_share(self) -> float | None:
+        """The share of the multiply-accumulates whose operands are both quantized; ``None`` without a sample."""
+        if self.macs is None:
+            return None
+        both = [r for r in self if r.weight_bits is not None and r.activation_bits is not None]
+        return sum(record.macs or 0 for record in both) / max(sum(self.macs.values()), 1)
 
     def __str__(self) -> str:
         header = ("layer", "type", "weights", "signal/noise", "activations", "output", "bytes", "MACs")
@@ -110,6 +131,13 @@ class QuantSummary(list[QuantRecord]):
             lines.append("MACs of one sample: " + (format_macs(self.macs) or "none"))
         if self.left_in_float:
             lines.append("in floating point: " + ", ".join(self.left_in_float))
+        if self.never_called:
+            lines.append(
+                f"error: 0 MACs in {', '.join(self.never_called)}: never called for the sample, or its weight is read "
+                "past it, in floating point"
+            )
+        shares = f"quantized: {100 * self.weight_share:.1f} % of the weights"
+        lines.append(shares if self.mac_share is None else f"{shares}, {100 * self.mac_share:.1f} % of the MACs")
         return "\n".join(lines)
 
 
@@ -132,12 +160,14 @@ def _row(record: QuantRecord) -> tuple[str, ...]:
 def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> QuantSummary:
     """List the quantized layers of ``model`` and what they cost; ``str()`` of the result is a table.
 
-    Below the table stand the sums, and the modules with weights (parameters of two axes or more) in floating point.
+    Below the table stand the sums, the modules with weights (parameters of two axes or more) in floating point, and the
+    share of weights and, with a sample, of multiply-accumulates that are quantized.
 
     With a sample, the network runs once, in evaluation mode, and the multiply-accumulates of its convolutions and
     matrix products are counted: for each layer in each of its calls, and by the bits of weight and input. ``float``
     stands for modules in floating point and products of two activations, such as attention's. Elementwise operations,
-    lookups and pooling are not counted. The model's training flags, buffers and random states stay as they were.
+    lookups and pooling are not counted. A layer with bits that counts none is an error line. The model's training
+    flags, buffers and random states stay as they were.
 
     Args:
         model: a network from :func:`quantize_model` or :func:`convert`.
@@ -154,63 +184,27 @@ def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> Quan
         0      QuantLinear  8 bits per channel  ... dB        8 bits (not calibrated)  floating  28
         in all: 28 bytes
         in floating point: 1 (Linear)
+        quantized: 66.7 % of the weights
         >>> quantization_summary(net, torch.rand(5, 4)).macs
         {'8x8 bits': 8, 'float': 4}
     """
     counts = None if sample is None else multiply_accumulates(model, sample)
-    records, left_in_float = [], []
+    records, left_in_float, never_called = [], [], []
+    float_weights: dict[int, int] = {}
     for name, module in model.named_modules():
         macs = None if counts is None else counts.get(module, 0)
         if isinstance(module, Summarizable):
             records.append(replace(module.quant_record(name), macs=macs))
-        elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+            if macs == 0 and getattr(module, "quantizes_input", True):  # An embedding looks up.
+                never_called.append(name or "the model")
+        elif weights := [p for p in module.parameters(recurse=False) if p.dim() >= 2]:
             left_in_float.append(f"{name or 'the model'} ({type(module).__name__})")
-    return QuantSummary(records, left_in_float, None if counts is None else macs_by_bits(model, counts))
+            float_weights |= {id(weight): weight.numel() for weight in weights}
+    macs_of_bits = None if counts is None else macs_by_bits(model, counts)
+    return QuantSummary(records, left_in_float, macs_of_bits, sum(float_weights.values()), never_called)
 
 
 # -- multiply-accumulates ------------------------------------------------------------------------------------------
-
-
-_WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
-_BATCH_PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-
-
-class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation, and knows in which layer it is.
-
-    torch's ``FlopCounterMode`` has the same formulas, but it follows modules by their gradients: without gradients it
-    fails at a view of a weight, as in a transposed convolution.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.macs: Counter[nn.Module | None] = Counter()
-        self._layers: list[nn.Module] = []
-
-    def enter(self, layer: nn.Module, args: Any) -> None:
-        self._layers.append(layer)
-
-    def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self._layers.pop()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, operation = kwargs or {}, func._overloadpacket
-        if operation not in flop_registry:
-            with self:
-                output = func.decompose(*args, **kwargs)  # An operation that torch writes in terms of others.
-            if output is not NotImplemented:
-                return output
-        output = func(*args, **kwargs)
-        if operation.__name__.startswith("_scaled_dot_product"):  # The registry lacks the CPU's.
-            self.macs[None] += sdpa_flop_count(*(v.shape for v in args[:3])) // 2  # type: ignore[no-untyped-call]
-        elif operation in flop_registry:
-            # torch expands a weight that multiplies a batch of matrices: its stride is then 0.
-            has_weight = operation in _WEIGHT_PRODUCTS or (
-                operation in _BATCH_PRODUCTS and any(v.dim() == 3 and v.stride(0) == 0 for v in args)
-            )
-            layer = self._layers[-1] if self._layers and has_weight else None
-            self.macs[layer] += flop_registry[operation](*args, **kwargs, out_val=output) // 2
-        return output
 
 
 @contextmanager
@@ -219,12 +213,15 @@ def count_macs(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
 
     An operation counts for the innermost such layer that is running, and for ``None`` outside all of them. Products of
     two activations in a layer, as of queries and keys, count for ``None`` as well: they are in floating point.
-    Convolutions and matrix products are counted, elementwise operations, lookups, pooling and recurrent kernels not.
+    Convolutions, matrix products and recurrences are counted, elementwise operations, lookups and pooling not.
     """
-    counter, handles = _MacCounter(), []
+    counter, handles = MacCounter(), []
     for module in model.modules():
         if isinstance(module, Summarizable):
             handles += [module.register_forward_pre_hook(counter.enter), module.register_forward_hook(counter.leave)]
+        elif isinstance(module, nn.RNNBase):
+            handles.append(module.register_forward_pre_hook(counter.enter_recurrence))
+            handles.append(module.register_forward_hook(counter.leave_recurrence))
     try:
         with counter:
             yield counter.macs
@@ -253,7 +250,7 @@ def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | N
         for buffer, value in buffers:
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
-    return {module: count // len(sample) for module, count in macs.items()}
+    return {module: -(-count // len(sample)) for module, count in macs.items()}
 
 
 def macs_by_bits(model: nn.Module, counts: Mapping[nn.Module | None, int]) -> dict[str, int]:

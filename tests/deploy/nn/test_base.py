@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import close, quantized, run
-from gaqat_optim import QuantConfig
+from gaqat_optim import QuantConfig, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.convert import convert
 
 
@@ -50,3 +50,47 @@ def test_loading_larger_biases_changes_the_precision_of_the_sum():
     assert deployed.exact_in_float32
     deployed.load_state_dict(deployed.state_dict() | {"bias_codes": torch.tensor([2**24, 0], dtype=torch.int32)})
     assert not deployed.exact_in_float32
+
+
+class Subclass(nn.Linear):
+    """Inherits its forward, and has an attribute of its own."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.temperature = 2.0
+
+
+class ReadsAttributes(nn.Module):
+    """A forward that reads what torch's layers have, as those of libraries do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(2, 4, 3, stride=2, dilation=1), nn.ConvTranspose2d(4, 4, 2)
+        self.fc, self.attention = Subclass(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.words = nn.Embedding(5, 4)
+
+    def forward(self, x):
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        assert x.shape[1] == self.conv.in_channels
+        y = self.up(self.conv(x.to(self.conv.weight.dtype)))[..., : (x.shape[-1] - kernel) // stride]
+        y = y.flatten(2).transpose(1, 2)[..., : self.fc.in_features] / self.fc.temperature
+        assert self.up.kernel_size == (2, 2)
+        assert self.fc.weight.shape == (self.fc.out_features, self.conv.out_channels)
+        heads, width = self.attention.num_heads, self.words.embedding_dim
+        return self.attention(*[self.fc(y)] * 3)[0].unflatten(-1, (heads, -1)).flatten(-2) + width
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_forwards_read_what_they_read_before(packed, tmp_path):
+    torch.manual_seed(0)
+    x, config = torch.rand(4, 2, 7, 7), QuantConfig(8, 8, overrides={"conv": {"weight_bits": None}})
+    model = quantize_model(ReadsAttributes(), config, calibration=x).eval()
+    if packed:
+        save_packed(model, tmp_path / "net.packed")
+        deployed = load_packed(ReadsAttributes(), tmp_path / "net.packed")
+    else:
+        deployed = convert(model)
+    assert torch.allclose(deployed(x), model(x), atol=0.05)
+    kept = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    assert all(getattr(deployed.conv, name) == getattr(model.conv, name) for name in kept)
+    assert not hasattr(deployed.conv, "weight_quantizer")

@@ -1,5 +1,6 @@
 """Modules that cannot be quantized are refused, by what they compute."""
 
+import ast
 import warnings
 
 import pytest
@@ -64,3 +65,20 @@ def test_what_cannot_be_quantized_is_refused_by_name_unless_excluded(module, wor
     quantized = quantize_model(model, QuantConfig(exclude=("part",)), inplace=True)
     assert type(quantized["part"]) is type(module)
     assert isinstance(quantized["head"], QuantizedModule)
+
+
+def test_all_refusals_of_a_network_come_at_once_with_one_exclude_that_works():
+    hooked = attention()  # refused with its out_proj, which is a refusal of its own
+    nn.utils.parametrizations.weight_norm(hooked.out_proj)
+    rnn = nn.LSTM(2, 2)
+    parts = {"rnn": rnn, "tied": rnn, "words[0]": nn.Embedding(3, 2, sparse=True), "attention": hooked}
+    model = nn.ModuleDict({**parts, "head": nn.Linear(2, 2), "left": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="4 modules cannot be quantized:") as caught:
+        quantize_model(model, QuantConfig(exclude=("left",)))
+    lines = str(caught.value).splitlines()
+    names = ["rnn", "words[0]", "attention", "attention.out_proj"]
+    assert [line.split(":")[0].strip() for line in lines[1:-1]] == [repr(name) for name in names]
+    exclude = ast.literal_eval(lines[-1].partition("exclude=")[2])
+    assert exclude == ("left", *names)
+    quantized = quantize_model(model, QuantConfig(exclude=exclude))
+    assert [n for n, m in quantized.named_modules() if isinstance(m, QuantizedModule)] == ["head"]

@@ -1,3 +1,3 @@
 """The deployed layers, which compute on integers. Importing this registers them all."""
 
-from . import attention, conv, embedding, linear  # noqa: F401
+from . import attention, conv, embedding, library_layers, linear  # noqa: F401

@@ -100,7 +100,7 @@ class DeployLayer(DeployedModule):
             for quantizer in (layer.input_quantizer, output)
         )
         summed = activation if cls.is_linear else None
-        weight = layer.channels_first(layer.weight.detach())
+        weight = layer.channels_first(layer.float_weight().detach())
         parameters = integer_parameters(name, weight, layer.weight_quantizer, bias, summed, gain)
         if parameters.codes is not None:
             parameters = replace(parameters, codes=layer.from_channels_first(parameters.codes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
@@ -22,8 +23,11 @@ _COMPUTATION = (
 )
 
 
+_PLAIN = (int, float, str, tuple, torch.dtype, type(None))
+
+
 class DeployedModule(nn.Module):
-    """Base class of the modules that take the place of quantized layers. They keep the hooks of those.
+    """Base class of the modules that take the place of quantized layers. They keep the hooks and plain attributes.
 
     Args:
         source: the layer to replace, quantized or float.
@@ -33,6 +37,10 @@ class DeployedModule(nn.Module):
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
+        for attribute, value in vars(source).items():  # that a forward may read, as kernel_size and in_features
+            own = attribute.startswith("_") or attribute.endswith("_quantizer") or hasattr(self, attribute)
+            if isinstance(value, _PLAIN) and not own:
+                setattr(self, attribute, value)
         self.copy_hyperparameters(source)
         for attribute, value in vars(source).items():
             if attribute.startswith("_forward_"):  # the registries of hooks

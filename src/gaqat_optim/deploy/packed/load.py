@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ...quant.graph.output_hook import attach, detach, modules_with_output_quantizer
 from ...quant.nn.attention import disable_fast_paths
-from ...quant.nn.base import QUANTIZED, QuantizedModule
+from ...quant.nn.base import QuantizedModule, float_class, quantized_class
 from ..atomic_write import file_path
 from ..module_tree import join, replace_modules, shared_tensors
 from ..nn.activation_quantizer import ActivationQuantizer, QuantDequant
@@ -136,7 +136,7 @@ def _empty_copy(model: nn.Module) -> nn.Module:
 
 def _deployed_class(layer: nn.Module) -> Any:
     """The deployed class of a float or quantized layer, or ``None``."""
-    quantized = type(layer) if isinstance(layer, QuantizedModule) else QUANTIZED.get(type(layer))
+    quantized = type(layer) if isinstance(layer, QuantizedModule) else quantized_class(type(layer))
     return None if quantized is None else deployed_class(quantized)
 
 
@@ -163,8 +163,8 @@ def _identity(name: str, module: nn.Module) -> nn.Module:
 
 def _float_layer(quantized: QuantizedModule) -> nn.Module:
     """The float layer that a quantized one was made from, with its parameters."""
-    float_class = next(cls for cls, registered in QUANTIZED.items() if registered is type(quantized))
-    layer = float_class.__new__(float_class)
+    kind = float_class(type(quantized))
+    layer = kind.__new__(kind)
     layer.__dict__ = vars(quantized).copy()
     layer._modules = {slot: child for slot, child in quantized._modules.items() if not slot.endswith("_quantizer")}
     return layer

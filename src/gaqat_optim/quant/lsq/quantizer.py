@@ -42,8 +42,8 @@ class LSQQuantizer(nn.Module):
     The scale s is a parameter of shape ``(1,)`` or ``(channels,)``: log(s) under the name ``lsq_log_scale``, or s
     itself under ``lsq_scale``. It stays within a factor of 1024 of its initial value: a clamp whose gradient is the
     identity bounds it, and each training forward moves a value beyond a bound back. The parameter always exists. An
-    activation quantizer that was not calibrated sets it at its first training forward, to the same value on all ranks
-    of ``torch.distributed``.
+    activation quantizer that was not calibrated sets it at its first training forward that has values; the network then
+    makes it the same on all ranks of ``torch.distributed`` (:func:`~gaqat_optim.quantize_model`).
 
     The gradient of the scale is multiplied by LSQ's g = 1/sqrt(N Qp). N is the number of weights per scale, or the
     number of features in one sample (not in the batch, so that accumulating micro-batches gives the gradient of the
@@ -104,7 +104,7 @@ class LSQQuantizer(nn.Module):
         # Faster. Only safe where no consumer changes the output in place; the compute of quantized layers does not.
         self.save_output_for_backward = False
         self.name = ""
-        self._sharded = False
+        self.is_sharded = False
         start = torch.zeros(channels or 1, dtype=torch.float32, device=device)  # log(1)
         name = LOG_SCALE if scale_domain == "log" else LINEAR_SCALE
         self.register_parameter(name, nn.Parameter(start if scale_domain == "log" else start + 1))
@@ -119,7 +119,7 @@ class LSQQuantizer(nn.Module):
         # FSDP2's fully_shard replaces the parameter by a DTensor shard, by setattr if a class overrides __setattr__.
         # In a forward pass it lends the full tensor instead, and drops what initialize() would write to that.
         if name in (LOG_SCALE, LINEAR_SCALE) and hasattr(value, "full_tensor"):
-            self._sharded = True
+            self.is_sharded = True
         super().__setattr__(name, value)
 
     # -- scale, sign and integer range -------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class LSQQuantizer(nn.Module):
             ValueError: ``v`` is empty or not finite, or ``scale`` is not positive and finite.
             RuntimeError: ``fully_shard`` has split the scale.
         """
-        if self._sharded:
+        if self.is_sharded:
             raise RuntimeError(
                 f"the quantizer {self.name!r} cannot take its scale from data once fully_shard has split it: pass "
                 "calibration= to quantize_model, or load a state dict before the first forward pass"
@@ -207,11 +207,9 @@ class LSQQuantizer(nn.Module):
             raise ValueError(
                 f"cannot initialise the quantizer {self.name!r} from {values if v.numel() else 'no values'}"
             )
-        signed = self._signed if self._signed is not None else _any_rank(bool((v < 0).any()), v.device)
+        signed = self._signed if self._signed is not None else bool((v < 0).any())
         if scale is None:
             scale = initial_scale(v, *integer_bounds(self.bits, signed), self.channel_axis, self.init)
-            if self.axis0_is_batch:  # Weights are the same on all ranks, batches are not.
-                scale = _mean_over_ranks(scale)
         elif not all(0 < s < math.inf for s in torch.as_tensor(scale).flatten().tolist()):
             raise ValueError(f"the scale of the quantizer {self.name!r} must be positive and finite, got {scale!r}")
         raw = torch.as_tensor(scale, dtype=torch.float32).clamp(_SMALLEST, _LARGEST)
@@ -222,12 +220,20 @@ class LSQQuantizer(nn.Module):
         self._read_buffers()
 
     def forward(self, v: Tensor) -> Tensor:
-        if not self.enabled:
+        if not self.enabled or self.keeps_waiting(v):
             return v
         scale, qmin, qmax, grad_scale, channel_axis = self.lsq_arguments(v)
         if self.save_output_for_backward:
             return lsq_quantize_unchecked(v, scale, qmin, qmax, grad_scale, channel_axis, True)
         return lsq_quantize(v, scale, qmin, qmax, grad_scale=grad_scale, channel_axis=channel_axis)
+
+    def keeps_waiting(self, v: Tensor) -> bool:
+        """Whether the quantizer has no scale yet, and ``v`` no values to take it from: an expert without a token.
+
+        >>> LSQQuantizer(4, axis0_is_batch=True).keeps_waiting(torch.empty(0, 8))
+        True
+        """
+        return self._range is None and self.axis0_is_batch and v.numel() == 0
 
     def lsq_arguments(self, v: Tensor) -> tuple[Tensor, int, int, float, int | None]:
         """Scale, Qn, Qp, g and channel axis for a forward of ``v``, which initializes the scale if it is not yet."""
@@ -292,24 +298,3 @@ def _is_exporting() -> bool:
     """
     tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
     return tracing and torch.compiler.is_exporting()
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` holds on any rank."""
-    if not _distributed():
-        return flag
-    largest = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    return bool(largest > 0)
-
-
-def _mean_over_ranks(scale: Tensor) -> Tensor:
-    """The mean of ``scale`` over all ranks: the same bits on each."""
-    if not _distributed():
-        return scale
-    torch.distributed.all_reduce(scale)
-    return scale / torch.distributed.get_world_size()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
@@ -18,8 +19,12 @@ from .input_scale_gradient import with_scale_gradient
 
 Q = TypeVar("Q", bound="type[QuantizedModule]")
 
-# Exact type to quantized type. A subclass with its own forward is not in it, and so keeps that forward.
+# Exact type to quantized type, and likewise by the qualified name of a library's type.
 QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
+BY_NAME: dict[str, type[QuantizedModule]] = {}
+_WITH_BASE: dict[tuple[type[nn.Module], type[nn.Module]], type[QuantizedModule]] = {}
+# A subclass that replaces one of these methods computes something else, and keeps its own forward.
+_COMPUTATION = ("forward", "_conv_forward", "_output_padding", "__call__")
 
 
 def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
@@ -29,7 +34,7 @@ def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
     quantized input and weight.
 
     Args:
-        types: the exact types that the class replaces.
+        types: the types that the class replaces; their subclasses too, if they inherit forward unchanged.
 
     Example:
         >>> import torch.nn.functional as F
@@ -54,6 +59,50 @@ def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
     return register
 
 
+def quantized_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
+    """The quantized version of a module type: its own, or that of a base class whose forward it inherits unchanged.
+
+    >>> class Named(nn.Linear):
+    ...     pass
+    >>> quantized_class(Named).__name__
+    'QuantNamed'
+    """
+    if issubclass(kind, (QuantizedModule, NonDynamicallyQuantizableLinear)):  # the latter is read by attention
+        return None
+    for base in kind.__mro__:
+        quantized = QUANTIZED.get(base) or BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
+        if quantized is not None:
+            if any(getattr(kind, name, None) is not getattr(base, name, None) for name in _COMPUTATION):
+                return None
+            return quantized if kind in QUANTIZED else _with_base(quantized, kind)
+    return None
+
+
+def float_class(quantized: type[QuantizedModule]) -> type[nn.Module]:
+    """The module type that a quantized type replaces."""
+    own: type[nn.Module] | None = vars(quantized).get("float_class")
+    return own or next(kind for kind, registered in QUANTIZED.items() if registered is quantized)
+
+
+def _with_base(quantized: type[QuantizedModule], kind: type[nn.Module]) -> type[QuantizedModule]:
+    """A class with the quantized computation, and all else of ``kind``."""
+    if (quantized, kind) not in _WITH_BASE:
+        attributes = {"float_class": kind, "__reduce_ex__": _reduce, "__doc__": quantized.__doc__}
+        _WITH_BASE[quantized, kind] = type(f"Quant{kind.__name__}", (quantized, kind), attributes)
+    return _WITH_BASE[quantized, kind]
+
+
+def _reduce(self: QuantizedModule, protocol: int) -> tuple[Any, ...]:
+    """For pickle, which finds classes by name: the class is made again from that of the float layer."""
+    return _empty, (float_class(type(self)),), self.__dict__
+
+
+def _empty(kind: type[nn.Module]) -> QuantizedModule:
+    quantized = quantized_class(kind)
+    assert quantized is not None
+    return quantized.__new__(quantized)
+
+
 class QuantizedModule(nn.Module):
     """Mixin of the quantized layers: up to three quantizers, each ``None`` where that part stays in floating point.
 
@@ -75,7 +124,7 @@ class QuantizedModule(nn.Module):
     def from_float(cls, module: nn.Module, layer: LayerConfig) -> Self:
         """A quantized layer that shares parameters, buffers and hooks with ``module``, which stays as it is."""
         quantized = cls._sharing_state(module)
-        channels = quantized.channels_first(quantized.weight).shape[0]
+        channels = quantized.channels_first(quantized.float_weight()).shape[0]
         quantizers = build_quantizers(layer, channels, quantized.weight.device)
         quantized.weight_quantizer = quantizers["weight"]
         quantized.input_quantizer = quantizers["input"]
@@ -101,17 +150,22 @@ class QuantizedModule(nn.Module):
     def initialize_weight(self) -> None:
         """Set the scales of the weight from its values."""
         if self.weight_quantizer is not None and not self.weight.is_meta:  # a state dict or training sets these
-            self.weight_quantizer.initialize(self.channels_first(self.weight))
+            self.weight_quantizer.initialize(self.channels_first(self.float_weight()))
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with."""
         if self.weight_quantizer is None:
-            return self.weight
-        return self.from_channels_first(self.weight_quantizer(self.channels_first(self.weight)))
+            return self.float_weight()
+        return self.from_channels_first(self.weight_quantizer(self.channels_first(self.float_weight())))
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
         weight, quantizer = self.quantized_weight(), self.input_quantizer
-        if quantizer is None or torch.compiler.is_compiling() or not (quantizer.enabled and is_unmodified(quantizer)):
+        if (
+            quantizer is None
+            or torch.compiler.is_compiling()
+            or not (quantizer.enabled and is_unmodified(quantizer))
+            or quantizer.keeps_waiting(input)
+        ):
             y = self.compute(input if quantizer is None else quantizer(input), weight, *args, **kwargs)
         else:
             y = self._compute_eagerly(quantizer, input, weight, *args, **kwargs)
@@ -171,7 +225,7 @@ class QuantizedModule(nn.Module):
         """Signal to noise of the quantized weight in decibel: infinite if it is exact, NaN for zeros."""
         if self.weight_quantizer is None or not self.weight_quantizer.is_initialized:
             return None
-        weight = self.weight.double()
+        weight = self.float_weight().double()
         noise = (self.quantized_weight().double() - weight).square().sum()
         return (10 * torch.log10(weight.square().sum() / noise)).item()
 
@@ -180,6 +234,10 @@ class QuantizedModule(nn.Module):
     def compute(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the float layer on quantized operands, with its further arguments."""
         raise NotImplementedError
+
+    def float_weight(self) -> Tensor:
+        """The weight that is quantized: the parameter, or what the layer computes of it, as a standardized weight."""
+        return self.weight
 
     def linear_part(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """:meth:`compute` without its bias, if it is linear in the input; ``None`` forgoes :func:`with_scale_gradient`.

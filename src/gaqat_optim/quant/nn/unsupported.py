@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .base import QUANTIZED
+from ..exclude_advice import exclude_argument
+from .base import QUANTIZED, quantized_class
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
@@ -25,14 +28,16 @@ def unsupported_reason(module: nn.Module) -> str | None:
         return f"{kind} has no shape yet: run one forward pass before quantize_model"
     if parametrize.is_parametrized(module) and any(base in QUANTIZED for base in type(module).__mro__):
         return f"{kind} computes its weight: fold that in with torch.nn.utils.parametrize.remove_parametrizations"
-    if type(module) in QUANTIZED and "weight" in vars(module):
+    if quantized_class(type(module)) is None:
+        return None
+    if "weight" in vars(module):
         return f"{kind} computes its weight in a hook: fold that in with remove_weight_norm or remove_spectral_norm"
-    if type(module) in (nn.Embedding, nn.EmbeddingBag):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.sparse:
             return f"{kind} has sparse gradients, which do not pass through a quantizer: build it with sparse=False"
         if module.max_norm is not None:
             return f"{kind} changes its weight in every forward: build it with max_norm=None"
-    if type(module) is nn.MultiheadAttention:
+    if isinstance(module, nn.MultiheadAttention):
         out = module.out_proj
         if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or "weight" not in out._parameters:
             return f"{kind} has a {type(out).__name__} as out_proj: only torch's own can be quantized"
@@ -41,3 +46,22 @@ def unsupported_reason(module: nn.Module) -> str | None:
             if module._parameters.get(name) is None:
                 return f"{kind} computes its {name} in a hook: fold that in with remove_weight_norm or the like"
     return None
+
+
+def refuse(model: nn.Module, refusals: Sequence[tuple[str, str]], exclude: Iterable[str]) -> None:
+    """Raise for all modules that cannot be quantized, each with its qualified name and reason, if there are any.
+
+    >>> refuse(nn.ModuleDict({"rnn": nn.GRU(2, 2)}), [("rnn", "GRU has its recurrence in one kernel")], exclude=())
+    Traceback (most recent call last):
+    ValueError: 'rnn' cannot be quantized. GRU has its recurrence in one kernel; or leave it ... with exclude=('rnn',)
+    """
+    if not refusals:
+        return
+    name, reason = refusals[0]
+    if not name:
+        raise ValueError(f"the model cannot be quantized. {reason}")
+    advice = f"with {exclude_argument(model, (name for name, _ in refusals), exclude)}"
+    if len(refusals) == 1:
+        raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is {advice}")
+    lines = "".join(f"\n  {name!r}: {reason}" for name, reason in refusals)
+    raise ValueError(f"{len(refusals)} modules cannot be quantized:{lines}\nOr leave them as they are {advice}")

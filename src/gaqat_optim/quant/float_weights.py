@@ -1,0 +1,72 @@
+"""Weights of linear and convolutional work that stay in floating point without the user's wish: a warning."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from .exclude_advice import exclude_argument
+from .nn.base import QuantizedModule
+
+# A warning appears when a larger share of the weights stays in floating point.
+TOLERATED_SHARE = 0.1
+_MOST_NAMES = 5  # in the warning
+
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NO_FACTOR = re.compile(r"embed|token|table|bias|(^|_)pos(_|$|ition)|^(query|queries|latents?|probe)$")
+
+
+def product_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``module`` itself that multiply activations, as far as names and shapes can tell.
+
+    They have two axes or more that are longer than 1, which a class token or a scale per channel has not. Tables,
+    normalizations, and what is called a position, token, bias or query are none.
+
+    >>> [tuple(weight.shape) for weight in product_weights(nn.Bilinear(2, 3, 4))]
+    [(4, 2, 3)]
+    >>> product_weights(nn.Embedding(4, 3))
+    []
+    """
+    if isinstance(module, _NO_PRODUCTS) or type(module).__name__.endswith(("Embedding", "Embeddings")):
+        return []
+    named = [(name, p) for name, p in module.named_parameters(recurse=False) if not is_lazy(p)]
+    return [p for name, p in named if sum(n > 1 for n in p.shape) >= 2 and not _NO_FACTOR.search(name.lower())]
+
+
+def warn_of_float_weights(model: nn.Module, asked: Collection[nn.Module], exclude: Iterable[str]) -> None:
+    """Warn if more than a tenth of such weights of ``model`` stays in floating point, modules in ``asked`` aside.
+
+    Args:
+        model: the quantized network.
+        asked: the modules that the user leaves in floating point.
+        exclude: the patterns of the configuration, which the advice repeats.
+    """
+    total: dict[int, int] = {}  # numbers by parameter, so that tied weights count once
+    left: dict[int, int] = {}
+    holders: dict[str, nn.Module] = {}
+    quantized: set[int] = set()
+    for name, module in model.named_modules():
+        numbers = {id(weight): weight.numel() for weight in product_weights(module)}
+        total |= numbers
+        if isinstance(module, QuantizedModule):
+            quantized |= numbers.keys()
+        elif numbers and module not in asked:
+            holders[name] = module
+            left |= numbers
+    share = sum(left[key] for key in left.keys() - quantized) / max(sum(total.values()), 1)
+    if share <= TOLERATED_SHARE:
+        return
+    named = [f"{name or 'the model'} ({type(module).__name__})" for name, module in holders.items()]
+    more = f" and {len(named) - _MOST_NAMES} more" if len(named) > _MOST_NAMES else ""
+    types = ", ".join(sorted({type(module).__name__ for module in holders.values()}))
+    warnings.warn(
+        f"{share:.1%} of the weights of linear and convolutional layers stay in floating point: "
+        f"{', '.join(named[:_MOST_NAMES])}{more}. No quantized class is registered for {types}: register one with "
+        f"gaqat_optim.register_quantized, or accept it with {exclude_argument(model, holders, exclude)}",
+        stacklevel=3,
+    )

@@ -1,0 +1,70 @@
+"""Layers as timm has them, under its names: the tests need no timm."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def named(name):
+    def rename(cls):
+        cls.__module__, _, cls.__qualname__ = name.rpartition(".")
+        return cls
+
+    return rename
+
+
+def pad_same(x, kernel_size, stride, dilation):
+    pads = [
+        max((math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        for n, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation, strict=True)
+    ]
+    (top, left) = (pads[0] // 2, pads[1] // 2)
+    return F.pad(x, (left, pads[1] - left, top, pads[0] - top))
+
+
+def standardized(layer, scale=None):
+    rows = layer.weight.reshape(1, layer.out_channels, -1)
+    weight = F.batch_norm(rows, None, None, weight=scale, training=True, momentum=0.0, eps=layer.eps)
+    return weight.reshape_as(layer.weight)
+
+
+@named("timm.layers.linear.Linear")
+class Linear(nn.Linear):
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
+@named("timm.layers.conv2d_same.Conv2dSame")
+class Conv2dSame(nn.Conv2d):
+    def forward(self, x):
+        x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+@named("timm.layers.std_conv.StdConv2d")
+class StdConv2d(nn.Conv2d):
+    eps = 1e-6
+
+    def forward(self, x):
+        return self._conv_forward(x, standardized(self), self.bias)
+
+
+@named("timm.layers.std_conv.ScaledStdConv2dSame")
+class ScaledStdConv2dSame(nn.Conv2d):
+    eps = 1e-6
+
+    def __init__(self, *args, same_pad=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale, self.same_pad = self.weight[0].numel() ** -0.5, same_pad
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x):
+        if self.same_pad:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return self._conv_forward(x, standardized(self, (self.gain * self.scale).view(-1)), self.bias)
+
+
+class Renamed(StdConv2d):
+    """Inherits its forward from a layer that is known by name."""

@@ -1,0 +1,78 @@
+"""Weights that stay in floating point are warned of, unless the user asked for it."""
+
+import ast
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from gaqat_optim import QuantConfig, quantize_model
+from gaqat_optim.quant.nn.base import QuantizedModule
+
+
+class Transposed(nn.Module):
+    """As transformers' Conv1D: a linear layer with a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Experts(nn.Module):
+    """As the fused experts of transformers: one parameter of three axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return torch.einsum("ni,eio->no", x, self.gate_up_proj)
+
+
+class Block(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.fc, self.norm = inner, nn.Linear(8, 8), nn.LayerNorm((8,))
+        self.pos_embed, self.cls_token = nn.Parameter(torch.randn(9, 8)), nn.Parameter(torch.randn(1, 1, 8))
+        self.relative_position_bias_table = nn.Parameter(torch.randn(9, 8))
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        return self.norm(self.fc(self.inner(x)) + self.pos_embed[0] + self.cls_token[0])
+
+
+@pytest.mark.parametrize(("inner", "share"), [(Transposed, 50.0), (Experts, 66.7)])
+def test_weights_left_out_are_named_with_advice_that_silences_it(inner, share):
+    model = nn.Sequential(*(Block(inner()) for _ in range(7)))
+    with pytest.warns(UserWarning, match="stay in floating point") as caught:
+        quantize_model(model)
+    (warning,) = caught
+    text = str(warning.message)
+    assert text.startswith(
+        f"{share}% of the weights of linear and convolutional layers stay in floating point: 0.inner"
+    )
+    assert f"4.inner ({inner.__name__}) and 2 more. No quantized class is registered for {inner.__name__}" in text
+    assert warning.filename == __file__
+    exclude = ast.literal_eval(text.partition("exclude=")[2])
+    assert exclude == ("*.inner",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized = quantize_model(model, QuantConfig(exclude=exclude))
+        quantize_model(model, QuantConfig(None, 4))
+        quantize_model(model, QuantConfig(exclude=exclude, first_last_bits=None))
+    assert all(isinstance(block.fc, QuantizedModule) for block in quantized)
+
+
+def test_what_the_user_leaves_out_and_what_is_small_or_no_product_is_silent():
+    attention = nn.TransformerEncoderLayer(8, 2, 16)
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+    model = nn.ModuleDict({"a": attention, "p": parametrized, "words": nn.Embedding(99, 8), "head": nn.Linear(16, 16)})
+    config = QuantConfig(exclude=("a.self_attn", "p"), overrides={"a.linear*": {"weight_bits": None}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model, config)
+        quantize_model(nn.Sequential(nn.Linear(64, 64), Transposed()))  # 1.5 %
