@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..scale_names import is_scale_name
 from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
+from .graph.first_last import first_and_last
 from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
@@ -73,10 +74,10 @@ def quantize_model(
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    layer_configs = _layer_configs(model, config)  # refuses all that it can before the copy
+    _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
-        layer_configs = _layer_configs(model, config)
+    layer_configs = _layer_configs(model, config, find_ends=config.first_last_bits != "same")
 
     replacements: dict[nn.Module, QuantizedModule] = {}
     for name, module, layer in layer_configs:
@@ -97,8 +98,13 @@ def quantize_model(
     return result
 
 
-def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.Module, LayerConfig]]:
-    """The layers to quantize, with names and configurations; raises for all that cannot be quantized."""
+def _layer_configs(
+    model: nn.Module, config: QuantConfig, find_ends: bool = False
+) -> list[tuple[str, nn.Module, LayerConfig]]:
+    """The layers to quantize, with names and configurations; raises for all that cannot be quantized.
+
+    With ``find_ends``, the network is traced for its first and last layers.
+    """
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
             raise ValueError(
@@ -120,7 +126,8 @@ def _layer_configs(model: nn.Module, config: QuantConfig) -> list[tuple[str, nn.
             f"(exact types; a subclass is left alone). Its modules with parameters: {', '.join(types) or 'none'}"
         )
     layer_configs = []
-    for name, layer_config in config.resolve(layers, excluded).items():
+    ends = first_and_last(model, layers) if find_ends else None
+    for name, layer_config in config.resolve(layers, excluded, ends).items():
         if layer_config is not None and not QUANTIZED[type(layers[name])].quantizes_input:
             layer_config = replace(layer_config, activation_bits=None)
         if layer_config is not None and not layer_config.quantizes_nothing:

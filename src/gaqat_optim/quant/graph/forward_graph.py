@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch import nn
 
-from ..evaluation import evaluation_mode
+from ..evaluation import device_of, evaluation_mode, isolate_rng
 
 # What torch's BatchNorms ask of the shape of an input, which a symbol cannot answer.
 _SHAPE_CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
@@ -51,15 +51,17 @@ def remove_shape_checks(graph: torch.fx.Graph) -> None:
 @contextmanager
 def traceable(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode in which the ``norms`` accept symbols; afterwards ``model`` is as it was."""
-    attributes = set(vars(model))
+    # The tracer leaves the tensors that forward makes on the model, and forward may put symbols into attributes.
+    owners = [vars(module) for module in model.modules()]
+    dictionaries = [d for owner in owners for d in (owner, owner["_parameters"], owner["_buffers"], owner["_modules"])]
+    values = [dictionary.copy() for dictionary in dictionaries]
     checking = [(norm, check) for norm in norms for check in _SHAPE_CHECKS if hasattr(type(norm), check)]
     try:
         for norm, check in checking:
             vars(norm)[check] = lambda x: None
-        with evaluation_mode(model):
+        with evaluation_mode(model), isolate_rng(device_of(model)):
             yield
     finally:
-        for norm, check in checking:
-            vars(norm).pop(check, None)
-        for constant in set(vars(model)) - attributes:  # The tracer leaves the tensors that forward makes on the model.
-            delattr(model, constant)
+        for dictionary, before in zip(dictionaries, values, strict=True):
+            dictionary.clear()
+            dictionary.update(before)

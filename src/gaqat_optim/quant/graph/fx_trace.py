@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Trace:
 def trace(model: nn.Module, consequence: str) -> Trace | None:
     """Trace ``model``, which holds quantized layers; ``None``, and a warning with ``consequence``, if it cannot be."""
     try:
-        tracer, graph = _traced(model)
+        tracer, graph = traced(model)
     except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         warnings.warn(f"{type(model).__name__} cannot be traced symbolically, so {consequence}. {reason}", stacklevel=4)
@@ -71,14 +71,14 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
     It changes something where a forward runs over the children of its module, as in ``nn.Sequential``, or counts them.
     The type does not tell: the network is traced again with such a child in each.
     """
-    expected_graph, admitting = str(_traced(model)[1]), set(modules)
+    expected_graph, admitting = str(traced(model)[1]), set(modules)
     while admitting:
         probes = {module: nn.Identity() for module in admitting}
         for module, probe in probes.items():
             module._modules[name] = probe
         called, graph_with_probes = set(), ""
         try:
-            tracer, graph = _traced(model)
+            tracer, graph = traced(model)
             called = {module for module, probe in probes.items() if probe in tracer.called}
             graph_with_probes = str(graph)
         except Exception:  # The network's own code fails with such children.
@@ -94,9 +94,11 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
     return admitting
 
 
-def _traced(model: nn.Module) -> tuple[_Tracer, torch.fx.Graph]:
-    """The graph of ``model`` in evaluation mode, which stays as it is."""
-    tracer = _Tracer({module for module in model.modules() if computes_norm(module)})
+def traced(model: nn.Module, layers: Collection[nn.Module] | None = None) -> tuple[Tracer, torch.fx.Graph]:
+    """The graph of ``model`` in evaluation mode, which stays as it is; ``layers``: all quantized ones by default."""
+    if layers is None:
+        layers = {module for module in model.modules() if isinstance(module, QuantizedModule)}
+    tracer = Tracer(layers, {module for module in model.modules() if computes_norm(module)})
     with traceable(model, tracer.norms):
         return tracer, tracer.trace(model)
 
@@ -108,17 +110,17 @@ _UNTRACEABLE = (
 )
 
 
-class _Tracer(torch.fx.Tracer):
-    """Treats a module without quantized layers as one operation, so that fewer modules must be traceable.
+class Tracer(torch.fx.Tracer):
+    """Treats a module without any of the ``layers`` as one operation, so that fewer modules must be traceable.
 
     ``norms`` are modules with a normalization in their forward, which are traced into.
     """
 
     proxy_buffer_attributes = True  # A running mean that forward reads appears in the graph, as a parameter does.
 
-    def __init__(self, norms: set[nn.Module]) -> None:
+    def __init__(self, layers: Collection[nn.Module], norms: Collection[nn.Module]) -> None:
         super().__init__()
-        self.norms = norms
+        self.layers, self.norms = layers, norms
         self.called: list[nn.Module] = []
         self.returned: list[tuple[nn.Module, torch.fx.Node]] = []
         self.sites: dict[torch.fx.Node, tuple[nn.Module, int]] = {}
@@ -126,9 +128,9 @@ class _Tracer(torch.fx.Tracer):
         self._positions: Counter[nn.Module] = Counter()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (QuantizedModule, *_UNTRACEABLE)) or (isinstance(m, _BatchNorm) and m not in self.norms):
+        if m in self.layers or isinstance(m, _UNTRACEABLE) or (isinstance(m, _BatchNorm) and m not in self.norms):
             return True
-        return not any(isinstance(c, (QuantizedModule, _BatchNorm)) or c in self.norms for c in m.modules())
+        return not any(isinstance(c, _BatchNorm) or c in self.layers or c in self.norms for c in m.modules())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -154,14 +154,15 @@ def affine_map(value: _Node, prefix: str, *, with_arithmetic: bool) -> tuple[lis
     return calls, steps, bias
 
 
+def reads_shape(node: _Node) -> bool:
+    """Whether a node takes the shape, type or device of a value, and nothing else of it."""
+    if node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    return node.op == "call_method" and node.target in _SHAPE_METHODS
+
+
 def value_users(node: _Node) -> list[_Node]:
     """The users of a value that read more of it than its shape."""
-
-    def reads_shape(user: _Node) -> bool:
-        if user.target is getattr:
-            return user.args[1] in _SHAPE_ATTRIBUTES
-        return user.op == "call_method" and user.target in _SHAPE_METHODS
-
     return [user for user in node.users if not reads_shape(user)]
 
 
