@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.graph.batch_norm import folded_norm
-from ..quant.graph.fx_trace import trace
+from ..quant.graph.network_trace import trace
 from ..quant.graph.norm import Norm, computes_norm, has_channel_tensors, is_batch_norm
 from ..quant.nn.base import QuantizedModule
 
@@ -52,7 +52,7 @@ def _after_steps(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 def following_norms(model: nn.Module) -> dict[QuantizedModule, Norm]:
     """The normalizations that can be folded, by the layer that each of them follows.
 
-    The network is traced symbolically (``torch.fx``), for analysis alone. A pair counts if the normalization has
+    The network is traced (``torch.fx`` or ``torch.export``), for analysis alone. A pair counts if the normalization has
     running statistics, is the only user of the layer's output, and both modules are used once. The layer has no output
     quantizer; the BatchNorm may have one behind it.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..scale_names import is_scale_name
 from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
+from .graph.export_trace import record_inputs
 from .graph.first_last import first_and_last
 from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
@@ -93,7 +94,8 @@ def quantize_model(
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
-            calibrate(result, calibration)
+            with record_inputs(result):
+                calibrate(result, calibration)
         undo.pop_all()
     return result
 

@@ -38,20 +38,34 @@ def folded_norm(traced: Trace, node: torch.fx.Node) -> tuple[Norm, list[torch.fx
     if len(users) != 1 or has_hooks or traced.uses[layer] != 1:
         return None
     channels = layer.channels_first(layer.weight).shape[0]
-    if users[0] in traced.modules:
-        norm = _batch_norm(traced, users[0], _AXES[type(layer)], channels)
-        return None if norm is None else (norm, users)
-    return _affine_map(traced, node, (1, channels, *[1] * (_AXES[type(layer)] - 2)))
-
-
-def _batch_norm(traced: Trace, user: torch.fx.Node, axes: int, channels: int) -> Norm | None:
-    """The BatchNorm with torch's forward that ``user`` calls."""
-    norm = traced.modules[user]
-    if not isinstance(norm, _BatchNorm) or not is_batch_norm(norm) or traced.uses[norm] != 1:
+    shape = (1, channels, *[1] * (_AXES[type(layer)] - 2))
+    if users[0] not in traced.modules:
+        return _affine_map(traced, node, shape)
+    module = traced.modules[users[0]]
+    if traced.uses[module] != 1 or users[0].all_input_nodes != [node] or _has_hooks(module):
         return None
-    of_other_axes = any(isinstance(norm, kind) and axes not in allowed for kind, allowed in _AXES_OF_NORM.items())
-    fits = norm.running_mean is not None and norm.num_features == channels
-    return Norm(norm) if fits and not of_other_axes and not _has_hooks(norm) else None
+    norm = _batch_norm(module, shape) if is_batch_norm(module) else _own_forward(module, shape)
+    return None if norm is None else (norm, users)
+
+
+def _batch_norm(norm: nn.Module, shape: tuple[int, ...]) -> Norm | None:
+    """A BatchNorm with torch's forward, if it fits to a layer; ``shape``: of one value a channel."""
+    assert isinstance(norm, _BatchNorm)
+    of_other_axes = any(isinstance(norm, kind) and len(shape) not in axes for kind, axes in _AXES_OF_NORM.items())
+    fits = norm.running_mean is not None and norm.num_features == shape[1]
+    return Norm(norm) if fits and not of_other_axes else None
+
+
+def _own_forward(module: nn.Module, shape: tuple[int, ...]) -> Norm | None:
+    """The normalization at the begin of the forward of a module that was not traced into."""
+    graph = forward_graph(module) if computes_norm(module) else None
+    if graph is None:
+        return None
+    calls, steps, bias = affine_map(next(iter(graph.nodes)), "", with_arithmetic=True)
+    own_calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
+    is_output = [user.op for user in calls[-1].users] == ["output"]
+    norm = Norm(module, tuple(steps), tuple(map(own_calls.index, calls)), is_output, bias)
+    return norm if _fits(norm, shape) else None
 
 
 def _affine_map(traced: Trace, node: torch.fx.Node, shape: tuple[int, ...]) -> tuple[Norm, list[torch.fx.Node]] | None:
@@ -72,13 +86,15 @@ def _affine_map(traced: Trace, node: torch.fx.Node, shape: tuple[int, ...]) -> t
     alone = [] if graph is None else [n.target for n in graph.nodes if n.op in ("call_function", "call_method")]
     if not calls or [call.target for call in of_module] != alone or any(c not in of_module for c in calls):
         return None
-    if not all(step.acts_by_channel(module, shape) for step in steps):
-        return None
     is_output = module in traced.returned_by.get(calls[-1], [])
+    norm = Norm(module, tuple(steps), tuple(traced.sites[call][1] for call in calls), is_output, bias)
+    return (norm, calls) if _fits(norm, shape) else None
+
+
+def _fits(norm: Norm, shape: tuple[int, ...]) -> bool:
     # Where a forward goes on with the result, `rounded_biases` needs a bias to add to.
-    if not is_output and bias is None:
-        return None
-    return Norm(module, tuple(steps), tuple(traced.sites[call][1] for call in calls), is_output, bias), calls
+    has_place = norm.is_output or norm.bias is not None
+    return has_place and all(step.acts_by_channel(norm.module, shape) for step in norm.steps)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -41,14 +40,9 @@ class Trace:
     sites: dict[torch.fx.Node, tuple[nn.Module, int]]
 
 
-def trace(model: nn.Module, consequence: str) -> Trace | None:
-    """Trace ``model``, which holds quantized layers; ``None``, and a warning with ``consequence``, if it cannot be."""
-    try:
-        tracer, graph = traced(model)
-    except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
-        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-        warnings.warn(f"{type(model).__name__} cannot be traced symbolically, so {consequence}. {reason}", stacklevel=4)
-        return None
+def symbolic_trace(model: nn.Module) -> Trace:
+    """The calls of ``model``, which holds quantized layers; raises whatever its code does when inputs are symbols."""
+    tracer, graph = traced(model)
     remove_shape_checks(graph)
     modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     uses: Counter[nn.Module] = Counter(tracer.called)

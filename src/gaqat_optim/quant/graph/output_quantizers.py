@@ -16,7 +16,8 @@ from torch import nn
 from ..lsq.quantizer import LSQQuantizer
 from ..nn.base import QuantizedModule
 from .batch_norm import folded_norm
-from .fx_trace import Trace, admit_child, trace
+from .fx_trace import Trace, admit_child
+from .network_trace import trace
 from .output_hook import attach, detach
 
 # Operations that clip, which a runtime fuses into the integer layer before them. Codes behind the positive ones need no
