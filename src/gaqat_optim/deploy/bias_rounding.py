@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..quant.graph.norm import Norm
 from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.attention import QuantMultiheadAttention
 from ..quant.nn.attention_functional import ROLES
@@ -66,9 +66,15 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
     handles = []
     try:
         for layer in layers:
-            if layer in norms:
+            if layer in norms and norms[layer].is_output:
                 # Before the output quantizer that may stand behind the norm.
-                handles.append(norms[layer].register_forward_hook(partial(_add_behind_norm, layer), prepend=True))
+                add = partial(_add_behind_norm, layer, norms[layer])
+                handles.append(norms[layer].module.register_forward_hook(add, prepend=True))
+            elif layer in norms:
+                norm = norms[layer]
+                handles.append(norm.module.register_forward_pre_hook(partial(_shadow_norm_bias, layer, norm)))
+                restore = partial(_restore_norm_bias, norm)
+                handles.append(norm.module.register_forward_hook(restore, always_call=True))
             elif _has_integer_bias(layer):
                 handles.append(layer.register_forward_pre_hook(_shadow_bias))
                 handles.append(layer.register_forward_hook(_restore_bias, always_call=True))
@@ -80,7 +86,7 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
 
 def remove_rounding(model: nn.Module) -> None:
     """Take the hooks of :func:`rounded_biases` out of a copy that was made in the block."""
-    ours = (_add_behind_norm, _shadow_bias, _restore_bias)
+    ours = (_add_behind_norm, _shadow_bias, _restore_bias, _shadow_norm_bias, _restore_norm_bias)
     for module in model.modules():
         for registry in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in registry.items() if getattr(hook, "func", hook) in ours]:
@@ -93,12 +99,29 @@ def _has_integer_bias(layer: QuantizedModule) -> bool:
     return is_linear or isinstance(layer, QuantMultiheadAttention)
 
 
-def _add_behind_norm(layer: QuantizedModule, norm: _BatchNorm, args: Any, y: Tensor) -> Tensor:
+def _add_behind_norm(layer: QuantizedModule, norm: Norm, module: nn.Module, args: Any, y: Tensor) -> Tensor:
     """Forward hook of a BatchNorm: adds the rounding of the bias that the norm and its layer have together."""
+    added = _rounding_with_norm(layer, norm)
+    return y + added.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2))
+
+
+def _shadow_norm_bias(layer: QuantizedModule, norm: Norm, module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a module that goes on with the result of its norm: the same, in the bias of the norm."""
+    assert norm.bias is not None
+    bias: Tensor = getattr(module, norm.bias)
+    vars(module)[norm.bias] = bias + _rounding_with_norm(layer, norm).to(bias.dtype)
+
+
+def _restore_norm_bias(norm: Norm, module: nn.Module, args: Any, y: Any) -> None:
+    """Forward hook of that module, which runs after a failure as well: uncovers the bias."""
+    assert norm.bias is not None
+    vars(module).pop(norm.bias, None)
+
+
+def _rounding_with_norm(layer: QuantizedModule, norm: Norm) -> Tensor:
     layer_bias: Any = layer.bias
     gain, bias = fold_batchnorm(norm, layer_bias)
-    added = _rounding(bias, layer.weight_quantizer, layer.input_quantizer, gain)
-    return y + added.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2))
+    return _rounding(bias, layer.weight_quantizer, layer.input_quantizer, gain)
 
 
 def _shadow_bias(layer: Any, args: Any) -> None:

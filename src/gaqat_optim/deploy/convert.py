@@ -7,11 +7,13 @@ import copy
 import torch
 from torch import nn
 
+from ..quant.graph.norm import Norm
 from ..quant.graph.output_hook import modules_with_output_quantizer
 from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.base import QuantizedModule
 from .batchnorm_folding import following_norms
 from .bias_rounding import remove_rounding
+from .forward_without_norm import without_norms
 from .module_tree import replace_modules
 from .nn.activation_quantizer import ActivationQuantizer, QuantDequant
 from .nn.registry import DeployedModule, deployed_class
@@ -45,9 +47,12 @@ def convert(model: nn.Module) -> nn.Module:
     A channel with gamma = 0 keeps its bias alone. So does a channel whose gamma is so small that the bias does not fit
     into int32, with a warning. If the weight or the input of a layer is in floating point, so is its bias.
 
-    A BatchNorm is found by symbolic tracing, and replaced by an identity. It is folded if it is the only user of the
-    layer's output, is used once, and has running statistics and torch's forward (``nn.SyncBatchNorm`` has). Otherwise
-    it stays as it is, and in a network that cannot be traced, with a warning.
+    A BatchNorm is found by symbolic tracing, by what it computes: a module with torch's forward (``nn.SyncBatchNorm``
+    has), a call of ``F.batch_norm`` with tensors of the module that calls it, or a module that begins with the same in
+    arithmetic (torchvision's ``FrozenBatchNorm2d``). What follows in the same forward, such as an activation or a
+    dropout, is kept. It is folded if it is the only user of the layer's output, is used once, and has running
+    statistics. Otherwise it stays as it is, and in a network that cannot be traced, with a warning. A BatchNorm behind
+    a sum, before an activation and a convolution (pre-activation networks), stays too: no layer could contain it.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model` whose scales are all set. It stays as it is.
@@ -81,14 +86,16 @@ def convert(model: nn.Module) -> nn.Module:
         if isinstance(module, LSQQuantizer):
             module.name = name  # The model may have become part of another one.
     norms = following_norms(model)
-    folded = set(norms.values())
+    folded: dict[nn.Module, list[Norm]] = {}
+    for norm in norms.values():
+        folded.setdefault(norm.module, []).append(norm)
     output_quantizers = {module.output_quantizer for module in modules_with_output_quantizer(model)}
 
     def deployed(name: str, module: nn.Module) -> nn.Module:
         if isinstance(module, QuantizedModule):
             return _deployed_class(name, module).from_quantized(name, module, norms.get(module))
         if module in folded:
-            return nn.Identity()
+            return without_norms(module, folded[module])
         if isinstance(module, LSQQuantizer) and module in output_quantizers:
             return QuantDequant(ActivationQuantizer.from_quantizer(module))
         return module

@@ -76,8 +76,10 @@ class QuantConfig:
         weight_granularity: one scale per output ``"channel"``, or one per ``"tensor"`` (as in the LSQ paper).
         activation_signed: whether activation codes have a sign; ``"auto"`` decides by calibration (or by the first
             training batch): signed if any value is negative.
-        first_last_bits: bits of weights and input of the first and the last quantizable layer, in the order of
-            ``model.named_modules()``. ``"same"`` treats them like the others, ``None`` leaves them in floating point.
+        first_last_bits: bits of weights and input of every layer that reads an input of the network and every one
+            that makes an output, found by symbolic tracing. In a network that cannot be traced, they are the first and
+            the last quantizable layer in the order of ``model.named_modules()``. ``"same"`` treats them like the
+            others, ``None`` leaves them in floating point.
         output_bits: bits of an additional quantizer for each layer's output; ``None`` for none. It stands where it
             lets a runtime use an integer kernel: behind a BatchNorm and a ReLU that follow, on residual sums as well,
             and nowhere if the next layer quantizes the value anyway.
@@ -152,13 +154,17 @@ class QuantConfig:
         return {module for pattern in self.exclude for module in _matches(pattern, modules, "exclude")}
 
     def resolve(
-        self, layers: Mapping[str, nn.Module], excluded: Collection[nn.Module] | None = None
+        self,
+        layers: Mapping[str, nn.Module],
+        excluded: Collection[nn.Module] | None = None,
+        first_and_last: Collection[str] | None = None,
     ) -> dict[str, LayerConfig | None]:
         """The configuration of every layer, or ``None`` where it stays in floating point.
 
         Args:
             layers: the quantizable layers by qualified name, in order; one used twice stands under both names.
             excluded: what :meth:`excluded` returned, if it was asked about more modules than ``layers``.
+            first_and_last: names of the layers that ``first_last_bits`` means; by default the first and the last one.
 
         Raises:
             ValueError: a pattern or type in ``overrides`` or ``exclude`` matches no layer.
@@ -167,8 +173,9 @@ class QuantConfig:
         # By module, so that a layer with two names has one configuration, no matter which of them a pattern matches.
         configs = dict.fromkeys(layers.values(), self._base())
         if self.first_last_bits != "same":
-            modules = list(layers.values())
-            for module in {*modules[:1], *modules[-1:]}:
+            names = list(layers)
+            ends = [*names[:1], *names[-1:]] if first_and_last is None else first_and_last
+            for module in {layers[name] for name in ends}:
                 configs[module] = self._first_or_last(configs[module])
         for key, changes in self.overrides.items():
             for module in _matches(key, layers, "overrides"):

@@ -15,6 +15,8 @@ from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
 from .first_forward import FirstForwardCheck, activation_quantizers
 from .float_weights import product_weights, warn_of_float_weights
+from .graph.export_trace import record_inputs
+from .graph.first_last import first_and_last
 from .graph.output_quantizers import place_output_quantizers
 from .lsq.quantizer import LSQQuantizer
 from .lsq.rank_agreement import is_distributed
@@ -84,10 +86,10 @@ def quantize_model(
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    layer_configs, asked = _layer_configs(model, config)  # refuses all that it can before the copy
+    _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
-        layer_configs, asked = _layer_configs(model, config)
+    layer_configs, asked = _layer_configs(model, config, find_ends=config.first_last_bits != "same")
 
     replacements: dict[nn.Module, QuantizedModule] = {}
     for name, module, layer in layer_configs:
@@ -103,7 +105,8 @@ def quantize_model(
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
-            calibrate(result, calibration, exclude=config.exclude)
+            with record_inputs(result):
+                calibrate(result, calibration, exclude=config.exclude)
         if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):
             undo.callback(result.register_forward_pre_hook(FirstForwardCheck(config.exclude)).remove)
         if config.weight_bits is not None:
@@ -113,11 +116,11 @@ def quantize_model(
 
 
 def _layer_configs(
-    model: nn.Module, config: QuantConfig
+    model: nn.Module, config: QuantConfig, find_ends: bool = False
 ) -> tuple[list[tuple[str, nn.Module, LayerConfig]], set[nn.Module]]:
     """The layers to quantize, with names and configurations, and the modules that the user leaves in floating point.
 
-    Raises for all that cannot be quantized.
+    With ``find_ends``, the network is traced for its first and last layers. Raises for all that cannot be quantized.
     """
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
@@ -142,7 +145,8 @@ def _layer_configs(
             f"Its modules with parameters: {', '.join(types) or 'none'}"
         )
     layer_configs = []
-    for name, layer_config in config.resolve(layers, excluded).items():
+    ends = first_and_last(model, layers) if find_ends else None
+    for name, layer_config in config.resolve(layers, excluded, ends).items():
         if layer_config is not None and not _quantized_class(layers[name]).quantizes_input:
             layer_config = replace(layer_config, activation_bits=None)
         if layer_config is not None and not layer_config.quantizes_nothing:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from ...quant.graph.norm import Norm
 from ...quant.nn.attention import QuantMultiheadAttention
 from ...quant.nn.attention_functional import ROLES, attend
 from ...quant.nn.linear import QuantLinear
@@ -49,7 +49,7 @@ class DeployMultiheadAttention(DeployedModule):
             self.out_proj.__dict__ = vars(source.out_proj).copy()
 
     @classmethod
-    def from_quantized(cls, name: str, layer: Any, norm: _BatchNorm | None = None) -> Self:
+    def from_quantized(cls, name: str, layer: Any, norm: Norm | None = None) -> Self:
         """The deployed form of ``layer``, but for its out-projection, which is a quantized layer of its own."""
         projections: dict[str, nn.Module] = {}
         for role, linear in _projections(layer).items():

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from ...quant.graph.norm import Norm
 from ...quant.graph.output_hook import quantize_output
 from ...quant.nn.base import QuantizedModule
 from ...quant.summary import QuantRecord, storage_bytes
@@ -84,7 +84,7 @@ class DeployLayer(DeployedModule):
         self.register_load_state_dict_post_hook(_update_after_loading)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def from_quantized(cls, name: str, layer: QuantizedModule, norm: _BatchNorm | None = None) -> Self:
+    def from_quantized(cls, name: str, layer: QuantizedModule, norm: Norm | None = None) -> Self:
         """The deployed form of a quantized layer, with the BatchNorm ``norm`` folded in if there is one."""
         bias: Any = getattr(layer, "bias", None)
         output: Any = layer.output_quantizer
@@ -93,8 +93,9 @@ class DeployLayer(DeployedModule):
             gain, bias = fold_batchnorm(norm, bias)
             if not bool(torch.isfinite(gain).all() & torch.isfinite(bias).all()):
                 raise ValueError(f"the BatchNorm behind {name!r} has values that are not finite")
-            if quantize_output in norm._forward_hooks.values():
-                output = norm.output_quantizer
+            is_left_out = norm.is_output and layer not in set(norm.module.modules())
+            if is_left_out and quantize_output in norm.module._forward_hooks.values():
+                output = norm.module.output_quantizer
         activation, output = (
             None if quantizer is None else ActivationQuantizer.from_quantizer(quantizer)
             for quantizer in (layer.input_quantizer, output)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from ...quant.graph.norm import Norm
 from ...quant.nn.embedding import QuantEmbedding, QuantEmbeddingBag
 from .registry import DeployedModule, deploys
 
@@ -17,7 +17,7 @@ class _DeployTable(DeployedModule):
     """What the two tables share. Their weight is their own, even if the trained weight was tied to others."""
 
     @classmethod
-    def from_quantized(cls, name: str, layer: Any, norm: _BatchNorm | None = None) -> Self:
+    def from_quantized(cls, name: str, layer: Any, norm: Norm | None = None) -> Self:
         if layer.output_quantizer is not None:
             raise ValueError(
                 f"{name or 'the model'!r}: an embedding is deployed as a table in floating point, which has no output "

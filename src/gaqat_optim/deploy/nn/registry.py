@@ -7,9 +7,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from ...quant.graph.norm import Norm
 from ...quant.nn.base import QuantizedModule
 
 D = TypeVar("D", bound="type[DeployedModule]")
@@ -47,7 +47,7 @@ class DeployedModule(nn.Module):
                 setattr(self, attribute, value)
 
     @classmethod
-    def from_quantized(cls, name: str, layer: Any, norm: _BatchNorm | None = None) -> Self:
+    def from_quantized(cls, name: str, layer: Any, norm: Norm | None = None) -> Self:
         """The deployed form of the quantized layer with the qualified name ``name``, with ``norm`` folded in."""
         raise NotImplementedError
 

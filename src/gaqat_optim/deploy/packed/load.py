@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from ...quant.graph.norm import computes_norm, is_batch_norm
 from ...quant.graph.output_hook import attach, detach, modules_with_output_quantizer
 from ...quant.nn.attention import disable_fast_paths
 from ...quant.nn.base import QuantizedModule, float_class, quantized_class
 from ..atomic_write import file_path
+from ..forward_without_norm import ForwardWithoutNorm
 from ..module_tree import join, replace_modules, shared_tensors
 from ..nn.activation_quantizer import ActivationQuantizer, QuantDequant
 from ..nn.base import DeployLayer
@@ -75,7 +76,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with refuse_foreign(path):
         entry_of = {name: entry for entry in entries for name in entry["names"] if entry["kind"] != "QuantDequant"}
         outputs = [(entry["names"][0], entry) for entry in entries if entry["kind"] == "QuantDequant"]
-    built: dict[str, DeployedModule] = {}  # by first name in the file, where two layers of the network can be one
+    built: dict[str, nn.Module] = {}  # by first name in the file, where two layers of the network can be one
 
     def deployed(name: str, module: nn.Module) -> nn.Module:
         entry = entry_of.get(name)
@@ -84,6 +85,9 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if entry["kind"] == "Identity":
             return _identity(name, module)
         first = entry["names"][0]
+        if entry["kind"] == "ForwardWithoutNorm":
+            with refuse_foreign(path):
+                return built.setdefault(first, ForwardWithoutNorm(module, entry["positions"]))
         prefix = join(first, "")
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         _check_layer(name, module, entry, own)
@@ -156,7 +160,7 @@ def _check_layer(name: str, layer: nn.Module, entry: dict[str, Any], tensors: di
 
 def _identity(name: str, module: nn.Module) -> nn.Module:
     """An identity in the place of a folded BatchNorm, or the identity that is there."""
-    if not isinstance(module, nn.Identity | _BatchNorm):
+    if not (isinstance(module, nn.Identity) or is_batch_norm(module) or computes_norm(module)):
         _require_equal(name, "is", f"a {type(module).__name__}", "an Identity or a folded BatchNorm")
     return module if type(module) is nn.Identity else nn.Identity()
 

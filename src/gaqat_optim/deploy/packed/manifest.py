@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...quant.nn.base import QuantizedModule
 from ..bit_planes import pack_bits, unpack_bits
+from ..forward_without_norm import ForwardWithoutNorm
 from ..module_tree import shared_tensors
 from ..nn.activation_quantizer import QuantDequant
 from ..nn.base import DeployLayer
@@ -36,7 +37,7 @@ _DTYPES = (
 
 
 def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
-    """The entries of the deployed modules, the identities and the output quantizers of other modules."""
+    """The entries of deployed modules, identities, output quantizers of other modules, and forwards without norms."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in deployed.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedModule):
@@ -53,6 +54,8 @@ def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
             entries.append({"names": module_names, "kind": type(module).__name__, **module.to_dict()})
         elif isinstance(module, QuantDequant):
             entries.append({"names": module_names, "kind": "QuantDequant", **module.quantizer.to_dict()})
+        elif isinstance(module, ForwardWithoutNorm):
+            entries.append({"names": module_names, "kind": "ForwardWithoutNorm", "positions": list(module.positions)})
     identities = [name for module in names if type(module) is nn.Identity for name in names[module]]
     return [*entries, {"names": identities, "kind": "Identity"}]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..evaluation import evaluation_mode
 from ..nn.base import QuantizedModule
+from .forward_graph import remove_shape_checks, traceable
+from .norm import computes_norm
 
 
 @dataclass(frozen=True)
@@ -26,31 +26,37 @@ class Trace:
         modules: the module that a node calls, where it calls one that is not traced into.
         returned_by: the modules that return the value of a node, the innermost first.
         uses: how often each module is called, or a parameter of it read by a forward that is not its own.
+        called: how often each module is called, those that are traced into as well.
+        names: the qualified name of each module.
+        sites: the module in whose own forward a function or method is called, and the position among those calls.
     """
 
     nodes: list[torch.fx.Node]
     modules: dict[torch.fx.Node, nn.Module]
     returned_by: dict[torch.fx.Node, list[nn.Module]]
     uses: Counter[nn.Module]
+    called: Counter[nn.Module]
+    names: dict[nn.Module, str]
+    sites: dict[torch.fx.Node, tuple[nn.Module, int]]
 
 
-def trace(model: nn.Module, consequence: str) -> Trace | None:
-    """Trace ``model``, which holds quantized layers; ``None``, and a warning with ``consequence``, if it cannot be."""
-    try:
-        tracer, graph = _traced(model)
-    except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
-        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-        warnings.warn(f"{type(model).__name__} cannot be traced symbolically, so {consequence}. {reason}", stacklevel=4)
-        return None
+def symbolic_trace(model: nn.Module) -> Trace:
+    """The calls of ``model``, which holds quantized layers; raises whatever its code does when inputs are symbols."""
+    tracer, graph = traced(model)
+    remove_shape_checks(graph)
     modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     uses: Counter[nn.Module] = Counter(tracer.called)
     # If a forward reads a parameter of another module, that module's call is not its only use.
-    parameters = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    uses.update(model.get_submodule(name.rpartition(".")[0]) for name in parameters)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            module = model.get_submodule(str(node.target).rpartition(".")[0])
+            readers = {tracer.sites[user][0] for user in node.users if user in tracer.sites}
+            uses[module] += module not in tracer.norms or readers != {module}
     returned_by: dict[torch.fx.Node, list[nn.Module]] = {}
     for module, node in tracer.returned:
         returned_by.setdefault(node, []).append(module)
-    return Trace(list(graph.nodes), modules, returned_by, uses)
+    names = {module: name for name, module in model.named_modules()}
+    return Trace(list(graph.nodes), modules, returned_by, uses, Counter(tracer.called), names, tracer.sites)
 
 
 def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> set[nn.Module]:
@@ -59,14 +65,14 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
     It changes something where a forward runs over the children of its module, as in ``nn.Sequential``, or counts them.
     The type does not tell: the network is traced again with such a child in each.
     """
-    expected_graph, admitting = str(_traced(model)[1]), set(modules)
+    expected_graph, admitting = str(traced(model)[1]), set(modules)
     while admitting:
         probes = {module: nn.Identity() for module in admitting}
         for module, probe in probes.items():
             module._modules[name] = probe
         called, graph_with_probes = set(), ""
         try:
-            tracer, graph = _traced(model)
+            tracer, graph = traced(model)
             called = {module for module, probe in probes.items() if probe in tracer.called}
             graph_with_probes = str(graph)
         except Exception:  # The network's own code fails with such children.
@@ -82,16 +88,13 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
     return admitting
 
 
-def _traced(model: nn.Module) -> tuple[_Tracer, torch.fx.Graph]:
-    """The graph of ``model`` in evaluation mode, which stays as it is."""
-    tracer = _Tracer()
-    attributes = set(vars(model))
-    try:
-        with evaluation_mode(model):
-            return tracer, tracer.trace(model)
-    finally:
-        for constant in set(vars(model)) - attributes:  # The tracer leaves the tensors that forward makes on the model.
-            delattr(model, constant)
+def traced(model: nn.Module, layers: Collection[nn.Module] | None = None) -> tuple[Tracer, torch.fx.Graph]:
+    """The graph of ``model`` in evaluation mode, which stays as it is; ``layers``: all quantized ones by default."""
+    if layers is None:
+        layers = {module for module in model.modules() if isinstance(module, QuantizedModule)}
+    tracer = Tracer(layers, {module for module in model.modules() if computes_norm(module)})
+    with traceable(model, tracer.norms):
+        return tracer, tracer.trace(model)
 
 
 # Modules of torch whose control flow depends on their input. Nothing in them can be folded.
@@ -101,25 +104,49 @@ _UNTRACEABLE = (
 )
 
 
-class _Tracer(torch.fx.Tracer):
-    """Treats a module without quantized layers as one operation, so that fewer modules must be traceable."""
+class Tracer(torch.fx.Tracer):
+    """Treats a module without any of the ``layers`` as one operation, so that fewer modules must be traceable.
+
+    ``norms`` are modules with a normalization in their forward, which are traced into.
+    """
 
     proxy_buffer_attributes = True  # A running mean that forward reads appears in the graph, as a parameter does.
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Collection[nn.Module], norms: Collection[nn.Module]) -> None:
         super().__init__()
+        self.layers, self.norms = layers, norms
         self.called: list[nn.Module] = []
         self.returned: list[tuple[nn.Module, torch.fx.Node]] = []
+        self.sites: dict[torch.fx.Node, tuple[nn.Module, int]] = {}
+        self._running: list[nn.Module] = []  # the modules whose forward is traced, the innermost last
+        self._positions: Counter[nn.Module] = Counter()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (QuantizedModule, _BatchNorm)
-        return isinstance(m, (*leaves, *_UNTRACEABLE)) or not any(isinstance(child, leaves) for child in m.modules())
+        if m in self.layers or isinstance(m, _UNTRACEABLE) or (isinstance(m, _BatchNorm) and m not in self.norms):
+            return True
+        return not any(isinstance(c, _BatchNorm) or c in self.layers or c in self.norms for c in m.modules())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        result = super().call_module(m, forward, args, kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._running.append(m)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._running.pop()
+
+        result = super().call_module(m, run, args, kwargs)
         self.called.append(m)
         if isinstance(result, torch.fx.Proxy):
             self.returned.append((m, result.node))
         return result
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        if kind in ("call_function", "call_method"):
+            assert isinstance(self.root, nn.Module)
+            module = self._running[-1] if self._running else self.root
+            self.sites[node] = (module, self._positions[module])
+            self._positions[module] += 1
+        return node

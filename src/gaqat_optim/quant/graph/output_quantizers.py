@@ -16,7 +16,8 @@ from torch import nn
 from ..lsq.quantizer import LSQQuantizer
 from ..nn.base import QuantizedModule
 from .batch_norm import folded_norm
-from .fx_trace import Trace, admit_child, trace
+from .fx_trace import Trace, admit_child
+from .network_trace import trace
 from .output_hook import attach, detach
 
 # Operations that clip, which a runtime fuses into the integer layer before them. Codes behind the positive ones need no
@@ -86,12 +87,12 @@ class _Placement:
 
     def _place(self, node: torch.fx.Node, template: LSQQuantizer) -> None:
         """Decide for the value of ``node``, which a layer or a sum computes; a quantizer is built like ``template``."""
-        chain = self._chain(node)
+        chain, first_position = self._chain(node)
         users = self._users(chain[-1])
         # A sum is cheap enough to be computed for each of two quantizers, in one integer operator with it.
         if None not in users and len(users) <= (1 if node in self.traced.modules else 2):
             return
-        for position in reversed(range(len(chain))):
+        for position in reversed(range(first_position, len(chain))):
             host = self._host_module(chain[position])
             if host is None:
                 continue
@@ -105,17 +106,20 @@ class _Placement:
             self._mark_quantized(chain[position:], template)
             return
 
-    def _chain(self, node: torch.fx.Node) -> list[torch.fx.Node]:
-        """The node, its BatchNorm and what only clips or passes on its value, as long as each is the only user."""
-        chain = [node]
+    def _chain(self, node: torch.fx.Node) -> tuple[list[torch.fx.Node], int]:
+        """The node, its BatchNorm and what only clips or passes on its value, as long as each is the only user.
+
+        Then the position of the first that can have a quantizer: the BatchNorm, if there is one that a layer contains.
+        """
+        folded = folded_norm(self.traced, node)
+        chain = [node] if folded is None else [node, *folded[1]]
+        first_position = len(chain) - 1
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
-            module = self.traced.modules.get(user)
-            is_folded = len(chain) == 1 and module is not None and module is folded_norm(self.traced, node)
-            if user.all_input_nodes != [chain[-1]] or not (is_folded or self._called(user) in _PASS_THROUGH):
+            if user.all_input_nodes != [chain[-1]] or self._called(user) not in _PASS_THROUGH:
                 break
             chain.append(user)
-        return chain
+        return chain, first_position
 
     def _users(self, node: torch.fx.Node) -> set[nn.Module | None]:
         """The layers that quantize the value of ``node``, and ``None`` if anything else uses it."""

@@ -1,0 +1,75 @@
+"""The layers that ``first_last_bits`` means: those that read an input of the network, and those that make an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+
+from .fx_trace import traced
+from .norm import reads_shape
+
+# Functions that compute with a weight, as a layer does that stays in floating point.
+_PRODUCTS = {F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d}
+
+
+def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """The names of the first and the last of the quantizable ``layers`` of a network in floating point.
+
+    A layer is first if its input is computed from an input of the network without another layer, and last if no other
+    layer uses its output. There can be several, such as the branches of a stem or two heads. Every module with a weight
+    of two or more axes counts as another layer, and so does one that is not traced into, whose first and last layers
+    then go by their order.
+
+    In a network that cannot be traced symbolically, the first and the last layer go by the order of ``layers``.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU())
+    >>> sorted(first_and_last(net, {str(i): net[i] for i in range(3)}))
+    ['0', '2']
+    """
+    by_order = [*list(layers)[:1], *list(layers)[-1:]]
+    try:
+        _, graph = traced(model, set(layers.values()))
+    except Exception:  # The network's own code may raise anything when its inputs are symbols.
+        return set(by_order)
+    names: dict[nn.Module, str] = {}
+    for name, module in layers.items():
+        names.setdefault(module, name)
+    inside: dict[torch.fx.Node, list[str]] = {}  # of each call with a weight, the layers
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            own = [names[child] for child in module.modules() if child in names]
+            if own or _has_weight(module):
+                inside[node] = own
+        elif node.target in _PRODUCTS:
+            inside[node] = []
+    # By going forward: what the network's inputs reach, and what layers reach. Then back: what reaches layers.
+    from_input, from_layer, to_layer = set(), set(), set()
+    for node in graph.nodes:
+        operands = [] if reads_shape(node) else node.all_input_nodes
+        if node.op == "placeholder" or any(operand in from_input for operand in operands):
+            from_input.add(node)
+        if any(operand in inside or operand in from_layer for operand in operands):
+            from_layer.add(node)
+    for node in reversed(graph.nodes):
+        if any(user in inside or user in to_layer for user in node.users if not reads_shape(user)):
+            to_layer.add(node)
+    first = {
+        own[0]
+        for node, own in inside.items()
+        if own and _reads(node, from_input) and not _reads(node, from_layer | set(inside))
+    }
+    last = {own[-1] for node, own in inside.items() if own and node not in to_layer}
+    return (first or {by_order[0]}) | (last or {by_order[-1]})
+
+
+def _reads(node: torch.fx.Node, values: set[torch.fx.Node]) -> bool:
+    """Whether the first operand of a layer, which is its input, is one of the ``values``."""
+    return any(operand in values for operand in node.all_input_nodes[:1])
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return not isinstance(module, nn.LayerNorm) and any(parameter.dim() > 1 for parameter in module.parameters())

@@ -1,0 +1,35 @@
+"""A network's graph of calls, in the way that succeeds."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from .export_trace import export_trace
+from .fx_trace import Trace, symbolic_trace
+
+
+def trace(model: nn.Module, consequence: str) -> Trace | None:
+    """Trace ``model``, which holds quantized layers; ``None``, and a warning with ``consequence``, if it cannot be.
+
+    Symbolic tracing comes first. Where it fails, and the network was calibrated, ``torch.export`` comes next.
+    """
+    try:
+        return symbolic_trace(model)
+    except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
+        reasons = [_first_line(error)]
+    try:
+        exported = export_trace(model)
+        if exported is not None:
+            return exported
+        reasons.append("After a calibration, torch.export would be tried")
+    except Exception as error:  # As above.
+        reasons.append(f"Nor by torch.export: {_first_line(error)}")
+    kind = type(model).__name__
+    warnings.warn(f"{kind} cannot be traced symbolically, so {consequence}. {'. '.join(reasons)}", stacklevel=4)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
