@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from ..scale_names import is_scale_name
 from .calibration import calibrate
 from .config import LayerConfig, QuantConfig
 from .graph.output_quantizers import place_output_quantizers
+from .inputs import run_batch
 from .lsq.quantizer import LSQQuantizer
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule
@@ -25,6 +26,7 @@ def quantize_model(
     config: QuantConfig = QuantConfig(),  # noqa: B008 (immutable)
     *,
     calibration: Tensor | Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Replace the layers of ``model`` by versions that train through LSQ quantizers.
@@ -42,9 +44,11 @@ def quantize_model(
     Args:
         model: the network, usually trained in floating point. It is copied unless ``inplace``.
         config: what to quantize and to how many bits.
-        calibration: inputs that set the activation scales: a tensor, or an iterable of batches (each a tensor, or a
-            tuple, list or mapping whose first item is the input). A few batches of training data do. Without it,
-            the first forward pass in training mode sets the activation scales.
+        calibration: inputs that set the activation scales: a tensor, or an iterable of batches. A few batches of
+            training data do. Without it, the first forward pass in training mode sets the activation scales.
+        forward: ``forward(model, batch)`` runs one batch of ``calibration``, whose tensors, nested ones too, are on
+            the model's device then. By default a tensor is the input, of a tuple or list the first item is, and a
+            mapping goes in as keywords, those that the model's forward takes.
         inplace: change ``model`` itself, with the same Parameter objects, instead of a copy. A model that is itself a
             layer cannot be changed in place: use the returned module.
 
@@ -52,10 +56,10 @@ def quantize_model(
         The quantized network.
 
     Raises:
-        TypeError: ``model``, ``config`` or a calibration batch is of the wrong type.
+        TypeError: ``model``, ``config``, ``forward`` or a calibration batch is of the wrong type.
         ValueError: nothing to quantize, already quantized, a module that cannot be (such as an LSTM), a pattern that
-            matches no layer, an empty calibration, or weights or activations that are not finite. ``model`` is then
-            unchanged.
+            matches no layer, an empty calibration, ``forward`` without calibration, or weights or activations that are
+            not finite. ``model`` is then unchanged.
 
     Example:
         >>> import torch
@@ -73,6 +77,10 @@ def quantize_model(
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be a function of model and batch, got {type(forward).__name__}")
+    if forward is not None and calibration is None:
+        raise ValueError("forward runs the batches of calibration, and there are none: pass calibration= as well")
     layer_configs = _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
@@ -92,7 +100,7 @@ def quantize_model(
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
-            calibrate(result, calibration)
+            calibrate(result, calibration, forward or run_batch)
         undo.pop_all()
     return result
 

@@ -1,0 +1,93 @@
+"""The inputs of a network as people have them: a tensor, a tuple or list, or a mapping of keywords."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """``model`` on one batch of a ``DataLoader``.
+
+    A tensor is the input, of a tuple or list the first item is. A mapping goes in as keywords, those that the model's
+    forward takes: a batch may have labels that the network does not read.
+
+    Raises:
+        TypeError: the batch is something else, has no tensor, or lacks a keyword that forward needs.
+    """
+    if isinstance(batch, Mapping):
+        return model(**taken_keywords(model, batch))
+    inputs = batch
+    if isinstance(batch, (tuple, list)):
+        inputs = batch[0] if batch else None
+    if next(tensors_in(inputs), None) is None:
+        got = type(batch).__name__ if inputs is batch else f"{type(batch).__name__} with {type(inputs).__name__}"
+        raise TypeError(
+            "a calibration batch must be a tensor, a tuple or list whose first item is the input, or a mapping of "
+            f"forward's keywords; got {got}. For batches of another kind, pass forward=, a function of model and batch"
+        )
+    return model(inputs)
+
+
+def taken_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
+    """The items of ``batch`` that the model's forward takes as keywords.
+
+    Raises:
+        TypeError: there is no tensor among them, or an argument without a default is missing.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in keywords}
+    taken = {key: value for key, value in batch.items() if isinstance(key, str) and (takes_all or key in names)}
+    missing = [p.name for p in keywords if p.default is p.empty and p.name not in taken]
+    if missing or next(tensors_in(taken), None) is None:
+        raise TypeError(
+            f"the forward of {type(model).__name__} takes {', '.join(p.name for p in keywords) or 'no keywords'}; the "
+            f"batch has {', '.join(map(str, batch)) or 'no items'}"
+            + (f", and so no {', '.join(missing)}" if missing else ", and so no tensor for it")
+            + ". Name its items as forward does, or pass forward= to quantize_model, a function of model and batch"
+        )
+    return taken
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in ``value``, a nest of mappings, tuples and lists.
+
+    >>> [v.item() for v in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "text"]})]
+    [1, 2]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with all its tensors on ``device``, in mappings, tuples and lists of the same types.
+
+    What is there already stays the same object, and nothing is changed in place. Other objects that have a method
+    ``to``, as the batches of some libraries, move themselves; the rest stays.
+    """
+    if isinstance(value, Mapping):
+        moved = {key: to_device(item, device) for key, item in value.items()}
+        if all(moved[key] is item for key, item in value.items()):
+            return value
+        if not isinstance(value, MutableMapping):
+            return moved
+        result = copy.copy(value)  # A tokenizer's output, for example, has its values as attributes as well.
+        for key, item in moved.items():
+            result[key] = item
+        return result
+    if isinstance(value, (tuple, list)) and not hasattr(value, "to"):
+        items = [to_device(item, device) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value.to(device) if hasattr(value, "to") else value
