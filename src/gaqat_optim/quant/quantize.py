@@ -53,7 +53,7 @@ def quantize_model(
             layer cannot be changed in place: use the returned module.
 
     Returns:
-        The quantized network.
+        The quantized network. Its ``quant_config`` is ``config``, to build it again for a checkpoint.
 
     Raises:
         TypeError: ``model``, ``config``, ``forward`` or a calibration batch is of the wrong type.
@@ -102,6 +102,7 @@ def quantize_model(
         if calibration is not None:
             calibrate(result, calibration, forward or run_batch)
         undo.pop_all()
+    result.quant_config = config  # type: ignore[assignment]
     return result
 
 
