@@ -51,7 +51,7 @@ def taken_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]
             f"the forward of {type(model).__name__} takes {', '.join(p.name for p in keywords) or 'no keywords'}; the "
             f"batch has {', '.join(map(str, batch)) or 'no items'}"
             + (f", and so no {', '.join(missing)}" if missing else ", and so no tensor for it")
-            + ". Name its items as forward does, or pass forward= to quantize_model, a function of model and batch"
+            + ". Name its items as forward does; for calibration, forward= may run the batch in another way"
         )
     return taken
 
@@ -91,3 +91,39 @@ def to_device(value: Any, device: torch.device) -> Any:
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value.to(device) if hasattr(value, "to") else value
+
+
+def call_arguments(model: nn.Module, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments with which ``model`` runs on a sample.
+
+    A tensor is the only argument, a tuple has the positional ones. A mapping has keywords, of which those count that
+    the model's forward takes.
+
+    Raises:
+        TypeError: the sample is something else, has no tensor, or lacks a keyword that forward needs.
+        ValueError: its first tensor has no entry on axis 0.
+    """
+    if isinstance(sample, Mapping):
+        args, kwargs = (), taken_keywords(model, sample)
+    else:
+        args, kwargs = sample if isinstance(sample, tuple) else (sample,), {}
+    if not isinstance(sample, (Tensor, tuple, Mapping)) or next(tensors_in((args, kwargs)), None) is None:
+        raise TypeError(
+            "sample must be a tensor, a tuple of forward's positional inputs, or a mapping of its keywords; "
+            f"got {type(sample).__name__}{'' if not isinstance(sample, tuple) else ' without a tensor'}"
+        )
+    batch_size((args, kwargs))
+    return args, kwargs
+
+
+def batch_size(inputs: Any) -> int:
+    """The size of axis 0 of the first tensor in ``inputs`` that has axes.
+
+    Raises:
+        ValueError: there is none, or it is empty.
+    """
+    first = next((tensor for tensor in tensors_in(inputs) if tensor.dim() > 0), None)
+    if first is None or first.numel() == 0:
+        shape = () if first is None else tuple(first.shape)
+        raise ValueError(f"sample must be a batch with at least one entry on axis 0, got shape {shape}")
+    return len(first)
