@@ -2,10 +2,8 @@
 
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import pytest
 import torch
 
 from gaqat_optim import QuantConfig, convert, quantize_model
@@ -31,15 +29,6 @@ with torch.no_grad():
     assert torch.equal(convert(model)(ids, attention_mask=mask).logits, deployed)
     assert torch.equal(model.eval()(ids, attention_mask=mask).logits, logits)
 """
-
-
-@pytest.fixture
-def transformers(torchvision):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its imports, torchao's among them, are not ours to judge
-        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-        from transformers import BertForSequenceClassification  # noqa: F401 (lazy)
-    return transformers
 
 
 def test_a_pretrained_folder_is_rebuilt_in_a_fresh_process(transformers, tmp_path):

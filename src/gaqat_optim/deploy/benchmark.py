@@ -94,7 +94,8 @@ def benchmark_onnx(
 
     Other load on the machine then slows down both alike, so that their ratio is steadier than either time. The files
     get the same random inputs, made from the shapes that they declare. Inputs are matched by type and shape, so that a
-    file of the float network may have other names for them, and another opset.
+    file of the float network may have other names for them, and another opset. Integers are 0, and 1 where the name of
+    the input has ``mask`` in it.
 
     Args:
         path_a: the file to compare with, such as the float network.
@@ -214,7 +215,8 @@ def _random_array(match: list[Any], batch_size: int, generator: np.random.Genera
         raise ValueError(f"the input {name!r} is for batches of {shape[0]} only, not of {batch_size}")
     dtype = np.dtype(_DTYPES[kind])
     if dtype.kind != "f":
-        return np.zeros(shape, dtype)  # Indices of 0 are in range of every table.
+        is_mask = any("mask" in value.name for value in match)  # One that hides everything makes NaNs of averages.
+        return np.full(shape, is_mask, dtype)  # Indices of 0 are in range of every table.
     return np.asarray(generator.standard_normal(shape), dtype)
 
 

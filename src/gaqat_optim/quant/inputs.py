@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -70,27 +70,35 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with all its tensors on ``device``, in mappings, tuples and lists of the same types.
+    """``value`` with all its tensors on ``device``; see :func:`map_leaves`.
 
-    What is there already stays the same object, and nothing is changed in place. Other objects that have a method
-    ``to``, as the batches of some libraries, move themselves; the rest stays.
+    Other objects that have a method ``to``, as the batches of some libraries, move themselves; the rest stays.
+    """
+    return map_leaves(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, value)
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with all that is neither a mapping nor a tuple or list replaced by ``function`` of it.
+
+    Mappings, tuples and lists keep their types. Nothing is changed in place, and what ``function`` leaves alone stays
+    the same object.
     """
     if isinstance(value, Mapping):
-        moved = {key: to_device(item, device) for key, item in value.items()}
-        if all(moved[key] is item for key, item in value.items()):
+        items = {key: map_leaves(function, item) for key, item in value.items()}
+        if all(items[key] is item for key, item in value.items()):
             return value
         if not isinstance(value, MutableMapping):
-            return moved
+            return items
         result = copy.copy(value)  # A tokenizer's output, for example, has its values as attributes as well.
-        for key, item in moved.items():
+        for key, item in items.items():
             result[key] = item
         return result
-    if isinstance(value, (tuple, list)) and not hasattr(value, "to"):
-        items = [to_device(item, device) for item in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
+    if isinstance(value, (tuple, list)) and not hasattr(value, "to"):  # A PackedSequence moves itself.
+        row = [map_leaves(function, item) for item in value]
+        if all(a is b for a, b in zip(row, value, strict=True)):
             return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value.to(device) if hasattr(value, "to") else value
+        return type(value)(*row) if hasattr(value, "_fields") else type(value)(row)
+    return function(value)
 
 
 def call_arguments(model: nn.Module, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
