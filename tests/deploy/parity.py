@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gaqat_optim import rounded_biases
 from gaqat_optim.deploy import qdq
+from gaqat_optim.deploy.flat_network import tensors
 from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
-from gaqat_optim.deploy.onnx_export.verification import tensors
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 
 # onnxruntime rounds x / s, with x a sum in another order, or the product of a sum of integers with a quotient of

@@ -184,6 +184,18 @@ def test_threads_batch_and_inputs_reach_the_runtime(files, tmp_path, runs):
     assert (array.shape, array.dtype.name, array.any()) == ((4, 4), "int64", False)
 
 
+def test_masks_hide_nothing_and_an_input_without_the_batch_keeps_its_size(tmp_path, runs):
+    given = [("ids", ("n", 3), INT64), ("attention_mask", ("n", 3), INT64), ("positions", (1, 3), FLOAT)]
+    path = identities(tmp_path / "a.onnx", given)
+    latencies([path, path], runs=1, warmup=0, batch_size=4)
+    (*_, feed), _ = runs
+    assert (feed["ids"].any(), feed["attention_mask"].all()) == (False, True)
+    assert [feed[name].shape for name, *_ in given] == [(4, 3), (4, 3), (1, 3)]
+    fixed = identities(tmp_path / "b.onnx", [(name, (1, 3), kind) for name, _, kind in given])
+    with pytest.raises(ValueError, match="the input 'ids' is for batches of 1 only, not of 4"):
+        latencies([path, fixed], runs=1, warmup=0, batch_size=4)
+
+
 @pytest.mark.parametrize("position", [0, 1])
 def test_a_missing_file(position, files, tmp_path):
     paths = list(files)

@@ -321,3 +321,10 @@ def test_nothing_is_said_where_all_is_well(resnet):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(resnet)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 2), nn.Conv1d(4, 2, 3), nn.ConvTranspose1d(4, 2, 3)], ids=repr)
+def test_layers_take_their_input_by_torch_s_own_name(layer):
+    x = torch.rand(6, 4) if isinstance(layer, nn.Linear) else torch.rand(6, 4, 8)
+    deployed = convert(quantize_model(layer, calibration=x))
+    assert torch.equal(deployed(input=x), deployed(x))

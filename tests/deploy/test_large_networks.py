@@ -56,7 +56,7 @@ def test_the_file_predicts_as_the_network_that_was_trained(network, config, tmp_
     rounded = (as_deployed == as_rounded).float().mean().item()
     print(f"\n{network} {config}: accuracy {accuracy:.2%}, convert predicts as in training for {plain:.2%}, ", end="")
     print(f"as in training with rounded biases for {rounded:.2%}")
-    levels = compare_levels(deployed, onnx.load(tmp_path / "net.onnx"), batches)[:2]
+    levels = compare_levels(deployed, onnx.load(tmp_path / "net.onnx"), [(batch,) for batch in batches])[:2]
     for name, level in zip(("optimized", "as written"), levels, strict=True):
         print(f"onnxruntime, {name}: {level.top1_agreement:.2%} of predictions as convert, ", end="")
         print(f"codes that differ {level.code_flip_rate:.2e}")

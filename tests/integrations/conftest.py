@@ -21,3 +21,17 @@ def fresh_accelerate(torchvision):
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
+
+
+@pytest.fixture
+def transformers(torchvision):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its imports, torchao's among them, are not ours to judge
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed: [integrations]")
+        for name in (
+            "BertForSequenceClassification",
+            "GPT2LMHeadModel",
+            "T5ForConditionalGeneration",
+        ):
+            getattr(transformers, name)  # imported when it is first used
+    return transformers

@@ -24,7 +24,7 @@ X = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
         [X],
         [(X, torch.zeros(24))],
         [[X]],
-        [{"pixels": X, "label": torch.zeros(24)}],
+        [{"input": X, "label": torch.zeros(24)}],
         iter([X[:12], X[12:]]),
         DataLoader(TensorDataset(X, torch.zeros(24)), batch_size=12),
     ],
@@ -35,6 +35,32 @@ def test_every_kind_of_batch_gives_the_same_scales(calibration):
     want = quantize_model(mlp_with_seed(), calibration=X)
     for a, b in zip(got.parameters(), want.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_forward_runs_the_batches_that_the_network_cannot_take():
+    batches = [{"pixels": {"left": X[:12], "right": X[12:]}, "label": None}]
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch)
+        return model(torch.cat([*batch["pixels"].values()]))
+
+    got = quantize_model(mlp_with_seed(), calibration=batches, forward=forward)
+    want = quantize_model(mlp_with_seed(), calibration=X)
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+    assert seen[0] is batches[0]  # what is on the device already is handed over as it is
+    quantize_model(mlp(), calibration=X, forward=lambda model, batch: model(batch))  # a tensor is one batch
+
+
+def test_forward_without_calibration_and_other_mistakes_are_errors():
+    with pytest.raises(ValueError, match="pass calibration="):
+        quantize_model(mlp(), forward=lambda model, batch: model(batch))
+    with pytest.raises(TypeError, match="forward must be a function of model and batch, got str"):
+        quantize_model(mlp(), calibration=X, forward="input")
+    with pytest.raises(TypeError, match=r"got dict; a list makes one batch such an iterable: calibration=\[batch\]"):
+        quantize_model(mlp(), calibration={"input": X})
+    with pytest.raises(TypeError, match="an iterable of batches, got int"):
+        quantize_model(mlp(), calibration=3)
 
 
 def mlp_with_seed():

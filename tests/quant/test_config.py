@@ -174,3 +174,67 @@ def test_a_configuration_without_types_is_json():
     given = settings(overrides={"body.*": {"weight_bits": 2}})
     assert json.loads(json.dumps(asdict(QuantConfig(**given))))["overrides"] == given["overrides"]
     assert QuantConfig(**json.loads(json.dumps(asdict(QuantConfig(**given))))) == QuantConfig(**given)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(),
+        QuantConfig(**settings()),
+        QuantConfig(2, None, weight_granularity="tensor", activation_signed=True, first_last_bits="same"),
+        QuantConfig(
+            None, 8, first_last_bits=None, output_bits=8, init="lsq", scale_domain="linear", exclude=["a", "b"]
+        ),
+        QuantConfig(overrides={"torch.nn.modules.linear.Linear": {"weight_bits": 2}, nn.Linear: {"weight_bits": 3}}),
+    ],
+    ids=["default", "overrides", "tensor", "floating", "a pattern like a type"],
+)
+def test_a_configuration_round_trips_through_json(config):
+    # Some writers sort keys: the order of the overrides has to live without them.
+    again = QuantConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True)))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert repr(again) == repr(config)
+
+
+def test_what_is_missing_has_its_default_and_overrides_may_be_a_mapping():
+    assert QuantConfig.from_dict({}) == QuantConfig()
+    given = {"weight_bits": 3, "overrides": {"head": {"weight_bits": 8}}}
+    assert QuantConfig.from_dict(given) == QuantConfig(3, overrides={"head": {"weight_bits": 8}})
+
+
+class Outer:
+    class Inner(nn.Linear):
+        pass
+
+
+def test_types_are_found_by_their_qualified_name_or_named():
+    config = QuantConfig(overrides={Outer.Inner: {"weight_bits": 8}})
+    assert QuantConfig.from_dict(config.to_dict()) == config
+
+    class Local(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"<locals>\.Local was defined in a function"):
+        QuantConfig(overrides={Local: {"weight_bits": 8}}).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"bits": 3}, ValueError, "unknown setting 'bits'; a QuantConfig has weight_bits, "),
+        ({"weight_bits": 1}, ValueError, "weight_bits must be an integer from 2 to 8"),
+        ({"exclude": "head"}, TypeError, "exclude must be a sequence"),
+        ({"overrides": 3}, TypeError, "overrides must map"),
+        ({"overrides": ["head"]}, ValueError, "'pattern' or 'type', and 'settings'; got 'head'"),
+        ({"overrides": [{"pattern": "a", "type": "b", "settings": {}}]}, ValueError, "'pattern' or 'type'"),
+        ({"overrides": [{"pattern": "a", "settings": {"bits": 3}}]}, ValueError, r"overrides\['a'\]: unknown setting"),
+        ({"overrides": [{"type": "no.such.Type", "settings": {}}]}, ValueError, "no type 'no.such.Type' here: ModuleN"),
+        ({"overrides": [{"type": "torch.nn.Linnear", "settings": {}}]}, ValueError, "no type 'torch.nn.Linnear' here"),
+        ({"overrides": [{"type": "torch.nn.functional", "settings": {}}]}, ValueError, "is no type but <module"),
+        ("{}", TypeError, "from_dict takes the dict of QuantConfig.to_dict, got str"),
+    ],
+)
+def test_a_wrong_dict_is_refused_by_name(values, error, words):
+    with pytest.raises(error, match=words):
+        QuantConfig.from_dict(values)

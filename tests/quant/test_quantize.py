@@ -1,7 +1,11 @@
 """quantize_model: what is swapped, what is kept, and that a failure changes nothing."""
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch import nn
 from gaqat_optim import (
     LSQQuantizer,
     QuantConfig,
+    convert,
     lsq_quantize,
     param_groups,
     quantization_disabled,
@@ -346,3 +351,65 @@ def test_a_network_on_the_meta_device_takes_its_scales_from_a_state_dict():
     assert not any(q.is_initialized for q in empty.modules() if isinstance(q, LSQQuantizer))
     empty.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(empty.eval()(x), source(x))
+
+
+@pytest.mark.parametrize("model", [mlp(), nn.Linear(8, 2)], ids=["network", "layer"])
+def test_the_network_keeps_its_configuration(model):
+    config = QuantConfig(3, 4, overrides={nn.Linear: {"init": "lsq"}})
+    assert not hasattr(model, "quant_config")
+    quantized = quantize_model(model, config, calibration=torch.randn(8, 8))
+    for network in (quantized, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized)), convert(quantized)):
+        assert network.quant_config == config
+    assert not hasattr(model, "quant_config")
+
+
+def test_a_failure_leaves_no_configuration():
+    model = mlp()
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_model(model, calibration=torch.full((2, 8), torch.nan), inplace=True)
+    assert not hasattr(model, "quant_config")
+
+
+FRESH_PROCESS = """
+import json, sys, torch
+from gaqat_optim import QuantConfig, convert, quantize_model
+from networks import cnn
+
+folder = sys.argv[1]
+config = QuantConfig.from_dict(json.load(open(f"{folder}/quant.json")))
+model = quantize_model(cnn(), config)
+model.load_state_dict(torch.load(f"{folder}/weights.pt", weights_only=True))
+x, y, z = torch.load(f"{folder}/data.pt", weights_only=True)
+with torch.no_grad():
+    assert torch.equal(convert(model)(x), z)
+    assert torch.equal(model.eval()(x), y)
+"""
+
+
+def test_a_checkpoint_is_rebuilt_in_a_fresh_process(tmp_path):
+    _, x, _ = build("cnn")
+    config = QuantConfig(3, 3, output_bits=8, overrides={nn.Linear: {"weight_bits": 4}})
+    model = quantize_model(cnn(), config, calibration=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "quant.json").write_text(json.dumps(model.quant_config.to_dict()))
+    with torch.no_grad():
+        torch.save((x, model.eval()(x), convert(model)(x)), tmp_path / "data.pt")
+    run = [sys.executable, "-c", f"import torch; torch.set_num_threads(1)\n{FRESH_PROCESS}", str(tmp_path)]
+    subprocess.run(run, check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_scale_that_a_library_loaded_past_the_module_counts():
+    """As from_pretrained of transformers does, which assigns tensors to a network on the meta device."""
+    model, x, _ = build("cnn")
+    source = quantize_model(model, calibration=x).eval()
+    with torch.device("meta"):
+        empty = quantize_model(build("cnn")[0])
+    for name, value in source.state_dict(keep_vars=True).items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(empty.get_submodule(owner), attribute, value)
+    assert torch.equal(convert(empty)(x), convert(source)(x))

@@ -46,6 +46,47 @@ def test_a_layer_on_a_permuted_input():
     assert quantization_summary(quantized(nn.Linear(6, 4), x).requires_grad_(False), x).macs == {"4x3 bits": 5 * 6 * 4}
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.left, self.right = nn.Embedding(5, 4), nn.Linear(4, 2), nn.Linear(6, 2)
+
+    def forward(self, ids, features, mask=None):
+        words = self.left(self.words(ids)) * (1 if mask is None else mask[..., None])
+        return {"sum": words.sum(1) + self.right(features)}
+
+
+@pytest.mark.parametrize("kind", ["tuple", "keywords", "batch"])
+@pytest.mark.parametrize("form", [lambda model: model, convert], ids=["training", "deployed"])
+def test_a_sample_of_several_inputs(kind, form):
+    ids, features = torch.zeros(3, 5, dtype=torch.long), torch.rand(3, 6)
+    samples = {"tuple": (ids, features), "keywords": {"features": features, "ids": ids}}
+    samples["batch"] = {**samples["keywords"], "label": torch.zeros(3), "mask": torch.ones(3, 5)}
+    model = form(quantized(Pair(), [samples["keywords"]]))
+    summary = quantization_summary(model, samples[kind])
+    assert {record.name: record.macs for record in summary if record.macs} == {"left": 5 * 4 * 2, "right": 6 * 2}
+
+
+@pytest.mark.parametrize(
+    ("sample", "error", "words"),
+    [
+        (
+            [torch.rand(3, 4)],
+            TypeError,
+            "sample must be a tensor, a tuple of forward's positional inputs, or",
+        ),
+        ("text", TypeError, "got str"),
+        ((), TypeError, "got tuple without a tensor"),
+        ({"x": torch.rand(3, 4)}, TypeError, "the batch has x, and so no input"),
+        (torch.tensor(1.0), ValueError, r"at least one entry on axis 0, got shape \(\)"),
+        (torch.rand(0, 4), ValueError, r"at least one entry on axis 0, got shape \(0, 4\)"),
+    ],
+)
+def test_a_sample_of_a_wrong_kind_says_what_was_expected(sample, error, words):
+    with pytest.raises(error, match=words):
+        quantization_summary(quantized(nn.Linear(4, 2), torch.rand(3, 4)), sample)
+
+
 class Shared(nn.Module):
     """A layer used twice, an excluded one, one with a float weight, one with a float input, a product of its own."""
 

@@ -94,7 +94,8 @@ def benchmark_onnx(
 
     Other load on the machine then slows down both alike, so that their ratio is steadier than either time. The files
     get the same random inputs, made from the shapes that they declare. Inputs are matched by type and shape, so that a
-    file of the float network may have other names for them, and another opset.
+    file of the float network may have other names for them, and another opset. Integers are 0, and 1 where the name of
+    the input has ``mask`` in it.
 
     Args:
         path_a: the file to compare with, such as the float network.
@@ -188,6 +189,10 @@ def _feeds(files: list[Path], declared: list[list[Any]], batch_size: int) -> lis
                 f"the inputs differ: {files[0].name!r} takes {_listed(declared[0], batch_size)}, and {file.name!r} "
                 f"takes {_listed(inputs, batch_size)}. Export both from one network with one sample"
             )
+    # An input without the batch, such as positions, has a fixed size beside others that leave theirs free.
+    if not any(all(value.shape and not isinstance(value.shape[0], int) for value in match) for match in matches):
+        for match in matches:
+            _check_batch(match, batch_size)
     generator = np.random.default_rng(0)
     arrays = [_random_array(match, batch_size, generator) for match in matches]
     return [{match[i].name: array for match, array in zip(matches, arrays, strict=True)} for i, _ in enumerate(files)]
@@ -206,15 +211,20 @@ def _shape(match: list[Any], batch_size: int) -> tuple[int, ...]:
     return tuple(next((size for size in sizes if isinstance(size, int)), batch_size) for sizes in axes)
 
 
+def _check_batch(match: list[Any], batch_size: int) -> None:
+    shape = _shape(match, batch_size)
+    if shape and shape[0] != batch_size:
+        raise ValueError(f"the input {match[0].name!r} is for batches of {shape[0]} only, not of {batch_size}")
+
+
 def _random_array(match: list[Any], batch_size: int, generator: np.random.Generator) -> NDArray[Any]:
     name, kind, shape = match[0].name, match[0].type, _shape(match, batch_size)
     if kind not in _DTYPES:
         raise ValueError(f"the input {name!r} is a {kind}, which benchmark_onnx cannot fill")
-    if shape and shape[0] != batch_size:
-        raise ValueError(f"the input {name!r} is for batches of {shape[0]} only, not of {batch_size}")
     dtype = np.dtype(_DTYPES[kind])
     if dtype.kind != "f":
-        return np.zeros(shape, dtype)  # Indices of 0 are in range of every table.
+        is_mask = any("mask" in value.name for value in match)  # One that hides everything makes NaNs of averages.
+        return np.full(shape, is_mask, dtype)  # Indices of 0 are in range of every table.
     return np.asarray(generator.standard_normal(shape), dtype)
 
 

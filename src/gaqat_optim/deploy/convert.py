@@ -59,6 +59,7 @@ def convert(model: nn.Module) -> nn.Module:
 
     Returns:
         A network of the same class, in evaluation mode and without gradients: the numeric specification of an export.
+        It keeps ``quant_config``.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -101,7 +102,10 @@ def convert(model: nn.Module) -> nn.Module:
         return module
 
     with torch.no_grad():
-        return replace_modules(model, deployed).eval()
+        result = replace_modules(model, deployed).eval()
+    if hasattr(model, "quant_config"):
+        result.quant_config = model.quant_config  # A model that is itself a layer has become another object.
+    return result
 
 
 def _check(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import MethodType
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
+from .inputs import run_batch, to_device
 from .lsq.quantizer import LSQQuantizer
 from .weight_reads import refuse_weight_reads
 
@@ -24,8 +25,16 @@ PROGRESS_DELAY = 2.0
 _SAMPLE_SIZE = 16384
 
 
-def calibrate(model: nn.Module, batches: Tensor | Iterable[Any], *, exclude: Iterable[str] = ()) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Tensor | Iterable[Any],
+    forward: Callable[[nn.Module, Any], object] = run_batch,
+    *,
+    exclude: Iterable[str] = (),
+) -> None:
     """Run ``batches`` through the float network and initialise every activation quantizer that has no scale yet.
+
+    ``forward`` runs one batch, whose tensors are on the model's device.
 
     The network runs in evaluation mode, without gradients and with all quantizers off. A BatchNorm that was never
     trained (running mean 0 and variance 1) normalizes by the batch instead: its statistics would let activations grow
@@ -36,8 +45,14 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any], *, exclude: Ite
     Raises:
         ValueError: there are no batches or values, an activation is not finite, or a weight is read past its layer (the
             error suggests an ``exclude``, beside these patterns).
-        TypeError: a batch is neither a tensor nor a tuple, list or mapping whose first item is one.
+        TypeError: ``batches`` is one mapping, or cannot be iterated, or a batch is of a kind that
+            :func:`~gaqat_optim.quant.inputs.run_batch` does not know.
     """
+    if isinstance(batches, (Mapping, str)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"calibration must be a tensor or an iterable of batches, got {type(batches).__name__}; "
+            "a list makes one batch such an iterable: calibration=[batch]"
+        )
     uninitialized = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
     samples: dict[LSQQuantizer, list[Tensor]] = {}
     without_values: set[LSQQuantizer] = set()
@@ -64,8 +79,8 @@ def calibrate(model: nn.Module, batches: Tensor | Iterable[Any], *, exclude: Ite
                 restore.callback(vars(norm).pop, "forward")
                 vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
         with torch.no_grad(), refuse_weight_reads(model, exclude):
-            for x in _inputs(batches):
-                model(x.to(device))
+            for batch in [batches] if isinstance(batches, Tensor) else _with_progress(_copy_without_workers(batches)):
+                forward(model, to_device(batch, device))
                 count += 1
     if count == 0 or (without_values and not samples):
         raise ValueError("calibration is empty: give a tensor with values, or an iterable with at least one batch")
@@ -85,22 +100,6 @@ def _is_untrained(module: nn.Module) -> bool:
     # Not by num_batches_tracked, which is 0 after loading weights from before it existed.
     mean, var = module.running_mean, module.running_var
     return mean is not None and var is not None and bool((mean == 0).all()) and bool((var == 1).all())
-
-
-def _inputs(batches: Tensor | Iterable[Any]) -> Iterator[Tensor]:
-    """The input tensor of each batch."""
-    for batch in [batches] if isinstance(batches, Tensor) else _with_progress(_copy_without_workers(batches)):
-        x = batch
-        if isinstance(batch, Mapping):
-            x = next(iter(batch.values()), None)
-        elif isinstance(batch, (tuple, list)):
-            x = batch[0] if batch else None
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                "a calibration batch must be a tensor, or a tuple, list or mapping whose first item is one; "
-                f"got {type(batch).__name__} with {type(x).__name__}"
-            )
-        yield x
 
 
 def _copy_without_workers(batches: Iterable[Any]) -> Iterable[Any]:

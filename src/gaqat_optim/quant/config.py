@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 from torch import nn
+from typing_extensions import Self
 
 from .lsq.functional import MAX_BITS, MIN_BITS
+from .type_names import type_name, type_named
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -126,6 +128,50 @@ class QuantConfig:
             raise TypeError(f"exclude must be a sequence of patterns, as in ('head.*',); got {exclude!r}")
         object.__setattr__(self, "exclude", exclude)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dict of what JSON has, for :meth:`from_dict`.
+
+        ``overrides`` become a list, since their order has a meaning and some writers of JSON sort keys. A module type
+        is in it by its name, as in ``"torch.nn.modules.linear.Linear"``.
+
+        Raises:
+            ValueError: a type in ``overrides`` was defined in a function, where it cannot be found again.
+
+        Example:
+            >>> config = QuantConfig(3, 3, overrides={"head": {"weight_bits": 8}, nn.Embedding: {"weight_bits": 4}})
+            >>> config.to_dict()["overrides"][1]
+            {'type': 'torch.nn.modules.sparse.Embedding', 'settings': {'weight_bits': 4}}
+            >>> QuantConfig.from_dict(config.to_dict()) == config
+            True
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["exclude"] = list(self.exclude)
+        values["overrides"] = [
+            {**({"pattern": key} if isinstance(key, str) else {"type": type_name(key)}), "settings": dict(changes)}
+            for key, changes in self.overrides.items()
+        ]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that :meth:`to_dict` described; what is not in ``values`` has its default.
+
+        Module types are found by importing their modules. ``overrides`` may also be a mapping, as in the constructor.
+
+        Raises:
+            TypeError: ``values`` is no mapping, or a part of it has the wrong type.
+            ValueError: an unknown key, a wrong value, or a type that this process does not find.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"from_dict takes the dict of QuantConfig.to_dict, got {type(values).__name__}")
+        known = [f.name for f in fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise ValueError(f"unknown setting {unknown[0]!r}; a QuantConfig has {', '.join(known)}")
+        overrides = values.get("overrides", {})
+        if isinstance(overrides, (list, tuple)):
+            overrides = dict(map(_override_item, overrides))
+        return cls(**{**values, "overrides": overrides})
+
     def _checked_overrides(self) -> _FrozenDict[str | type, _FrozenDict[str, Any]]:
         """An immutable copy of ``overrides``; raises for all that a layer cannot have."""
         base, checked = self._base(), {}
@@ -220,6 +266,19 @@ def _override(layer: LayerConfig, changes: Mapping[str, Any]) -> LayerConfig:
     if unknown:
         raise ValueError(f"unknown setting {unknown[0]!r}; a layer has {', '.join(_LAYER_FIELDS)}")
     return replace(layer, **changes)
+
+
+def _override_item(item: Any) -> tuple[str | type, Any]:
+    """Key and value of an override in the form of :meth:`QuantConfig.to_dict`."""
+    match item:
+        case {"pattern": str(pattern), "settings": settings} if len(item) == 2:
+            return pattern, settings
+        case {"type": str(name), "settings": settings} if len(item) == 2:
+            try:
+                return type_named(name), settings
+            except ValueError as error:
+                raise ValueError(f"overrides: {error}") from error
+    raise ValueError(f"each of the overrides must have 'pattern' or 'type', and 'settings'; got {item!r}")
 
 
 def _show(key: str | type) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from .float_weights import product_weights, warn_of_float_weights
 from .graph.export_trace import record_inputs
 from .graph.first_last import first_and_last
 from .graph.output_quantizers import place_output_quantizers
+from .inputs import run_batch
 from .lsq.quantizer import LSQQuantizer
 from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
@@ -30,6 +31,7 @@ def quantize_model(
     config: QuantConfig = QuantConfig(),  # noqa: B008 (immutable)
     *,
     calibration: Tensor | Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Replace the layers of ``model`` by versions that train through LSQ quantizers.
@@ -48,22 +50,24 @@ def quantize_model(
     Args:
         model: the network, usually trained in floating point. It is copied unless ``inplace``.
         config: what to quantize and to how many bits.
-        calibration: inputs that set the activation scales: a tensor, or an iterable of batches (each a tensor, or a
-            tuple, list or mapping whose first item is the input). A few batches of training data do. Without it,
-            the first forward pass in training mode sets the activation scales, that of an expert its first token. The
-            ranks of ``torch.distributed`` (the default group) agree on them at the end of the model's forward, which
-            each rank must call equally often; with fully_shard, calibrate.
+        calibration: inputs that set the activation scales: a tensor, or an iterable of batches. A few batches of
+            training data do. Without it, the first forward pass in training mode sets the activation scales, that of an
+            expert its first token. The ranks of ``torch.distributed`` (the default group) agree on them at the end of
+            the model's forward, which each rank must call equally often; with fully_shard, calibrate.
+        forward: ``forward(model, batch)`` runs one batch of ``calibration``, whose tensors, nested ones too, are on
+            the model's device then. By default a tensor is the input, of a tuple or list the first item is, and a
+            mapping goes in as keywords, those that the model's forward takes.
         inplace: change ``model`` itself, with the same Parameter objects, instead of a copy. A model that is itself a
             layer cannot be changed in place: use the returned module.
 
     Returns:
-        The quantized network.
+        The quantized network. Its ``quant_config`` is ``config``, to build it again for a checkpoint.
 
     Raises:
-        TypeError: ``model``, ``config`` or a calibration batch is of the wrong type.
+        TypeError: ``model``, ``config``, ``forward`` or a calibration batch is of the wrong type.
         ValueError: nothing to quantize, already quantized, modules that cannot be (such as an LSTM), weights that a
-            forward reads past their layer, a pattern that matches no layer, an empty calibration, or weights or
-            activations that are not finite. ``model`` is then unchanged.
+            forward reads past their layer, a pattern that matches no layer, an empty calibration, ``forward`` without
+            calibration, or weights or activations that are not finite. ``model`` is then unchanged.
 
     Warns:
         UserWarning: more than a tenth of the weights of linear and convolutional layers stays in floating point, and
@@ -86,6 +90,10 @@ def quantize_model(
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be a function of model and batch, got {type(forward).__name__}")
+    if forward is not None and calibration is None:
+        raise ValueError("forward runs the batches of calibration, and there are none: pass calibration= as well")
     _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
@@ -106,12 +114,13 @@ def quantize_model(
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
             with record_inputs(result):
-                calibrate(result, calibration, exclude=config.exclude)
+                calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
         if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):
             undo.callback(result.register_forward_pre_hook(FirstForwardCheck(config.exclude)).remove)
         if config.weight_bits is not None:
             warn_of_float_weights(result, asked, config.exclude)
         undo.pop_all()
+    result.quant_config = config  # type: ignore[assignment]
     return result
 
 

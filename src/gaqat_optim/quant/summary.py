@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
+from .inputs import batch_size, call_arguments, to_device
 from .mac_counter import MacCounter
 
 FLOAT = "float"
@@ -157,7 +158,9 @@ def _row(record: QuantRecord) -> tuple[str, ...]:
     return record.name or "(model)", record.type, weights, snr, activations, output, f"{record.bytes:,}", macs
 
 
-def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> QuantSummary:
+def quantization_summary(
+    model: nn.Module, sample: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None
+) -> QuantSummary:
     """List the quantized layers of ``model`` and what they cost; ``str()`` of the result is a table.
 
     Below the table stand the sums, the modules with weights (parameters of two axes or more) in floating point, and the
@@ -171,7 +174,8 @@ def quantization_summary(model: nn.Module, sample: Tensor | None = None) -> Quan
 
     Args:
         model: a network from :func:`quantize_model` or :func:`convert`.
-        sample: an input with the batch on axis 0, any number of entries; the counts are for one of them.
+        sample: an input with the batch on axis 0, any number of entries; the counts are for one of them. Several
+            inputs are a tuple, of positional ones, or a mapping of keywords, of which those count that forward takes.
 
     Example:
         >>> import torch
@@ -230,27 +234,28 @@ def count_macs(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
             handle.remove()
 
 
-def multiply_accumulates(model: nn.Module, sample: Tensor) -> dict[nn.Module | None, int]:
+def multiply_accumulates(model: nn.Module, sample: Any) -> dict[nn.Module | None, int]:
     """The multiply-accumulates of each layer for one entry on axis 0 of ``sample``; see :func:`count_macs`.
 
     Quantizers are off in that run, so that they need no scales yet.
     """
+    args, kwargs = to_device(call_arguments(model, sample), device_of(model))
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = device_of(model)
     try:
         with (
             evaluation_mode(model),
             quantization_disabled(model),
-            isolate_rng(device),
+            isolate_rng(device_of(model)),
             torch.no_grad(),
             count_macs(model) as macs,
         ):
-            model(sample.to(device))
+            model(*args, **kwargs)
     finally:
         for buffer, value in buffers:
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
-    return {module: -(-count // len(sample)) for module, count in macs.items()}
+    entries = batch_size((args, kwargs))
+    return {module: -(-count // entries) for module, count in macs.items()}
 
 
 def macs_by_bits(model: nn.Module, counts: Mapping[nn.Module | None, int]) -> dict[str, int]:

@@ -13,8 +13,9 @@ from torch import nn
 from deploy.deploy_networks import CONFIGS, NETWORKS, cnn, images, randomize_norms, trained
 from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT, W4A4, quantized, run, run_torch
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model, scale_parameters
+from gaqat_optim.deploy.flat_network import tensors
 from gaqat_optim.deploy.onnx_export.report import ExportReport
-from gaqat_optim.deploy.onnx_export.verification import out_of_range_inputs, tensors
+from gaqat_optim.deploy.onnx_export.verification import out_of_range_inputs
 
 
 def three_convolutions():
@@ -41,7 +42,7 @@ def test_onnxruntime_computes_what_convert_says(network, config, tmp_path):
     assert report.top1_agreement_unoptimized == 1.0
     assert report.code_flip_rate_unoptimized <= 1e-3
     inputs = [x, 8 * x, 8 * (x.mean() - x)]
-    assert all(torch.equal(a, b) for a, b in zip(out_of_range_inputs(x), inputs, strict=True))
+    assert all(torch.equal(a, b) for (a,), b in zip(out_of_range_inputs(x), inputs, strict=True))
     # A code that flips moves the output by about a step of the next layer.
     tolerance = 0.1 if report.code_flip_rate or report.code_flip_rate_unoptimized else 1e-5
     expected = run_torch(deployed, torch.cat(inputs))
@@ -258,7 +259,7 @@ def refuses(error, message, tmp_path, model=None, sample=None, path="net.onnx", 
         (ValueError, r"opset must be an integer of at least 21, .* got 20", {"opset": 20}),
         (ValueError, r"opset must be an integer of at least 21, .* got True", {"opset": True}),
         (ValueError, r"opset 999 is newer than the installed onnx", {"opset": 999}),
-        (TypeError, "sample must be a tensor, .* got tuple", {"sample": (torch.rand(4, 8),)}),
+        (TypeError, "sample must be a tensor, .* got list", {"sample": [torch.rand(4, 8)]}),
         (ValueError, r"at least one entry on axis 0, got shape \(0, 8\)", {"sample": torch.rand(0, 8)}),
         (ValueError, "sample has values that are not finite", {"sample": torch.full((4, 8), torch.nan)}),
         (TypeError, "got str", {"model": "model"}),

@@ -62,7 +62,7 @@ def test_both_optimization_levels_are_compared(resnet, tmp_path):
     assert 0 < report.max_abs_diff_unoptimized < 1e-4
     assert report.max_abs_diff_unoptimized == max(
         float((run(report.path, v, "as written") - run_torch(convert(model), v)).abs().max())
-        for v in out_of_range_inputs(x)
+        for (v,) in out_of_range_inputs(x)
     )
 
 

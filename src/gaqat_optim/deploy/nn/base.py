@@ -212,7 +212,8 @@ class DeployLayer(DeployedModule):
             bytes=storage_bytes(count, self.weight_bits, numbers),
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
+        x = input
         if self.folded and x.dim() != 2 + self.spatial_dims:
             raise ValueError(
                 f"a BatchNorm was folded into this layer ({self.extra_repr()}), which is the same for inputs of "

@@ -6,7 +6,7 @@ import copy
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...quant.summary import count_macs, macs_by_bits
 from ..atomic_write import file_path, write_atomically
 from ..convert import convert
+from ..flat_network import FlatInputs, FlatNetwork, output_names
 from ..nn.activation_quantizer import ActivationQuantizer
 from ..nn.base import DeployLayer
 from ..qdq import LOWEST_OPSET, QUANTIZER
@@ -48,7 +49,7 @@ _STORAGES: dict[str, Callable[[ir.Graph], None]] = {
 
 def export_onnx(
     model: nn.Module,
-    sample: Tensor,
+    sample: Tensor | tuple[Any, ...] | Mapping[str, Any],
     path: str | os.PathLike[str],
     *,
     storage: Literal["auto", "int8", "packed"] = "auto",
@@ -59,15 +60,23 @@ def export_onnx(
 
     Activations become QuantizeLinear -> Clip -> DequantizeLinear, in 8-bit containers; the Clip, without which a
     runtime would use all 8 bits, is there where the codes are narrower. Weights and int32 biases become constants with
-    a DequantizeLinear. onnxruntime recognises these patterns and replaces them by its integer kernels. Axis 0 of
-    input and output is free. Layers without quantizers are computed in float32 for every dtype of the model.
+    a DequantizeLinear. onnxruntime recognises these patterns and replaces them by its integer kernels. Layers without
+    quantizers are computed in float32 for every dtype of the model.
+
+    A network may have several inputs, such as token ids and an attention mask, in a tuple or a mapping. They are named
+    by the keys of the mapping or the parameters of forward, and one tensor alone is ``input``. Outputs are named by the
+    keys of a mapping (transformers' ``ModelOutput`` is one), otherwise ``output``, ``output_1``, ... Values in the
+    sample that are no tensors, such as ``use_cache=False``, are constants of the file; outputs that are none, such as a
+    cache, are not in it. Axis 0 is free in the outputs, and in all inputs with as many entries on it as the first one;
+    all other sizes are those of the sample.
 
     A convolution runs on integers where its output is quantized again: by the next layer, directly or behind a ReLU,
     or by its own output quantizer (``output_bits`` of :class:`~gaqat_optim.QuantConfig`). A convolution that feeds
     a residual addition needs that quantizer, or stays in floating point: ``float_operators`` of the report lists such
     layers, and one ``UserWarning`` names them and what to set. Another ``UserWarning`` says that onnxruntime computes
     something else on this processor: with or without its optimizations, less than 99 % of the predictions are those of
-    ``convert``, or more than 0.1 % of the codes differ from it or between the two runs.
+    ``convert``, or more than 0.1 % of the codes differ from it or between the two runs. A third one names the
+    inputs that the network never reads.
 
     The file computes the same on x86 processors with and without the VNNI instructions. Kernels for those without add
     two products of bytes in 16 bits. ``export_onnx`` proves on the graph that no two products exceed 16 bits. For this,
@@ -75,9 +84,10 @@ def export_onnx(
     of 7 bits and less need no such change.
 
     Args:
-        model: a network from :func:`~gaqat_optim.quantize_model`, or one from :func:`~gaqat_optim.convert`. It
-            takes one tensor, and is not changed.
-        sample: an input, with the batch on axis 0; any device, and any batch size but 0.
+        model: a network from :func:`~gaqat_optim.quantize_model`, or one from :func:`~gaqat_optim.convert`. It is not
+            changed.
+        sample: an input, with the batch on axis 0; any device, and any batch size but 0. Several inputs are a tuple, of
+            positional ones, or a mapping of keywords.
         path: the file. It appears when it is complete: a failure leaves the file that was there before.
         storage: ``"auto"`` stores weights of up to 4 bits as INT4, others as INT8. ``"packed"`` stores weights of up to
             7 bits as bit planes, in no more than their bits. ``"int8"`` stores all as INT8. All give the same results,
@@ -95,7 +105,7 @@ def export_onnx(
 
     Raises:
         ImportError: the extra ``[onnx]`` is not installed.
-        TypeError: ``model`` is no module, or ``sample`` no tensor.
+        TypeError: ``model`` is no module, or ``sample`` no tensor, tuple or mapping, or not what forward takes.
         ValueError: an unknown ``storage``, an ``opset`` that is too low or unknown, an empty or non-finite sample, or a
             model that cannot be converted.
         OSError: the folder does not exist, or ``path`` is a folder, or cannot be written.
@@ -115,17 +125,22 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_onnx takes a model from quantize_model or convert, got {type(model).__name__}")
-    sample = _checked_sample(sample, storage, opset)
+    _check_choices(storage, opset)
+    inputs = FlatInputs.of_sample(model, sample)
     target = file_path(path)
     _require_packages(check, opset)
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
-    deployed, sample = deployed.cpu().float(), sample.float() if sample.is_floating_point() else sample
+    deployed = deployed.cpu().float()
+    flat = FlatNetwork(deployed, inputs.call).eval()
     with torch.no_grad(), count_macs(deployed) as counts:
-        output = deployed(sample)
-    macs = macs_by_bits(deployed, {module: count // len(sample) for module, count in counts.items()})
-    network = _torch_export(deployed, sample, opset, isinstance(output, Tensor))
+        output = flat.output(*inputs.tensors)
+    macs = macs_by_bits(deployed, {module: count // inputs.batch_size for module, count in counts.items()})
+    network = _torch_export(flat, inputs, opset, output_names(output, inputs.names))
     graph, class_name = network.graph, type(deployed).__name__
+    if unread := [value.name for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
+        names = ", ".join(map(repr, unread))
+        warnings.warn(f"{class_name} does not read {names}, an input of the file without effect", stacklevel=2)
     name_products(graph, _modules_with_weights(deployed))
     strip_metadata(network)
     propagate_qdq(graph)
@@ -136,11 +151,11 @@ def export_onnx(
     derive_bias_scales(graph)
     _STORAGES[storage](graph)
     shorten_names(graph)
-    proto = _serialized(network, class_name)
+    proto = _serialized(network, class_name, inputs)
     if saturating := saturating_products(graph):
         raise inexact(saturating, f"the graph of {class_name}")
     trained = None if is_converted else model
-    comparison = _check_file(deployed, graph, proto, sample, trained) if check else {}
+    comparison = _check_file(flat, graph, proto, inputs, trained) if check else {}
     size = write_atomically(target, proto.SerializeToString())
     compression = 4 * count_float_values(deployed) / size
     return ExportReport(target, storage, opset, size, compression, macs, **comparison)
@@ -155,19 +170,11 @@ def _modules_with_weights(deployed: nn.Module) -> set[str]:
     }
 
 
-def _checked_sample(sample: Any, storage: str, opset: Any) -> Tensor:
-    """The sample on the CPU; raises if an argument is wrong."""
+def _check_choices(storage: str, opset: Any) -> None:
     if storage not in _STORAGES:
         raise ValueError(f"storage must be one of {', '.join(map(repr, _STORAGES))}; got {storage!r}")
     if isinstance(opset, bool) or not isinstance(opset, int) or opset < LOWEST_OPSET:
         raise ValueError(f"opset must be an integer of at least {LOWEST_OPSET}, the first one with INT4; got {opset!r}")
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"sample must be a tensor, the input of the network; got {type(sample).__name__}")
-    if sample.dim() == 0 or sample.numel() == 0:
-        raise ValueError(f"sample must be a batch with at least one entry on axis 0, got shape {tuple(sample.shape)}")
-    if not bool(torch.isfinite(sample).all()):
-        raise ValueError("sample has values that are not finite")
-    return sample.detach().cpu()
 
 
 def _require_packages(check: bool, opset: int) -> None:
@@ -183,38 +190,43 @@ def _require_packages(check: bool, opset: int) -> None:
         raise ValueError(f"opset {opset} is newer than the installed onnx {onnx.__version__} knows ({newest})")
 
 
-def _torch_export(deployed: nn.Module, sample: Tensor, opset: int, one_output: bool) -> ir.Model:
+def _torch_export(flat: FlatNetwork, inputs: FlatInputs, opset: int, outputs: list[str]) -> ir.Model:
     """The model that torch makes of a converted network, its weights as INT8."""
-    if len(sample) == 1:
-        sample = torch.cat([sample, sample])  # torch takes a size of 1 for a constant.
-    shapes = ({0: torch.export.Dim("batch", min=2)},)  # torch 2.9 refuses a range with 1 in it
+    name, arguments = type(flat.network).__name__, inputs.tensors
+    if inputs.batch_size == 1:  # torch takes a size of 1 for a constant.
+        pairs = zip(arguments, inputs.free, strict=True)
+        arguments = tuple(torch.cat([value, value]) if is_free else value for value, is_free in pairs)
+    batch = torch.export.Dim("batch", min=2)  # torch 2.9 refuses a range with 1 in it
+    shapes = (tuple({0: batch} if is_free else None for is_free in inputs.free),)
     try:
         with warnings.catch_warnings():
             # The exporter uses one of torch's own structures in a way that torch warns about.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            # It calls the batch axis by one name where several inputs have it, as it should.
+            warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
             program = torch.onnx.export(
-                deployed,
-                (sample,),
+                flat,
+                arguments,
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                input_names=["input"],
-                output_names=["output"] if one_output else None,
+                input_names=inputs.names,
+                output_names=outputs,
                 dynamic_shapes=shapes,
             )
             if getattr(program, "_capture_strategy", None) == "TorchExportDraftExportStrategy":
                 # torch 2.8 falls back to a recording whose branches depend on the values of the sample.
-                torch.export.export(deployed, (sample,), dynamic_shapes=shapes, strict=False)  # Raises the reason.
+                torch.export.export(flat, arguments, dynamic_shapes=shapes, strict=False)  # Raises the reason.
                 raise RuntimeError("torch's recording holds for the values of the sample alone")
     except Exception as error:
-        raise RuntimeError(f"torch cannot export {type(deployed).__name__}: {_cause(error)}") from error
+        raise RuntimeError(f"torch cannot export {name}: {_cause(error)}") from error
     assert program is not None
     network: ir.Model = program.model
-    needs_quantizers = any(isinstance(module, ActivationQuantizer) for module in deployed.modules())
+    needs_quantizers = any(isinstance(module, ActivationQuantizer) for module in flat.modules())
     if needs_quantizers and not any(QUANTIZER in node.metadata_props for node in network.graph):
         # If tracing fails, torch falls back to Dynamo, which records the arithmetic of the codes in floating point.
         raise RuntimeError(
-            f"torch cannot export {type(deployed).__name__} but by Dynamo, which would write it in floating point. "
+            f"torch cannot export {name} but by Dynamo, which would write it in floating point. "
             "torch.export.export(convert(model), (sample,), strict=False) says what stops the other way"
         )
     return network
@@ -227,7 +239,7 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
 
 
-def _serialized(network: ir.Model, name: str) -> Any:
+def _serialized(network: ir.Model, name: str, inputs: FlatInputs) -> Any:
     """The ``onnx.ModelProto`` of a model; raises if it is invalid or for one batch size only."""
     import onnx
     import onnx_ir as ir
@@ -236,12 +248,12 @@ def _serialized(network: ir.Model, name: str) -> Any:
     RemoveUnusedNodesPass()(network)
     proto = ir.to_proto(network)
     del proto.graph.value_info[:]  # Shapes can be inferred.
-    batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
-    if not batch.dim_param:
-        raise RuntimeError(
-            f"torch cannot export {name} for any batch size: its code depends on the size of axis 0, "
-            f"and would run for {batch.dim_value} only"
-        )
+    for value, is_free in zip(proto.graph.input, inputs.free, strict=True):
+        if is_free and not value.type.tensor_type.shape.dim[0].dim_param:
+            raise RuntimeError(
+                f"torch cannot export {name} for any batch size: its code depends on the size of axis 0 of "
+                f"{value.name!r}, and would run for {value.type.tensor_type.shape.dim[0].dim_value} only"
+            )
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # Of several types, without a common base.
@@ -250,13 +262,13 @@ def _serialized(network: ir.Model, name: str) -> Any:
 
 
 def _check_file(
-    deployed: nn.Module, graph: ir.Graph, proto: Any, sample: Tensor, trained: nn.Module | None
+    flat: FlatNetwork, graph: ir.Graph, proto: Any, inputs: FlatInputs, trained: nn.Module | None
 ) -> dict[str, Any]:
     """The fields of the report that need runs of the network; warns where they are not as expected."""
-    name = type(deployed).__name__
+    name = type(flat.network).__name__
     try:
-        optimized, plain, between = compare_levels(deployed, proto, out_of_range_inputs(sample))
-        kernels = placement(deployed, graph, proto)
+        optimized, plain, between = compare_levels(flat, proto, out_of_range_inputs(*inputs.tensors))
+        kernels = placement(flat.network, graph, proto)
     except Exception as error:
         raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error
     if kernels.saturating:
@@ -265,7 +277,8 @@ def _check_file(
         warnings.warn(message, stacklevel=3)
     conversion = None
     if trained is not None:
-        conversion = conversion_error(copy.deepcopy(trained).eval().cpu().float(), deployed, sample)
+        training = FlatNetwork(copy.deepcopy(trained).eval().cpu().float(), inputs.call)
+        conversion = conversion_error(training, flat, inputs.tensors)
     return {
         "max_abs_diff": optimized.max_abs_diff,
         "code_flip_rate": optimized.code_flip_rate,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..flat_network import CHILD
 from ..qdq import QUANTIZER, WEIGHT_BITS, WEIGHT_SHIFT
 from .operators import (
     PRODUCTS,
@@ -35,6 +36,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def name_products(graph: ir.Graph, layers: Collection[str]) -> None:
     """Name every product after its layer, and note the layer in the product's ``meta[LAYER]``.
 
+    The names of modules and constants are those in the network, whose parent was exported.
+
     A product outside of layers gets the names of the operation and of the module whose forward has it, and the layer
     ``None``. A name that comes again has ``#2`` and so on behind it. Call it before :func:`strip_metadata`, which
     removes torch's notes about modules.
@@ -43,11 +46,19 @@ def name_products(graph: ir.Graph, layers: Collection[str]) -> None:
         graph: as torch made it.
         layers: qualified names of the modules that have weights.
     """
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for value in list(graph.initializers.values()):
+        name = str(value.name).removeprefix(f"{CHILD}.")
+        del graph.initializers[str(value.name)]  # All of them in turn, and so in the same order afterwards.
+        if name not in taken and name not in graph.initializers:
+            value.name = name
+        graph.initializers.add(value)
     names: set[str] = set()
     for node in graph:
         if node.op_type in PRODUCTS:
             scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
             module, operation = scopes[-2:] if len(scopes) > 1 else ("", node.op_type)
+            module = module.removeprefix(CHILD).removeprefix(".")
             name = unnumbered = (module if module in layers else f"{module}.{operation}").strip(".") or operation
             number = 1
             while name in names:

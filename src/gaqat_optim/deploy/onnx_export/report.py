@@ -39,8 +39,9 @@ class ExportReport:
         code_flip_rate: fraction of the activations' integer codes, at all quantizers in the network, that differ.
             onnxruntime rounds in another order if it computes the next layer's codes from a layer's sums in one step;
             a value halfway between two codes can then take the other one.
-        top1_agreement: fraction of predictions that agree. A prediction is the largest entry along the last axis, along
-            axis 1 for outputs of four axes or more (one class per pixel), and the sign where there is one entry.
+        top1_agreement: fraction of predictions that agree, in the first output that has axes (a loss has none). A
+            prediction is the largest entry along the last axis, along axis 1 for outputs of four axes or more (one
+            class per pixel), and the sign where there is one entry.
         max_abs_diff_unoptimized: as ``max_abs_diff``.
         code_flip_rate_unoptimized: as ``code_flip_rate``.
         top1_agreement_unoptimized: as ``top1_agreement``.

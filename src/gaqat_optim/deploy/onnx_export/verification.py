@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..flat_network import tensors
 from ..nn.activation_quantizer import ActivationQuantizer
 from ..qdq import QUANTIZER
 
 Codes = dict[str, list[NDArray[Any]]]
+# The inputs of one call.
+Batch = tuple[Tensor, ...]
 
 
 @dataclass
@@ -72,10 +75,11 @@ class Comparison:
         return self.agreeing_predictions / max(self.predictions, 1)
 
     def add_outputs(self, expected: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]) -> None:
-        """Compare all outputs, and the predictions of the first one."""
+        """Compare all outputs, and the predictions of the first one that has axes: a loss has none."""
         for y, z in zip(expected, outputs, strict=True):
             self.max_abs_diff = float(np.maximum(self.max_abs_diff, _max_abs_diff(y, z)))  # A NaN stays one.
-        expected_top1, output_top1 = top1(expected[0]), top1(outputs[0])
+        first = next((i for i, y in enumerate(expected) if y.ndim), 0)
+        expected_top1, output_top1 = top1(expected[first]), top1(outputs[first])
         self.predictions += expected_top1.size
         self.agreeing_predictions += int((expected_top1 == output_top1).sum())
 
@@ -101,20 +105,20 @@ class Comparison:
             self.change_by_reading = float(np.maximum(self.change_by_reading, difference / max(largest, 1e-30)))
 
 
-def compare(deployed: nn.Module, proto: Any, inputs: list[Tensor], *, optimized: bool = True) -> Comparison:
+def compare(deployed: nn.Module, proto: Any, inputs: Sequence[Batch], *, optimized: bool = True) -> Comparison:
     """:func:`compare_levels` for one level."""
     return compare_levels(deployed, proto, inputs, [optimized])[0]
 
 
 def compare_levels(
-    deployed: nn.Module, proto: Any, inputs: list[Tensor], levels: Sequence[bool] = (True, False)
+    deployed: nn.Module, proto: Any, inputs: Sequence[Batch], levels: Sequence[bool] = (True, False)
 ) -> list[Comparison]:
     """Run a graph in onnxruntime and ``deployed`` in torch on the same inputs.
 
     Args:
-        deployed: a converted network on the CPU, with tensors as output.
+        deployed: a converted network on the CPU, which takes the inputs of the graph in their order.
         proto: its graph, an ``onnx.ModelProto``.
-        inputs: batches.
+        inputs: batches, each of all inputs.
         levels: ``True`` for the graph as onnxruntime optimizes it by default, ``False`` for each operator as written.
 
     Returns:
@@ -125,11 +129,11 @@ def compare_levels(
     comparisons = [Comparison() for _ in (*sessions, None)]
     zero_points = {m.name: m.zero_point for m in deployed.modules() if isinstance(m, ActivationQuantizer)}
     count = len(proto.graph.output)
-    for x in inputs:
+    for batch in inputs:
+        feed = {value.name: x.numpy() for value, x in zip(proto.graph.input, batch, strict=True)}
         with torch.no_grad(), recorded_codes(deployed) as codes:
-            runs = [([y.numpy() for y in tensors(deployed(x))], codes)]
+            runs = [([y.numpy() for y in tensors(deployed(*batch))], codes)]
         for comparison, (session, session_with_codes, names) in zip(comparisons, sessions, strict=False):
-            feed = {proto.graph.input[0].name: x.numpy()}
             outputs, values = session.run(None, feed), session_with_codes.run(None, feed)
             comparison.add_reading(outputs, values[:count])
             codes = {}
@@ -143,19 +147,24 @@ def compare_levels(
     return comparisons
 
 
-def conversion_error(model: nn.Module, deployed: nn.Module, x: Tensor) -> Comparison:
-    """How the outputs of two networks in torch differ on ``x``: without codes."""
+def conversion_error(model: nn.Module, deployed: nn.Module, batch: Batch) -> Comparison:
+    """How the outputs of two networks in torch differ on ``batch``: without codes."""
     comparison = Comparison()
     with torch.no_grad():
-        comparison.add_outputs([y.numpy() for y in tensors(model(x))], [y.numpy() for y in tensors(deployed(x))])
+        outputs = [[y.numpy() for y in tensors(network(*batch))] for network in (model, deployed)]
+    comparison.add_outputs(*outputs)
     return comparison
 
 
-def out_of_range_inputs(sample: Tensor) -> list[Tensor]:
-    """The sample and, if it is in floating point, inputs made from it that lie far beyond the clipping range."""
-    if not sample.is_floating_point():
-        return [sample]
-    return [sample, 8 * sample, 8 * (sample.mean() - sample)]
+def out_of_range_inputs(*inputs: Tensor) -> list[Batch]:
+    """The inputs and, if any are in floating point, two more batches in which these lie far beyond the clipping range.
+
+    Indices and masks, of integers or truth values, stay as they are.
+    """
+    if not any(x.is_floating_point() for x in inputs):
+        return [inputs]
+    changes: list[Callable[[Tensor], Tensor]] = [lambda x: 8 * x, lambda x: 8 * (x.mean() - x)]
+    return [inputs, *(tuple(f(x) if x.is_floating_point() else x for x in inputs) for f in changes)]
 
 
 @contextmanager
@@ -173,17 +182,6 @@ def recorded_codes(deployed: nn.Module) -> Iterator[Codes]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The tensors of a network's output, in the order in which an exported graph has them."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for part in output for tensor in tensors(part)]
-    return []
 
 
 def top1(output: NDArray[Any]) -> NDArray[Any]:
@@ -213,6 +211,7 @@ def session_options(*, optimized: bool) -> Any:
 
 
 def _max_abs_diff(a: NDArray[Any], b: NDArray[Any]) -> float:
+    a, b = np.atleast_1d(a, b)  # numpy makes numbers of results without axes.
     with np.errstate(invalid="ignore"):
         difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
     difference[(a == b) | (np.isnan(a) & np.isnan(b))] = 0  # Equal infinities.

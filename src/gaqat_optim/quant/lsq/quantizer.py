@@ -154,6 +154,8 @@ class LSQQuantizer(nn.Module):
     @property
     def is_initialized(self) -> bool:
         """Whether the scale has its initial value."""
+        if self._range is None:
+            self._read_buffers()  # Libraries that load a checkpoint fill them without telling the module.
         return self._range is not None
 
     @property

@@ -1,0 +1,99 @@
+"""Networks of transformers through calibration, ``convert`` and ``export_onnx``, with mappings as they take them."""
+
+import onnxruntime
+import pytest
+import torch
+
+from gaqat_optim import QuantConfig, benchmark_onnx, convert, export_onnx, quantization_summary, quantize_model
+
+CONFIGS = {"W8A8": QuantConfig(8, 8), "W4A4": QuantConfig(4, 4)}
+
+
+def token_inputs(batch=6):
+    ids = torch.randint(3, 50, (batch, 10), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    mask[::2, 7:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def bert(transformers):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=16)
+    return transformers.BertForSequenceClassification(config), {}, ["logits"]
+
+
+def gpt2(transformers):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    return model, {"use_cache": False}, ["logits"]
+
+
+def t5(transformers):
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    more = {"decoder_input_ids": torch.arange(24).reshape(6, 4), "use_cache": False}
+    return model, more, ["logits", "encoder_last_hidden_state"]
+
+
+NETWORKS = {"bert": bert, "gpt2": gpt2, "t5": t5}
+
+
+@pytest.mark.parametrize(("network", "config"), [("bert", "W4A4"), ("bert", "W8A8"), ("gpt2", "W4A4"), ("t5", "W8A8")])
+def test_the_file_computes_what_convert_does_and_respects_the_mask(transformers, network, config, tmp_path):
+    torch.manual_seed(0)
+    model, more, outputs = NETWORKS[network](transformers)
+    inputs = {**token_inputs(), **more}
+    model = quantize_model(model, CONFIGS[config], calibration=[{**inputs, "labels": None}])
+    assert quantization_summary(model, inputs).macs
+    report = export_onnx(model, inputs, tmp_path / "net.onnx")
+    assert (report.top1_agreement, report.top1_agreement_unoptimized, report.convert_top1_agreement) == (1.0, 1.0, 1.0)
+    assert report.code_flip_rate <= 1e-3
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    assert [value.name for value in session.get_inputs()] == list(tensors)
+    assert [value.name for value in session.get_outputs()] == outputs
+
+    def logits(tensors):
+        return torch.from_numpy(session.run(["logits"], {key: value.numpy() for key, value in tensors.items()})[0])
+
+    half = {key: value[:3] for key, value in tensors.items()}  # another batch than the sample's
+    with torch.no_grad():
+        expected = convert(model)(**half, **{key: inputs[key] for key in inputs.keys() - half.keys()}).logits
+    assert torch.equal(logits(half).argmax(-1), expected.argmax(-1))
+    assert torch.allclose(logits(half), expected, atol=1e-4)
+
+    # A causal decoder sees what is masked only from the masked places themselves.
+    seen = tensors["attention_mask"].bool() if network == "gpt2" else torch.ones_like(logits(tensors)[..., 0]).bool()
+    changed = {**tensors, "input_ids": torch.where(tensors["attention_mask"].bool(), tensors["input_ids"], 7)}
+    assert not torch.equal(changed["input_ids"], tensors["input_ids"])
+    assert torch.equal(logits(changed)[seen], logits(tensors)[seen])
+    result = benchmark_onnx(tmp_path / "net.onnx", tmp_path / "net.onnx", batch_size=2, runs=2)
+    assert len(result.b.times) == 2
+
+
+def test_labels_in_the_sample_become_an_input_and_the_loss_an_output(transformers, tmp_path):
+    model, _, _ = bert(transformers)
+    inputs = {**token_inputs(), "labels": torch.arange(6) % 2}
+    model = quantize_model(model, CONFIGS["W4A4"], calibration=[inputs])
+    report = export_onnx(model, inputs, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    assert [value.name for value in session.get_outputs()] == ["loss", "logits"]
+    assert report.top1_agreement == 1.0
+
+
+def test_a_keyword_that_the_network_swallows_and_never_reads_is_a_warning(transformers, tmp_path):
+    """And a mask without a zero in the sample is respected all the same."""
+    model, _, _ = bert(transformers)
+    inputs = {
+        **token_inputs(),
+        "attention_mask": torch.ones(6, 10, dtype=torch.long),
+        "atention_mask": torch.ones(6, 10),
+    }
+    model = quantize_model(model, CONFIGS["W4A4"], calibration=[token_inputs()])
+    with pytest.warns(UserWarning, match="does not read 'atention_mask', an input of the file"):
+        export_onnx(model, inputs, tmp_path / "net.onnx", check=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    feed = {key: value.numpy() for key, value in {**inputs, **token_inputs()}.items()}
+    expected = convert(model)(**token_inputs()).logits
+    assert torch.allclose(torch.from_numpy(session.run(["logits"], feed)[0]), expected, atol=1e-4)
