@@ -47,12 +47,13 @@ def convert(model: nn.Module) -> nn.Module:
     A channel with gamma = 0 keeps its bias alone. So does a channel whose gamma is so small that the bias does not fit
     into int32, with a warning. If the weight or the input of a layer is in floating point, so is its bias.
 
-    A BatchNorm is found by symbolic tracing, by what it computes: a module with torch's forward (``nn.SyncBatchNorm``
-    has), a call of ``F.batch_norm`` with tensors of the module that calls it, or a module that begins with the same in
-    arithmetic (torchvision's ``FrozenBatchNorm2d``). What follows in the same forward, such as an activation or a
-    dropout, is kept. It is folded if it is the only user of the layer's output, is used once, and has running
-    statistics. Otherwise it stays as it is, and in a network that cannot be traced, with a warning. A BatchNorm behind
-    a sum, before an activation and a convolution (pre-activation networks), stays too: no layer could contain it.
+    A BatchNorm is found by symbolic tracing or, where that fails, by ``torch.export`` on inputs like those of the
+    calibration. It counts by what it computes: a module with torch's forward (``nn.SyncBatchNorm`` has), a call of
+    ``F.batch_norm`` with tensors of the module that calls it, or a module that begins with the same in arithmetic
+    (torchvision's ``FrozenBatchNorm2d``). What follows in the same forward, such as an activation, is kept. It is
+    folded if it is the only user of the layer's output, is used once, and has running statistics. Otherwise it stays
+    as it is, and in a network that cannot be traced, with a warning. A BatchNorm behind a sum, before an activation
+    and a convolution (pre-activation networks), stays too: no layer could contain it.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model` whose scales are all set. It stays as it is.

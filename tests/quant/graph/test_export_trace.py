@@ -30,7 +30,10 @@ class Network(nn.Module):
             raise ValueError("too large")
         y = self.conv1(x)
         y = self.bn1(y) if self.way != "values" or y.sum() > 0 else y
-        y = self.bn2(self.conv2(F.relu(y)))
+        h = F.relu(y)
+        y = self.bn2(self.conv2(h))
+        if self.way == "operand used again":
+            y = y + h
         if self.way == "layer used twice":
             y = self.conv2(y)
         elif self.way == "norm used twice":
@@ -67,6 +70,7 @@ def test_norms_are_folded_and_biases_rounded():
 @pytest.mark.parametrize(
     ("way", "left"),
     [
+        ("operand used again", []),
         ("layer used twice", ["bn2"]),
         ("norm used twice", ["bn1"]),
         ("same norm used at once", ["bn1"]),
@@ -77,6 +81,10 @@ def test_norms_are_folded_and_biases_rounded():
 def test_what_is_used_twice_stays(way, left):
     model = quantized(way)
     assert norms_in(convert(model)) == left
+
+
+def test_a_cast_network_is_traced_too():
+    assert norms_in(convert(quantized("plain").double())) == []
 
 
 def test_branches_on_values_are_refused_with_both_reasons():

@@ -18,6 +18,7 @@ from ..nn.base import QuantizedModule
 from .forward_graph import traceable
 from .fx_trace import Trace
 
+aten = torch.ops.aten
 # The attribute of a network that holds the arguments of a forward in calibration, as tensors without data.
 _INPUTS = "_calibration_inputs"
 
@@ -55,7 +56,14 @@ def export_trace(model: nn.Module) -> Trace | None:
     if inputs is None:
         return None
     device = device_of(model)
-    args, kwargs = tree_map(lambda v: torch.zeros_like(v, device=device) if isinstance(v, Tensor) else v, inputs)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+
+    args, kwargs = tree_map(zeros, inputs)
     with torch.no_grad(), traceable(model, []):
         program = torch.export.export(model, args, kwargs, strict=False)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -70,6 +78,13 @@ def export_trace(model: nn.Module) -> Trace | None:
                 values[node] = graph.placeholder(node.name)
             continue
         operands = [values[operand] for operand in node.all_input_nodes if operand in values]
+        if _returns_operand(node):  # Who reads the operand later reads this node, in whatever module it is.
+            operand = node.all_input_nodes[0]
+            if operand.name in owned:
+                owned[node.name] = owned[operand.name]
+            elif operand in values:
+                values[node] = values[operand]
+            continue
         if node.op == "output":
             graph.output(tuple(operands))
             continue
@@ -91,6 +106,17 @@ def export_trace(model: nn.Module) -> Trace | None:
     uses.update(modules[name.rpartition(".")[0]] for name, inside in readers.items() if False in inside)
     names = {module: name for name, module in model.named_modules()}
     return Trace(list(graph.nodes), called, {}, uses, Counter(called.values()), names, {})
+
+
+def _returns_operand(node: torch.fx.Node) -> bool:
+    """Whether an operation returns its operand itself: a dropout, or a conversion to the type that it has already."""
+    operation = getattr(node.target, "overloadpacket", None)
+    if operation in (aten.dropout, aten.feature_dropout, aten.alpha_dropout):
+        return True
+    if operation not in (aten.to, aten.contiguous):
+        return False
+    before, after = (n.meta["val"] for n in (node.all_input_nodes[0], node))
+    return (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
 
 
 def _leaves(model: nn.Module) -> set[nn.Module]:
