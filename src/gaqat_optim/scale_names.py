@@ -3,8 +3,8 @@
 # One name for each domain in which a scale is learned.
 LOG_SCALE, LINEAR_SCALE = "lsq_log_scale", "lsq_scale"
 # The buffers that a quantizer sets together with its first scale.
-SCALE_IS_SIGNED, SCALE_RANGE = "scale_is_signed", "scale_range"
-QUANTIZER_BUFFERS = (SCALE_IS_SIGNED, SCALE_RANGE)
+ZERO_POINT, SCALE_RANGE = "scale_zero_point", "scale_range"
+QUANTIZER_BUFFERS = (ZERO_POINT, SCALE_RANGE)
 
 
 def is_scale_name(name: str) -> bool:

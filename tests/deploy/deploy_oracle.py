@@ -35,8 +35,7 @@ def folded(layer, norm):
 
 def spare_bits(layer):
     """The largest k with 2^k times the code in 8 bits, and a sum of two products of such in 16, if it was before."""
-    bits, signed = layer.weight_quantizer.bits, layer.input_quantizer.signed
-    reach = layer.input_quantizer.qmax + (128 if signed else 0)  # of the code in uint8
+    bits, reach = layer.weight_quantizer.bits, 2**layer.input_quantizer.bits - 1  # of the code in uint8
     fitting = [k for k in range(9 - bits) if 2 * reach * 2 ** (bits - 1 + k) < 2**15]
     return max(fitting, default=0)
 

@@ -142,7 +142,7 @@ def _fake_calls(model: nn.Module, x: Tensor) -> tuple[dict[str, list[Any]], list
             # A deployed layer pads before it quantizes.
             output = F.pad(output, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         found = (output / quantizer.scale).round().numpy().astype(np.int64)
-        codes[name].append(found + qdq.zero_point(bool(quantizer.signed)))
+        codes[name].append(found - quantizer.qmin)
 
     hooks = [
         m.register_forward_hook(functools.partial(record, name, model.get_submodule(name.rpartition(".")[0])))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.deploy_networks import CONFIGS, NETWORKS, images, trained
+from deploy.deploy_networks import CONFIGS, NETWORKS, images, labels, trained
+from deploy.parity import in_runtime
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
 from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export.verification import recorded_codes, top1
@@ -75,6 +76,42 @@ def test_openvino_computes_what_convert_says(network, config, tmp_path):
     assert agreement >= 1 - 1 / len(x)
     assert flipped / total <= 1e-3
     assert difference <= 0.01
+
+
+ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("output_bits", [None, 8])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_zero_points_between_in_both_runtimes(activation, output_bits, bits, tmp_path):
+    """The same predictions as convert, and nearly the same outputs, in onnxruntime and in OpenVINO."""
+    torch.manual_seed(0)
+    x, function = images(200, seed=7) - 0.5, ACTIVATIONS[activation]
+    convolutions = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), function(), nn.Conv2d(16, 16, 3, padding=1)]
+    net = nn.Sequential(*convolutions, function(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+    config = QuantConfig(bits, bits, first_last_bits="same", output_bits=output_bits)
+    model = quantize_model(net, config, calibration=x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels(x + 0.5)).backward()
+        optimizer.step()
+    deployed = convert(model.eval())
+    assert 0 < deployed[3].input_quantizer.zero_point < 2 ** (bits - 1) - 1
+    with warnings.catch_warnings():  # Of layers in floating point, and of codes at ties, which in_runtime() judges.
+        warnings.simplefilter("ignore", UserWarning)
+        report = export_onnx(model, x[:4], tmp_path / "net.onnx")
+    if output_bits is not None:
+        assert report.integer_kernels["QLinearConv"] == 2
+    with torch.no_grad():
+        expected = deployed(x).numpy()
+    proto = onnx.load(report.path)
+    for optimized in (False, True):
+        assert in_runtime(deployed, proto, x, optimized=optimized).problem is None
+    found = compiled(proto)(x)[0]
+    assert (top1(found) == top1(expected)).mean() >= 1 - 1 / len(x)
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -1,8 +1,8 @@
 """A quantized network computed again, forward and backward, in float64 and without the package's code.
 
 The original float network runs with its own layers, on weights and inputs that a composition of plain operations
-quantizes, and autograd differentiates it. Of the quantized network the oracle reads only scales, bits, signs and
-whether a scale is one per channel. No quantizer and no quantized layer of the package runs.
+quantizes, and autograd differentiates it. Of the quantized network the oracle reads only scales, bits, zero points
+and whether a scale is one per channel. No quantizer and no quantized layer of the package runs.
 """
 
 import copy
@@ -15,11 +15,10 @@ from gaqat_optim import LSQQuantizer
 from gaqat_optim.quant.nn.base import QuantizedModule
 
 
-def fake_quantize(v, scale, bits, signed, count):
+def fake_quantize(v, scale, bits, zero_point, count):
     """LSQ as a composition; ``scale`` broadcasts against ``v``, and ``count`` values share one entry of it."""
-    levels = 2**bits
-    qmin, qmax = (-levels // 2, levels // 2 - 1) if signed else (0, levels - 1)
-    g = 1 / math.sqrt(count * qmax)
+    qmin, qmax = -zero_point, 2**bits - 1 - zero_point
+    g = 1 / math.sqrt(count * max(zero_point - 1, qmax))
     s = scale.detach() + g * (scale - scale.detach())  # the value of the scale, with g times its gradient
     u = v / s
     u = torch.where((u > qmin) & (u < qmax), u, u.detach().clamp(qmin, qmax))  # constant at the bounds and beyond
@@ -30,17 +29,17 @@ class Scale:
     """What the oracle reads of one quantizer, and the value of its scale as a leaf of autograd."""
 
     def __init__(self, source):
-        self.bits, self.signed, self.per_channel = source.bits, source.signed, source.channel_axis is not None
+        self.bits, self.zero_point, self.per_channel = source.bits, source.zero_point, source.channel_axis is not None
         self.is_log = source.scale_domain == "log"
         self.value = source.scale.detach().double().clone().requires_grad_()
 
     def quantize_activation(self, x):
         features = math.prod(x.shape[1:]) if x.dim() > 1 else x.numel()  # of one sample, not of the batch
-        return fake_quantize(x, self.value.reshape(()), self.bits, self.signed, features)
+        return fake_quantize(x, self.value.reshape(()), self.bits, self.zero_point, features)
 
     def quantize_weight(self, weight, layer):
         scale = self._by_output_channel(weight, layer) if self.per_channel else self.value.reshape(())
-        return fake_quantize(weight, scale, self.bits, self.signed, weight.numel() // len(self.value))
+        return fake_quantize(weight, scale, self.bits, self.zero_point, weight.numel() // len(self.value))
 
     def _by_output_channel(self, weight, layer):
         ones = [1] * (weight.dim() - 2)

@@ -78,6 +78,20 @@ def test_lsq_scale_and_sign_by_hand():
     )
 
 
+def test_a_zero_point_between_behind_a_silu():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    quantized = quantize_model(net, QuantConfig(4, 4, first_last_bits="same"), calibration=torch.randn(256, 8))
+    silu, relu = quantized[2].input_quantizer, quantized[4].input_quantizer
+    assert 0 < silu.zero_point < 4
+    assert relu.zero_point == 0
+    # LSQ's Qp is the longer side's, and the zero point the same as by least squared error.
+    lsq = quantize_model(
+        net, QuantConfig(4, 4, first_last_bits="same", init="lsq"), calibration=torch.randn(256, 8) * 4
+    )
+    assert lsq[2].input_quantizer.qmax == 15 - lsq[2].input_quantizer.zero_point > 10
+
+
 def test_a_sign_that_is_given_is_kept():
     quantized = quantize_model(mlp(), QuantConfig(activation_signed=True), calibration=X)
     assert quantized[2].input_quantizer.signed is True
@@ -208,11 +222,12 @@ class OwnForward(nn.BatchNorm1d):
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm, OwnForward])
 def test_an_untrained_batchnorm_normalizes_by_the_batch(norm):
+    config = QuantConfig(init="lsq", activation_signed=True)
     # By its running statistics (0 and 1) the next layer's scale would be 100 times too large, and nothing learned.
     model = nn.Sequential(nn.Linear(8, 8), norm(8), nn.Linear(8, 4))
     nn.init.normal_(model[0].weight, std=100.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    quantized = quantize_model(model, QuantConfig(init="lsq"), calibration=X)
+    quantized = quantize_model(model, config, calibration=X)
     assert quantized[2].input_quantizer.scale.item() == pytest.approx(
         2 * 0.8 / 127**0.5, rel=0.1
     )  # mean |N(0, 1)|: 0.8
@@ -222,7 +237,7 @@ def test_an_untrained_batchnorm_normalizes_by_the_batch(norm):
     # One that was trained counts, even if it has no record of its batches, as in old checkpoints.
     model[1].running_mean += 1.0
     model[1].running_var *= 1e4
-    trained = quantize_model(model, QuantConfig(init="lsq"), calibration=X)
+    trained = quantize_model(model, config, calibration=X)
     hidden = (X @ model[0].weight.T + model[0].bias - 1) / 100
     assert trained[2].input_quantizer.scale.item() == pytest.approx(2 * hidden.abs().mean().item() / 127**0.5, rel=1e-3)
 

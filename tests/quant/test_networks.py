@@ -87,20 +87,25 @@ def norms_by_batch(model):
 # -- what it computes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "signed"), [(2, True), (3, True), (3, False), (8, False)])
+@pytest.mark.parametrize(("bits", "zero_point"), [(2, 2), (3, 4), (3, 0), (8, 0), (3, 1), (4, 13), (8, 200)])
 @pytest.mark.parametrize("scales", [[0.25], [0.3], [0.25, 0.3, 0.07]])
-def test_the_oracle_s_composition_is_the_loop_oracle(bits, signed, scales):
-    qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+def test_the_oracle_s_composition_is_the_loop_oracle(bits, zero_point, scales):
+    qmin, qmax = -zero_point, 2**bits - 1 - zero_point
     codes = [qmin - 3, qmin - 0.5, qmin - 0.2, qmin, qmin + 0.5, -0.5, 0, 0.3, 0.5, 1.5, qmax - 0.5]
     codes += [qmax - 0.2, qmax, qmax + 0.2, qmax + 0.5, qmax + 9]
     scale = torch.tensor(scales, dtype=torch.float64, requires_grad=True)
     v = (torch.tensor(codes, dtype=torch.float64) * scale.detach()[:, None]).requires_grad_()
     grad = torch.randn(v.shape, dtype=torch.float64)
-    v_hat = network_oracle.fake_quantize(v, scale[:, None], bits, signed, count=len(codes))
+    v_hat = network_oracle.fake_quantize(v, scale[:, None], bits, zero_point, count=len(codes))
     v_hat.backward(grad)
     for row, s in enumerate(scales):
         want = lsq(
-            v[row].tolist(), [s] * len(codes), grad[row].tolist(), qmin, qmax, grad_scale=(len(codes) * qmax) ** -0.5
+            v[row].tolist(),
+            [s] * len(codes),
+            grad[row].tolist(),
+            qmin,
+            qmax,
+            grad_scale=(len(codes) * max(zero_point - 1, qmax)) ** -0.5,
         )
         assert v_hat[row].tolist() == want[0]
         # Where the derivative is not 0, it is a scale times its inverse.

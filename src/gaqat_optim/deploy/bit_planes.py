@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quant.lsq.functional import MAX_BITS, MIN_BITS, integer_bounds
+from ..quant.lsq.functional import MAX_BITS, MIN_BITS, integer_bounds, zero_point_of
 
 
 def pack_bits(codes: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -34,7 +34,7 @@ def pack_bits(codes: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArray
     _check_bits(bits)
     if codes.dtype not in (np.int8, np.uint8):
         raise TypeError(f"codes must be int8 or uint8, got {codes.dtype}")
-    low, high = integer_bounds(bits, signed=codes.dtype == np.int8)
+    low, high = integer_bounds(bits, zero_point_of(bits, signed=codes.dtype == np.int8))
     if codes.size and not (low <= codes.min() and codes.max() <= high):
         raise ValueError(
             f"codes of {bits} bits must be from {low} to {high}; these are from {codes.min()} to {codes.max()}"

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quant.lsq.functional import integer_bounds
-
 # The lowest opset that has INT4; also the version in which QuantizeLinear and DequantizeLinear are written.
 LOWEST_OPSET = 21
 
@@ -26,27 +24,21 @@ def is_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export() and torch.compiler.is_exporting()
 
 
-def zero_point(signed: bool) -> int:
-    """The zero point of an activation in its uint8 container."""
-    return 128 if signed else 0
-
-
-def quantize_clip_dequantize(x: Tensor, scale: Tensor, bits: int, signed: bool, quantizer: str) -> Tensor:
+def quantize_clip_dequantize(x: Tensor, scale: Tensor, bits: int, zero_point: int, quantizer: str) -> Tensor:
     """QuantizeLinear -> Clip -> DequantizeLinear; the Clip only where the codes do not fill their container.
 
-    The container is uint8 for all bits, since runtimes have no kernels on narrower types. Signed codes lie around its
-    middle, since onnxruntime's convolution takes one type for its input and its output, and an input after a ReLU is
-    unsigned.
+    The container is uint8 for all bits, since runtimes have no kernels on narrower types, and for all zero points,
+    since onnxruntime's convolution takes one type for its input and its output, and an input after a ReLU is unsigned.
+    Bytes are codes plus the zero point: 0 to 2^bits - 1.
 
     Args:
         x: float32, any shape.
         scale: float32 of shape ``()``.
         bits: of the codes.
-        signed: whether the codes have a sign.
+        zero_point: the byte of the value 0.
         quantizer: name that the node which computes the codes has in the file's metadata.
     """
-    offset = zero_point(signed)
-    zero = torch.tensor(offset, dtype=torch.uint8)
+    zero = torch.tensor(zero_point, dtype=torch.uint8)
     clips = bits < 8
     name = {QUANTIZER: quantizer}
     codes = torch.onnx.ops.symbolic(
@@ -58,7 +50,7 @@ def quantize_clip_dequantize(x: Tensor, scale: Tensor, bits: int, signed: bool, 
         metadata_props=None if clips else name,
     )
     if clips:
-        low, high = (torch.tensor(bound + offset, dtype=torch.uint8) for bound in integer_bounds(bits, signed))
+        low, high = (torch.tensor(bound, dtype=torch.uint8) for bound in (0, 2**bits - 1))
         codes = torch.onnx.ops.symbolic(
             "Clip", (codes, low, high), dtype=torch.uint8, shape=x.shape, version=13, metadata_props=name
         )

@@ -76,8 +76,9 @@ class QuantConfig:
         weight_bits: bits of the weights, 2 to 8; ``None`` leaves them in floating point.
         activation_bits: bits of each layer's input, 2 to 8; ``None`` leaves it in floating point.
         weight_granularity: one scale per output ``"channel"``, or one per ``"tensor"`` (as in the LSQ paper).
-        activation_signed: whether activation codes have a sign; ``"auto"`` decides by calibration (or by the first
-            training batch): signed if any value is negative.
+        activation_signed: whether half of an activation's codes are negative (``True``) or none. ``"auto"`` chooses by
+            calibration (or by the first training batch) how many are, by least squared error: none behind a ReLU, about
+            half for symmetric values, few behind a GELU, SiLU or Hardswish.
         first_last_bits: bits of weights and input of every layer that reads an input of the network and every one
             that makes an output, found by symbolic tracing. In a network that cannot be traced, they are the first and
             the last quantizable layer in the order of ``model.named_modules()``. ``"same"`` treats them like the

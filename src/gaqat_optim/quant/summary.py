@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
 from .inputs import batch_size, call_arguments, to_device
+from .lsq.functional import zero_point_form
 from .mac_counter import MacCounter
 
 FLOAT = "float"
@@ -31,7 +32,8 @@ class QuantRecord:
         weight_snr: signal to noise of the quantized weight in decibel, 10 log10(sum w^2 / sum (w_hat - w)^2); ``None``
             for a deployed layer, which has only codes.
         activation_bits: bits of the input.
-        activation_signed: whether the input's codes have a sign; ``None`` while not calibrated.
+        activation_signed: whether the input's codes can be negative; ``None`` while not calibrated.
+        activation_zero_point: how many of them are negative: 0 unsigned, 2^(bits - 1) signed.
         activation_scale: the input's scale, ``None`` while not calibrated.
         output_bits: bits of the output.
         weights: number of weights.
@@ -49,6 +51,7 @@ class QuantRecord:
     weight_snr: float | None
     activation_bits: int | None
     activation_signed: bool | None
+    activation_zero_point: int | None
     activation_scale: float | None
     output_bits: int | None
     weights: int
@@ -148,10 +151,10 @@ def _row(record: QuantRecord) -> tuple[str, ...]:
     if record.weight_bits is not None:
         weights = f"{record.weight_bits} bits per {record.weight_granularity}"
     if record.activation_bits is not None:
-        sign = {True: "signed", False: "unsigned", None: ""}[record.activation_signed]
-        activations = (
-            f"{record.activation_bits} bits {sign if record.activation_scale is not None else '(not calibrated)'}"
-        )
+        form = "(not calibrated)"
+        if record.activation_scale is not None and record.activation_zero_point is not None:
+            form = zero_point_form(record.activation_bits, record.activation_zero_point)
+        activations = f"{record.activation_bits} bits {form}"
     if record.output_bits is not None:
         output = f"{record.output_bits} bits"
     macs = "" if record.macs is None else f"{record.macs:,}"

@@ -44,7 +44,7 @@ CONSTRUCTIONS = {
 
 
 def shift_of(bits, quantizer, bias):
-    reach = quantizer.qmax + (128 if quantizer.signed else 0)
+    reach = 2**quantizer.bits - 1  # of a byte: code plus zero point
     fitting = [k for k in range(9 - bits) if 2 * reach * 2 ** (bits - 1 + k) < 2**15]
     return max(fitting, default=0) if bias is not None else 0
 

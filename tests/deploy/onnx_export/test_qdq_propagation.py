@@ -16,19 +16,20 @@ from torch import nn
 
 from gaqat_optim.deploy.onnx_export.qdq_propagation import propagate_qdq
 from gaqat_optim.deploy.qdq import quantize_clip_dequantize
+from quant.lsq.cases import BITS_AND_ZERO_POINTS
 
 
 class Net(nn.Module):
     """``before``, a quantizer, ``after``; constants of their own, so that nothing is merged."""
 
-    def __init__(self, before, after, bits, signed, scale):
+    def __init__(self, before, after, bits, zero_point, scale):
         super().__init__()
-        self.before, self.after, self.bits, self.signed = before, after, bits, signed
+        self.before, self.after, self.bits, self.zero_point = before, after, bits, zero_point
         self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, x):
         y = self.before(x)
-        return self.after(quantize_clip_dequantize(y, self.scale, self.bits, self.signed, "q"))
+        return self.after(quantize_clip_dequantize(y, self.scale, self.bits, self.zero_point, "q"))
 
 
 def graph_of(net, x):
@@ -113,16 +114,16 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("zero_point", [0, 3, 8])
 @pytest.mark.parametrize("case", BEFORE)
-def test_quantization_goes_up(case, signed):
+def test_quantization_goes_up(case, zero_point):
     """On a grid that has all ties, values beyond the range, and infinities."""
     function, expected = BEFORE[case]
     scale = 0.0625
     steps = torch.arange(-72, 72).float() * scale / 2
     x = torch.cat([steps[torch.randperm(144)], torch.tensor([-1e30, 1e30, -np.inf, np.inf])])[:144].reshape(1, 4, 6, 6)
     x = torch.cat([x, 40 * x, torch.rand(1, 4, 6, 6) - 0.5])
-    proto = graph_of(Net(Call(function), nn.Identity(), 4, signed, scale), x)
+    proto = graph_of(Net(Call(function), nn.Identity(), 4, zero_point, scale), x)
     result = moved(proto)
     assert sorted(kinds(result)) == sorted(expected)
     for a, b in zip(outputs(proto, x, codes=True), outputs(result, x, codes=True), strict=True):
@@ -132,8 +133,8 @@ def test_quantization_goes_up(case, signed):
 @pytest.mark.parametrize("bits", [2, 7, 8])
 def test_codes_of_any_bits_get_the_bounds_of_a_relu6(bits):
     x = 4 * torch.randn(5, 3, 4, 4)
-    for signed in (False, True):
-        proto = graph_of(Net(nn.ReLU6(), nn.Identity(), bits, signed, 0.11), x)
+    for zero_point in (0, 1, 2 ** (bits - 1)):
+        proto = graph_of(Net(nn.ReLU6(), nn.Identity(), bits, zero_point, 0.11), x)
         result = moved(proto)
         assert kinds(result) == ["QuantizeLinear", "Clip", "DequantizeLinear"]
         for a, b in zip(outputs(proto, x, codes=True), outputs(result, x, codes=True), strict=True):
@@ -142,17 +143,17 @@ def test_codes_of_any_bits_get_the_bounds_of_a_relu6(bits):
 
 def test_a_relu_before_unsigned_codes_of_8_bits_needs_no_clip():
     x = torch.randn(5, 3)
-    result = moved(graph_of(Net(nn.ReLU(), nn.Identity(), 8, False, 0.01), x))
+    result = moved(graph_of(Net(nn.ReLU(), nn.Identity(), 8, 0, 0.01), x))
     assert kinds(result) == ["QuantizeLinear", "DequantizeLinear"]
 
 
 AFTER = {
-    "relu": (False, F.relu, ["QuantizeLinear", "Clip", "DequantizeLinear"]),
-    "relu of signed codes": (True, F.relu, ["QuantizeLinear", "Clip", "DequantizeLinear", "Relu"]),
-    "max pooling": (True, lambda x: F.max_pool2d(x, 2), ["QuantizeLinear", "Clip", "MaxPool", "DequantizeLinear"]),
-    "reshape": (True, lambda x: x.flatten(1), ["QuantizeLinear", "Clip", "Reshape", "DequantizeLinear"]),
+    "relu": (0, F.relu, ["QuantizeLinear", "Clip", "DequantizeLinear"]),
+    "relu of signed codes": (8, F.relu, ["QuantizeLinear", "Clip", "DequantizeLinear", "Relu"]),
+    "max pooling": (8, lambda x: F.max_pool2d(x, 2), ["QuantizeLinear", "Clip", "MaxPool", "DequantizeLinear"]),
+    "reshape": (3, lambda x: x.flatten(1), ["QuantizeLinear", "Clip", "Reshape", "DequantizeLinear"]),
     "two users": (
-        True,
+        8,
         lambda x: (x.flatten(1), x + 1),
         ["QuantizeLinear", "Clip", "DequantizeLinear", "Reshape", "Add"],
     ),
@@ -161,9 +162,9 @@ AFTER = {
 
 @pytest.mark.parametrize("case", AFTER)
 def test_dequantization_goes_down(case):
-    signed, function, expected = AFTER[case]
+    zero_point, function, expected = AFTER[case]
     x = torch.randn(4, 3, 6, 6)
-    proto = graph_of(Net(nn.Identity(), Call(function), 4, signed, 0.13), x)
+    proto = graph_of(Net(nn.Identity(), Call(function), 4, zero_point, 0.13), x)
     result = moved(proto)
     assert sorted(kinds(result)) == sorted(expected)
     for a, b in zip(outputs(proto, x), outputs(result, x), strict=True):
@@ -177,11 +178,11 @@ def test_a_sum_for_two_quantizers_is_two_sums_on_integers():
             self.relu = relu
 
         def forward(self, x):
-            a = quantize_clip_dequantize(x.tanh(), torch.tensor(0.01), 8, True, "a")
-            y = a + quantize_clip_dequantize(x.sin(), torch.tensor(0.02), 8, True, "b")
+            a = quantize_clip_dequantize(x.tanh(), torch.tensor(0.01), 8, 128, "a")
+            y = a + quantize_clip_dequantize(x.sin(), torch.tensor(0.02), 8, 101, "b")
             y = F.relu(y) if self.relu else y
-            q = quantize_clip_dequantize(y, torch.tensor(0.1), 4, True, "q")
-            return q, quantize_clip_dequantize(y, torch.tensor(0.3), 3, True, "r")
+            q = quantize_clip_dequantize(y, torch.tensor(0.1), 4, 3, "q")
+            return q, quantize_clip_dequantize(y, torch.tensor(0.3), 3, 4, "r")
 
     x = torch.randn(4, 3, 5, 5)
     for relu in (False, True):
@@ -204,12 +205,12 @@ def test_a_value_that_something_else_uses_stays():
     class Two(nn.Module):
         def forward(self, x):
             y = F.relu(x)
-            return quantize_clip_dequantize(y, torch.tensor(0.1), 4, True, "q"), y.exp()
+            return quantize_clip_dequantize(y, torch.tensor(0.1), 4, 8, "q"), y.exp()
 
     class Output(nn.Module):
         def forward(self, x):
             y = F.relu(x)
-            return quantize_clip_dequantize(y, torch.tensor(0.1), 4, True, "q"), y
+            return quantize_clip_dequantize(y, torch.tensor(0.1), 4, 8, "q"), y
 
     x = torch.randn(4, 3)
     for net in (Two(), Output()):
@@ -224,11 +225,10 @@ def test_a_value_that_something_else_uses_stays():
 @given(
     st.lists(st.sampled_from(["relu", "relu6", "pool", "flat", "cat", "transpose"]), max_size=5),
     st.lists(st.sampled_from(["relu", "pool", "transpose", "cat"]), max_size=3),
-    st.integers(2, 8),
-    st.booleans(),
+    BITS_AND_ZERO_POINTS,
     st.integers(0, 2**31),
 )
-def test_any_chain(before, after, bits, signed, seed):
+def test_any_chain(before, after, code, seed):
     steps = {
         "relu": F.relu,
         "relu6": F.relu6,
@@ -243,7 +243,7 @@ def test_any_chain(before, after, bits, signed, seed):
 
     generator = torch.Generator().manual_seed(seed)
     x = 5 * torch.randn(3, 2, 6, 6, generator=generator)
-    proto = graph_of(Net(chain(before), chain(after), bits, signed, 0.17), x)
+    proto = graph_of(Net(chain(before), chain(after), *code, 0.17), x)
     result = moved(proto)
     for a, b in zip(outputs(proto, x), outputs(result, x), strict=True):
         assert np.array_equal(a, b)

@@ -134,10 +134,10 @@ CHANGES = {
     "no such norm": lambda manifest, stored: manifest["modules"][1].update(names=["7"]),
     "a layer for a norm": lambda manifest, stored: manifest["modules"][1].update(names=["0"]),
     "an output quantizer nowhere": lambda manifest, stored: manifest["modules"].append(
-        {"names": ["7.output_quantizer"], "kind": "QuantDequant", "bits": 4, "signed": True, "name": ""}
+        {"names": ["7.output_quantizer"], "kind": "QuantDequant", "bits": 4, "zero_point": 8, "name": ""}
     ),
     "an output quantizer without scale": lambda manifest, stored: manifest["modules"].append(
-        {"names": ["0.output_quantizer"], "kind": "QuantDequant", "bits": 4, "signed": True, "name": ""}
+        {"names": ["0.output_quantizer"], "kind": "QuantDequant", "bits": 4, "zero_point": 8, "name": ""}
     ),
     **{f"no {key}": without(key) for key in ("0.codes", "0.weight_scale", "0.bias_codes", "0.input_quantizer.scale")},
 }

@@ -242,7 +242,7 @@ def test_each_runs_once_and_the_gradient_of_its_scale_is_that_of_one_quantizatio
         if calls.count(name) == 1:
             u = inputs[name].detach() / q.scale.detach()
             d = torch.where(u <= q.qmin, q.qmin, torch.where(u >= q.qmax, q.qmax, u.round() - u))
-            factor = q.scale.item() / math.sqrt(u[0].numel() * q.qmax)
+            factor = q.scale.item() / math.sqrt(u[0].numel() * max(-q.qmin - 1, q.qmax))
             rounding = 1e-12 * factor * (gradients[name] * u).abs().sum()
             assert abs(q.raw_scale.grad.item() - factor * (gradients[name] * d).sum()) <= rounding
 

@@ -26,6 +26,10 @@ from oracle.lsq import lsq
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = st.integers(2, 8)
+# Of a code; every second one unsigned or signed.
+BITS_AND_ZERO_POINTS = BITS.flatmap(
+    lambda bits: st.tuples(st.just(bits), st.sampled_from([0, 2 ** (bits - 1)]) | st.integers(0, 2**bits - 2))
+)
 SEEDS = st.integers(0, 2**31)
 SHAPES = [(), (1,), (7,), (33,), (3, 5), (3, 3), (4, 1), (2, 3, 4), (2, 2, 2), (2, 3, 2, 3), (2, 3, 1, 2, 3)]
 EMPTY = [(0,), (0, 4), (3, 0), (0, 3, 2), (2, 0, 3), (0, 2, 3, 3), (2, 3, 0, 1, 2)]
@@ -177,8 +181,7 @@ def make_steps(shape, content, qmin, qmax, dtype, generator):
 
 @st.composite
 def cases(draw, dtype, content, shapes=tuple(3 * SHAPES + EMPTY)):
-    bits, signed = draw(BITS), draw(st.booleans())
-    qmin, qmax = integer_bounds(bits, signed)
+    qmin, qmax = integer_bounds(*draw(BITS_AND_ZERO_POINTS))
     shape = draw(st.sampled_from(shapes))
     axis = draw(st.none() | st.sampled_from(range(-len(shape), len(shape)))) if shape else None
     generator = torch.Generator().manual_seed(draw(SEEDS))

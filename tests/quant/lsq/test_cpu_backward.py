@@ -20,10 +20,11 @@ def neighbours(v, steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("form", ["signed", "unsigned", "between", "few positive"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_a_value_is_clipped_if_its_quotient_is(dtype, bits, signed):
-    qmin, qmax = integer_bounds(bits, signed)
+def test_a_value_is_clipped_if_its_quotient_is(dtype, bits, form):
+    zero_points = {"signed": 2 ** (bits - 1), "unsigned": 0, "between": 2**bits // 5, "few positive": 2**bits - 2}
+    qmin, qmax = integer_bounds(bits, zero_points[form])
     info = torch.finfo(dtype)
 
     @given(st.floats(info.smallest_normal, info.max, width=info.bits))

@@ -101,12 +101,45 @@ def test_scale_is_at_least_float32_whatever_the_model_is_moved_to(dtype, domain)
     assert quantizer.scale.item() > 0
 
 
-def test_sign_is_decided_by_the_first_training_batch():
-    for v, signed, bounds in ((torch.rand(4, 5), False, (0, 15)), (torch.randn(4, 5), True, (-8, 7))):
+def test_the_zero_point_is_chosen_by_the_first_training_batch():
+    levels = torch.linspace(-1, 1, 16).reshape(4, 4)
+    for v, zero_point, form in (
+        (levels.abs(), 0, "unsigned"),
+        (levels, 7, "zero point 7"),
+        (-levels - 0.1, 8, "signed"),
+        (levels.clamp(min=-0.2), 2, "zero point 2"),
+    ):
         quantizer = LSQQuantizer(4, axis0_is_batch=True)
-        assert quantizer.signed is None
+        assert quantizer.signed is quantizer.zero_point is None
         quantizer(v)
-        assert (quantizer.signed, quantizer.qmin, quantizer.qmax) == (signed, *bounds)
+        assert (quantizer.zero_point, quantizer.signed) == (zero_point, zero_point > 0)
+        assert (quantizer.qmin, quantizer.qmax) == (-zero_point, 15 - zero_point)
+        assert form in repr(quantizer)
+        scale = quantizer.scale.clone()
+        quantizer(5 * v - 3)  # it stays, whatever comes
+        assert quantizer.zero_point == zero_point
+        assert torch.equal(quantizer.scale, scale)
+
+
+def test_a_zero_point_that_is_given():
+    quantizer = LSQQuantizer(3)
+    quantizer.initialize(torch.randn(100), zero_point=2)
+    assert (quantizer.qmin, quantizer.qmax) == (-2, 5)
+    for zero_point in (-1, 7):
+        with pytest.raises(ValueError, match=rf"of 3 bits must be from 0 to 6, got {zero_point}"):
+            quantizer.initialize(torch.ones(3), zero_point=zero_point)
+    assert quantizer.zero_point == 2
+
+
+def test_an_average_of_weights_and_buffers_keeps_the_zero_point():
+    quantizer = LSQQuantizer(8)
+    quantizer.initialize(torch.randn(100), zero_point=37)
+    averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    average = torch.optim.swa_utils.AveragedModel(quantizer, multi_avg_fn=averaging, use_buffers=True)
+    for _ in range(50):
+        average.update_parameters(quantizer)
+    average(torch.randn(9))
+    assert average.module.zero_point == 37
 
 
 def test_evaluation_without_a_scale_is_an_error_not_a_float_network():
@@ -118,7 +151,14 @@ def test_evaluation_without_a_scale_is_an_error_not_a_float_network():
         _ = quantizer.qmax
 
 
-@pytest.mark.parametrize("prepare", [lambda q: None, lambda q: q.initialize(torch.rand(9))], ids=["unset", "set"])
+PREPARATIONS = {
+    "unset": lambda q: None,
+    "set": lambda q: q.initialize(torch.rand(9)),
+    "zero point": lambda q: q.initialize(torch.rand(9), zero_point=3),
+}
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS.values(), ids=PREPARATIONS)
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), None], ids=["deepcopy", "pickle", "state"]
 )
@@ -130,7 +170,7 @@ def test_copies_and_state_dicts_carry_everything(prepare, way):
         other.load_state_dict(quantizer.state_dict())  # strict
     else:
         other = way(quantizer)
-    assert (other.is_initialized, other.signed) == (quantizer.is_initialized, quantizer.signed)
+    assert (other.is_initialized, other.zero_point) == (quantizer.is_initialized, quantizer.zero_point)
     assert torch.equal(other.raw_scale, quantizer.raw_scale)
     v = torch.rand(2, 5)
     assert torch.equal(other(v), quantizer(v))
@@ -157,19 +197,21 @@ def lsq_factor(quantizer, shape):
     elements = 1
     for size in counted:
         elements *= size
-    return (max(elements // quantizer.raw_scale.numel(), 1) * quantizer.qmax) ** -0.5
+    bound = max(-quantizer.qmin - 1, quantizer.qmax)
+    return (max(elements // quantizer.raw_scale.numel(), 1) * bound) ** -0.5
 
 
 @pytest.mark.parametrize("content", ["random", "ties and bounds", "far", "zero channel", "not finite"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_module_against_the_oracle_by_the_chain_rule(dtype, content):
     @settings(max_examples=40)
-    @given(quantizers(), SEEDS)
-    def check(pair, seed):
+    @given(quantizers(), st.none() | st.integers(0, 254), SEEDS)
+    def check(pair, zero_point, seed):
         shape, quantizer = pair
         axis, count = quantizer.channel_axis, quantizer.raw_scale.numel()
         generator = torch.Generator().manual_seed(seed)
-        quantizer.initialize(torch.ones(1), make_scale(count, content, torch.float32, generator))
+        zero_point = None if zero_point is None else zero_point % (2**quantizer.bits - 1)
+        quantizer.initialize(torch.ones(1), make_scale(count, content, torch.float32, generator), zero_point)
         scale = quantizer.scale.detach()
         steps = make_steps(shape, content, quantizer.qmin, quantizer.qmax, dtype, generator)
         v = (steps * per_element(scale, shape, axis)).clamp(-6e4, 6e4).to(dtype)
@@ -207,7 +249,7 @@ def test_initialisation_refuses_what_is_not_finite_and_stays_as_it_was(dtype):
         if was_set:
             quantizer.initialize(torch.ones(1), 0.125)
         before = {name: t.clone() for name, t in quantizer.state_dict().items()}
-        sign = quantizer.signed
+        zero_point = quantizer.zero_point
         v = torch.randn(shape, dtype=dtype)
         if v.numel():
             v.view(-1)[seed % v.numel()] = [math.nan, math.inf, -math.inf][seed % 3]
@@ -217,7 +259,7 @@ def test_initialisation_refuses_what_is_not_finite_and_stays_as_it_was(dtype):
         if not was_set and not quantizer.keeps_waiting(v):
             with pytest.raises(ValueError, match="cannot initialise"):
                 quantizer(v)  # the first training forward
-        assert (quantizer.is_initialized, quantizer.signed) == (was_set, sign)
+        assert (quantizer.is_initialized, quantizer.zero_point) == (was_set, zero_point)
         for name, t in quantizer.state_dict().items():
             same(t, before[name])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaqat_optim import LSQQuantizer
 from gaqat_optim.quant.lsq.functional import integer_bounds
 from gaqat_optim.quant.lsq.scale_init import initial_scale
-from quant.lsq.cases import BITS, DTYPES, SEEDS, SHAPES, assert_near, per_scale, pick, quantizers, same
+from quant.lsq.cases import BITS_AND_ZERO_POINTS, DTYPES, SEEDS, SHAPES, assert_near, per_scale, pick, quantizers, same
 
 
 def squared_error(v, scale, qmin, qmax):
@@ -88,14 +88,14 @@ def test_initial_scales_are_finite_and_positive(dtype, content):
 
 
 @pytest.mark.parametrize("method", ["mse", "lsq"])
-@given(bits=BITS, signed=st.booleans(), k=st.integers(-30, 30), seed=SEEDS)
+@given(code=BITS_AND_ZERO_POINTS, k=st.integers(-30, 30), seed=SEEDS)
 @settings(max_examples=40)
-def test_initial_scales_follow_the_values_to_the_bit(method, bits, signed, k, seed):
+def test_initial_scales_follow_the_values_to_the_bit(method, code, k, seed):
     v = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed))
     v[:, 0] = v[:, 0].abs() + 0.1
-    bounds = integer_bounds(bits, signed)
+    bounds = integer_bounds(*code)
     if method == "lsq":
-        want = 2 * v.double().abs().mean(1) / math.sqrt(bounds[1])
+        want = 2 * v.double().abs().mean(1) / math.sqrt(max(-bounds[0] - 1, bounds[1]))
         assert_near(initial_scale(v, *bounds, 0, method), want, 1e-6 * want)
     same(initial_scale(v * 2.0**k, *bounds, 0, method), initial_scale(v, *bounds, 0, method) * 2.0**k)
     same(initial_scale(v.T, *bounds, 1, method), initial_scale(v, *bounds, 0, method))
@@ -124,10 +124,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_mse_scale_against_a_fine_search_in_float64(kind):
     @settings(max_examples=25)
-    @given(BITS, st.booleans(), st.sampled_from([1, 5, 16, 64, 256, 1024]), SEEDS)
-    def check(bits, signed, count, seed):
+    @given(BITS_AND_ZERO_POINTS, st.sampled_from([1, 5, 16, 64, 256, 1024]), SEEDS)
+    def check(code, count, seed):
         v = KINDS[kind](torch.randn(count, generator=torch.Generator().manual_seed(seed))).double()
-        qmin, qmax = integer_bounds(bits, signed)
+        qmin, qmax = integer_bounds(*code)
         largest = max(v.max().item() / qmax, v.min().item() / qmin if qmin else 0.0)
         if largest <= 0:
             return  # nothing that an unsigned quantizer could represent
@@ -149,7 +149,7 @@ def test_mse_scale_against_a_fine_search_in_float64(kind):
         # for 1,024; and 1.014 times the error of "lsq".
         if count >= 256:
             factors = {256: (1.005, 1.02, 1.08, 1.5), 1024: (1.001, 1.002, 1.02, 1.25)}[count]
-            assert found <= factors[min(bits, 5) - 2] * best + rounding
+            assert found <= factors[min(code[0], 5) - 2] * best + rounding
             assert found <= 1.05 * lsq_found + rounding
 
     check()
@@ -158,7 +158,7 @@ def test_mse_scale_against_a_fine_search_in_float64(kind):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_mse_scale_is_finer_than_its_coarse_search(bits):
     # The mean over 30 channels of 1,024 values is within 4e-5 of the best; fractions of 1/32 alone cost 1.4e-3.
-    v, (qmin, qmax) = torch.randn(30, 1024), integer_bounds(bits, signed=True)
+    v, (qmin, qmax) = torch.randn(30, 1024), integer_bounds(bits, 2 ** (bits - 1))
     found = squared_error(v.double(), initial_scale(v, qmin, qmax, 0, "mse").double(), qmin, qmax)
     grid = v.abs().max() / qmax * torch.linspace(0.01, 1, 400, dtype=torch.float64)
     best = torch.stack([squared_error(v.double(), s.expand(30), qmin, qmax) for s in grid]).min(dim=0).values

@@ -206,6 +206,7 @@ class DeployLayer(DeployedModule):
             weight_snr=None,
             activation_bits=None if activation is None else activation.bits,
             activation_signed=None if activation is None else activation.signed,
+            activation_zero_point=None if activation is None else activation.zero_point,
             activation_scale=None if activation is None else activation.scale.item(),
             output_bits=None if output is None else output.bits,
             weights=count,

@@ -54,7 +54,7 @@ def integer_parameters(
         >>> quantizer = LSQQuantizer(8, signed=True)
         >>> weight = torch.tensor([[0.5, -0.25]])
         >>> quantizer.initialize(weight, 0.25)
-        >>> activation = ActivationQuantizer(torch.tensor(0.5), bits=8, signed=False)
+        >>> activation = ActivationQuantizer(torch.tensor(0.5), bits=8, zero_point=0)
         >>> parameters = integer_parameters("fc", weight, quantizer, torch.tensor([0.3]), activation)
         >>> parameters.codes.tolist(), parameters.bias_codes.tolist()
         ([[2, -1]], [2])
@@ -97,11 +97,11 @@ def spare_bits(bits: int, activation: ActivationQuantizer) -> int:
     """By how many binary digits weight codes can be shifted up in 8 bits.
 
     Processors without an instruction for it add two products of activations and weights in 16 bits. If narrow codes
-    cannot overflow those, shifted ones must not either. An activation counts as the byte in its container, the zero
-    point of a signed one included. Codes of 8 bits have no spare bits, and may overflow as they are: an ONNX file holds
+    cannot overflow those, shifted ones must not either. An activation counts as the byte in its container, code
+    plus zero point. Codes of 8 bits have no spare bits, and may overflow as they are: an ONNX file holds
     them in another form (:mod:`~gaqat_optim.deploy.onnx_export.exact_weights`).
 
-    >>> spare_bits(3, ActivationQuantizer(torch.tensor(1.0), bits=8, signed=False))  # 2 * 255 * 4 * 2**4 < 2**15
+    >>> spare_bits(3, ActivationQuantizer(torch.tensor(1.0), bits=8, zero_point=0))  # 2 * 255 * 4 * 2**4 < 2**15
     4
     """
     shift = 8 - bits

@@ -108,7 +108,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         _require_equal(host, "is", "a module" if host in modules else "no module", "a module")
         with refuse_foreign(path):
             scale = tensors[f"{name}.quantizer.scale"]
-            quantizer = ActivationQuantizer(scale, entry["bits"], entry["signed"], entry["name"])
+            quantizer = ActivationQuantizer(scale, entry["bits"], entry["zero_point"], entry["name"])
         attach(modules[host], QuantDequant(quantizer).to(device))
     _fill(network, tensors)
     return network.eval().requires_grad_(False)

@@ -16,15 +16,41 @@ from .quotient import compute_dtype, divide_by_scale
 MIN_BITS, MAX_BITS = 2, 8
 
 
-def integer_bounds(bits: int, signed: bool) -> tuple[int, int]:
-    """The integer range (Qn, Qp) of a code with ``bits`` bits.
+def integer_bounds(bits: int, zero_point: int) -> tuple[int, int]:
+    """The integer range (Qn, Qp) of a code with ``bits`` bits, ``zero_point`` of which are negative.
 
-    >>> integer_bounds(3, signed=True), integer_bounds(3, signed=False)
-    ((-4, 3), (0, 7))
+    >>> integer_bounds(3, zero_point=0), integer_bounds(3, zero_point=4), integer_bounds(3, zero_point=1)
+    ((0, 7), (-4, 3), (-1, 6))
     """
-    if signed:
-        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return 0, 2**bits - 1
+    return -zero_point, 2**bits - 1 - zero_point
+
+
+def zero_point_of(bits: int, signed: bool) -> int:
+    """The zero point of the unsigned or the signed form: 0 or 2^(bits - 1).
+
+    >>> zero_point_of(3, signed=False), zero_point_of(3, signed=True)
+    (0, 4)
+    """
+    return 2 ** (bits - 1) if signed else 0
+
+
+def zero_point_form(bits: int, zero_point: int) -> str:
+    """A zero point in words.
+
+    >>> zero_point_form(4, 0), zero_point_form(4, 8), zero_point_form(4, 3)
+    ('unsigned', 'signed', 'zero point 3')
+    """
+    forms = {zero_point_of(bits, signed=False): "unsigned", zero_point_of(bits, signed=True): "signed"}
+    return forms.get(zero_point, f"zero point {zero_point}")
+
+
+def lsq_bound(qmin: int, qmax: int) -> int:
+    """The bound that LSQ's g and initial scale take for Qp: that of the longer side, whatever the zero point.
+
+    >>> lsq_bound(0, 7), lsq_bound(-4, 3), lsq_bound(-1, 6), lsq_bound(-6, 1)
+    (7, 3, 6, 5)
+    """
+    return max(-qmin - 1, qmax)
 
 
 def lsq_quantize(
@@ -119,6 +145,22 @@ def lsq_quantize_unchecked(
     """
     arguments = v, scale, qmin, qmax, grad_scale, channel_axis, save_output_for_backward
     return _LSQ.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class ClampStraightThrough(torch.autograd.Function):
+    """Clamp whose gradient is the identity, so that a value beyond a bound can come back."""
+
+    @staticmethod
+    def forward(value: Tensor, low: float, high: float) -> Tensor:
+        return value.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 class RefuseDoubleBackward(torch.autograd.Function):

@@ -10,30 +10,24 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
-from ...scale_names import LINEAR_SCALE, LOG_SCALE, SCALE_IS_SIGNED, SCALE_RANGE
-from .functional import MAX_BITS, MIN_BITS, integer_bounds, lsq_quantize, lsq_quantize_unchecked
-from .scale_init import initial_scale
+from ...scale_names import LINEAR_SCALE, LOG_SCALE, SCALE_RANGE, ZERO_POINT
+from .functional import (
+    MAX_BITS,
+    MIN_BITS,
+    ClampStraightThrough,
+    integer_bounds,
+    lsq_bound,
+    lsq_quantize,
+    lsq_quantize_unchecked,
+    zero_point_form,
+    zero_point_of,
+)
+from .scale_init import initial_scale, initial_zero_point
 
 # How far a scale may go from its initial value, either way. No network needs more, and from much further away it would
 # not come back: the gradient of log(s) is proportional to s, and vanishes with it.
 _MAX_DRIFT = 1024.0
 _SMALLEST, _LARGEST = 1e-12, 1e12
-
-
-class _ClampStraightThrough(torch.autograd.Function):
-    """Clamp whose gradient is the identity, so that a value beyond a bound can come back."""
-
-    @staticmethod
-    def forward(value: Tensor, low: float, high: float) -> Tensor:
-        return value.clamp(low, high)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
 
 
 class LSQQuantizer(nn.Module):
@@ -45,13 +39,17 @@ class LSQQuantizer(nn.Module):
     activation quantizer that was not calibrated sets it at its first training forward that has values; the network then
     makes it the same on all ranks of ``torch.distributed`` (:func:`~gaqat_optim.quantize_model`).
 
-    The gradient of the scale is multiplied by LSQ's g = 1/sqrt(N Qp). N is the number of weights per scale, or the
-    number of features in one sample (not in the batch, so that accumulating micro-batches gives the gradient of the
-    whole batch).
+    Codes are integers from -z to 2^bits - 1 - z. The zero point z is chosen together with the first scale, as the pair
+    of least squared error, and stays: 0 for values that are never negative, about 2^(bits - 1) for symmetric ones, and
+    little in between for those of a GELU or SiLU, whose codes would otherwise be half unused.
+
+    The gradient of the scale is multiplied by LSQ's g = 1/sqrt(N Qp), with -Qn - 1 for Qp where it is larger. N is the
+    number of weights per scale, or the number of features in one sample (not in the batch, so that accumulating
+    micro-batches gives the gradient of the whole batch).
 
     Args:
         bits: bits of a code, 2 to 8.
-        signed: whether codes can be negative; ``None`` lets :meth:`initialize` decide.
+        signed: z = 2^(bits - 1) if true, 0 if false; ``None`` lets :meth:`initialize` choose z.
         channels: number of scales; ``None`` for one in all, of shape ``(1,)``.
         channel_axis: the axis of the input that ``channels`` counts; needs ``channels``.
         axis0_is_batch: whether axis 0 of the input is a batch (activations), which g then leaves out.
@@ -75,7 +73,7 @@ class LSQQuantizer(nn.Module):
     Reference: Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153.
     """
 
-    scale_is_signed: Tensor
+    scale_zero_point: Tensor
     scale_range: Tensor
 
     def __init__(
@@ -109,9 +107,10 @@ class LSQQuantizer(nn.Module):
         name = LOG_SCALE if scale_domain == "log" else LINEAR_SCALE
         self.register_parameter(name, nn.Parameter(start if scale_domain == "log" else start + 1))
         # forward decides by Python values (no synchronisation, no graph break); the buffers put them in state dicts.
-        self._signed = signed
+        self._zero_point = None if signed is None else zero_point_of(bits, signed)
         self._range: tuple[float, float] | None = None
-        self.register_buffer(SCALE_IS_SIGNED, torch.tensor(bool(signed), device=device))
+        # In floating point, since an average of weights and buffers (EMA) would cut off an integer.
+        self.register_buffer(ZERO_POINT, torch.tensor(float(self._zero_point or 0), device=device))
         self.register_buffer(SCALE_RANGE, torch.zeros(2, dtype=torch.float32, device=device))  # zeros: not set yet
 
     @override
@@ -122,7 +121,7 @@ class LSQQuantizer(nn.Module):
             self.is_sharded = True
         super().__setattr__(name, value)
 
-    # -- scale, sign and integer range -------------------------------------------------------------------------
+    # -- scale, zero point and integer range -------------------------------------------------------------------------
 
     @property
     def raw_scale(self) -> nn.Parameter:
@@ -134,7 +133,7 @@ class LSQQuantizer(nn.Module):
         """The scale s > 0, float32 or float64, of shape ``(1,)`` or ``(channels,)``; differentiable."""
         # At least float32 in a half-precision model, since float16 has no number near the lower bound.
         raw = self.raw_scale.to(torch.promote_types(self.raw_scale.dtype, torch.float32))
-        bounded: Tensor = _ClampStraightThrough.apply(raw, *self._raw_bounds)  # type: ignore[no-untyped-call]
+        bounded: Tensor = ClampStraightThrough.apply(raw, *self._raw_bounds)  # type: ignore[no-untyped-call]
         return self._of_raw(bounded)
 
     def _of_raw(self, raw: Tensor) -> Tensor:
@@ -147,9 +146,14 @@ class LSQQuantizer(nn.Module):
         return (math.log(low), math.log(high)) if self.scale_domain == "log" else (low, high)
 
     @property
+    def zero_point(self) -> int | None:
+        """How many of the codes are negative, z = -Qn; ``None`` before data has decided."""
+        return self._zero_point
+
+    @property
     def signed(self) -> bool | None:
         """Whether codes can be negative; ``None`` before data has decided."""
-        return self._signed
+        return None if self._zero_point is None else self._zero_point > 0
 
     @property
     def is_initialized(self) -> bool:
@@ -169,9 +173,9 @@ class LSQQuantizer(nn.Module):
         return self._integer_bounds()[1]
 
     def _integer_bounds(self) -> tuple[int, int]:
-        if self._signed is None:
+        if self._zero_point is None:
             raise RuntimeError(self._unset_message())
-        return integer_bounds(self.bits, self._signed)
+        return integer_bounds(self.bits, self._zero_point)
 
     def _unset_message(self) -> str:
         return (
@@ -180,23 +184,25 @@ class LSQQuantizer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        sign = {True: "signed", False: "unsigned", None: "sign by calibration"}[self._signed]
+        form = "zero point by calibration" if self._zero_point is None else zero_point_form(self.bits, self._zero_point)
         where = "per tensor" if self.channel_axis is None else f"per channel of axis {self.channel_axis}"
         unset = "" if self.is_initialized else ", not calibrated"
-        return f"{self.bits} bits, {sign}, {where}, {self.scale_domain} scale{unset}"
+        return f"{self.bits} bits, {form}, {where}, {self.scale_domain} scale{unset}"
 
     # -- initialization and forward ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def initialize(self, v: Tensor, scale: Tensor | float | None = None) -> None:
-        """Set signedness (unless it was given) and scale from the values ``v``.
+    def initialize(self, v: Tensor, scale: Tensor | float | None = None, zero_point: int | None = None) -> None:
+        """Set zero point (unless ``signed`` was given) and scale from the values ``v``.
 
         Args:
             v: the values to represent: the weight, or a sample of activations, in the layout of the input.
             scale: the initial scale, to set it instead of computing it from ``v``.
+            zero_point: z, likewise.
 
         Raises:
-            ValueError: ``v`` is empty or not finite, or ``scale`` is not positive and finite.
+            ValueError: ``v`` is empty or not finite, ``scale`` is not positive and finite, or ``zero_point`` is outside
+                0..2^bits - 2.
             RuntimeError: ``fully_shard`` has split the scale.
         """
         if self.is_sharded:
@@ -209,15 +215,22 @@ class LSQQuantizer(nn.Module):
             raise ValueError(
                 f"cannot initialise the quantizer {self.name!r} from {values if v.numel() else 'no values'}"
             )
-        signed = self._signed if self._signed is not None else bool((v < 0).any())
-        if scale is None:
-            scale = initial_scale(v, *integer_bounds(self.bits, signed), self.channel_axis, self.init)
-        elif not all(0 < s < math.inf for s in torch.as_tensor(scale).flatten().tolist()):
+        if scale is not None and not all(0 < s < math.inf for s in torch.as_tensor(scale).flatten().tolist()):
             raise ValueError(f"the scale of the quantizer {self.name!r} must be positive and finite, got {scale!r}")
+        if zero_point is None:
+            zero_point = self._zero_point
+        elif not 0 <= zero_point <= 2**self.bits - 2:
+            raise ValueError(
+                f"the zero point of the quantizer {self.name!r} of {self.bits} bits must be from 0 to "
+                f"{2**self.bits - 2}, got {zero_point!r}"
+            )
+        if zero_point is None:
+            zero_point = initial_zero_point(v, self.bits, scale)
+        if scale is None:
+            scale = initial_scale(v, *integer_bounds(self.bits, zero_point), self.channel_axis, self.init)
         raw = torch.as_tensor(scale, dtype=torch.float32).clamp(_SMALLEST, _LARGEST)
         self.raw_scale.copy_(raw.log() if self.scale_domain == "log" else raw)
-        self._signed = signed
-        self.scale_is_signed.fill_(signed)
+        self.scale_zero_point.fill_(zero_point)
         self.scale_range.copy_(torch.stack([raw.min() / _MAX_DRIFT, raw.max() * _MAX_DRIFT]))
         self._read_buffers()
 
@@ -261,7 +274,7 @@ class LSQQuantizer(nn.Module):
         """LSQ's g for values like ``v``."""
         sizes = v.shape[1:] if self.axis0_is_batch and v.dim() > 1 else v.shape
         count = math.prod(sizes) // self.raw_scale.numel()
-        return 1.0 / math.sqrt(max(count, 1) * self.qmax)
+        return 1.0 / math.sqrt(max(count, 1) * lsq_bound(*self._integer_bounds()))
 
     # -- state dict --------------------------------------------------------------------------------------------
 
@@ -278,7 +291,7 @@ class LSQQuantizer(nn.Module):
         low, high = self.scale_range.tolist()
         if high > 0:
             self._range = max(low, _SMALLEST), min(high, _LARGEST)
-            self._signed = bool(self.scale_is_signed)
+            self._zero_point = round(self.scale_zero_point.item())
 
 
 def is_unmodified(quantizer: LSQQuantizer) -> bool:

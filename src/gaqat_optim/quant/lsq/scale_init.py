@@ -1,4 +1,4 @@
-"""Initial values of a scale, as pure functions."""
+"""Initial values of a scale and a zero point, as pure functions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from .functional import integer_bounds, lsq_bound
+
 # Values of a channel that are used: with more, the optimum moves by well under a percent.
 _MOST_VALUES = 4096
 
 
 def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, method: str) -> Tensor:
     """Initial scale for finite values ``v``: of least squared error (``"mse"``), or 2 mean|v| / sqrt(Qp) (``"lsq"``).
+
+    Where more than half of the codes are negative, -Qn - 1 takes the place of LSQ's Qp.
 
     Returns:
         float32, shape ``(1,)`` or ``(channels,)``, positive. A channel of zeros, which determines no scale, takes the
@@ -25,7 +29,7 @@ def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, met
     rows = v.detach().float()
     rows = rows.reshape(1, -1) if channel_axis is None else rows.movedim(channel_axis, 0)
     rows = rows.reshape(len(rows), -1)
-    scale = lsq_scale(rows, qmax) if method == "lsq" else mse_scale(rows, qmin, qmax)
+    scale = lsq_scale(rows, lsq_bound(qmin, qmax)) if method == "lsq" else mse_scale(rows, qmin, qmax)
     is_positive = scale > 0
     if bool(is_positive.all()):
         return scale
@@ -43,29 +47,93 @@ def mse_scale(rows: Tensor, qmin: int, qmax: int) -> Tensor:
     It is searched among fractions of the largest useful scale, which clips no value: coarsely, then finely around the
     best. The error has many local minima, in which a descent would stop.
     """
-    if rows.shape[1] > _MOST_VALUES:
-        # A stride without a common factor with usual layer sizes prefers no channel and no position in a kernel.
-        stride = rows.shape[1] // _MOST_VALUES + 1
-        while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
-            stride += 1
-        rows = rows[:, ::stride]
+    rows = _thinned(rows)
     largest = rows.max(dim=1).values.clamp(min=0) / qmax
     if qmin < 0:
         largest = torch.maximum(largest, rows.min(dim=1).values.clamp(max=0) / qmin)
+    return _search(rows, largest, qmin, qmax)
+
+
+def initial_zero_point(v: Tensor, bits: int, scale: Tensor | float | None = None) -> int:
+    """The zero point with the least squared quantization error of finite values ``v``, each with its best scale.
+
+    Where several have it, the smallest: 0 for values that are never negative, or by less than half a step. Of more than
+    16 candidates, every second to sixteenth is tried first, and then those around the best.
+
+    Args:
+        v: of any shape.
+        bits: of a code.
+        scale: of one entry; it takes the place of the best scales.
+
+    Returns:
+        An integer from 0 to 2^bits - 2.
+
+    Example:
+        >>> v = torch.nn.functional.silu(torch.linspace(-3, 3, 1001))
+        >>> initial_zero_point(v, 4), initial_zero_point(v, 8), initial_zero_point(v.relu(), 4)
+        (1, 22, 0)
+    """
+    if not bool((v < 0).any()):
+        return 0
+    v = v.detach().to(torch.promote_types(v.dtype, torch.float32)).reshape(1, -1)
+    unit = v.abs().max()  # no square of a value divided by it overflows
+    row = _thinned(v / unit).float()
+    fixed = None if scale is None else torch.as_tensor(scale, device=v.device).reshape(1) / unit
+    step, end = max(1, 2**bits // 16), 2**bits - 1
+    best, step_size = _best_zero_point(row, bits, range(0, end, step), fixed)
+    while step > 1:
+        previous, step = step, max(1, step // 4)
+        around = range(max(0, best - previous + step), min(best + previous, end), step)
+        best, step_size = _best_zero_point(row, bits, around, fixed)
+    # Codes below the smallest value are of no use. A search over scales is too coarse to see that of one or two of 256.
+    return min(best, round(-row.min().item() / step_size))
+
+
+def _best_zero_point(row: Tensor, bits: int, candidates: range, scale: Tensor | None) -> tuple[int, float]:
+    """The first zero point with the least squared error of ``row``, of shape ``(1, values)``, and its scale."""
+    bounds = [integer_bounds(bits, zero_point) for zero_point in candidates]
+    low, high = (bound.item() for bound in row.aminmax())
+    largest = row.new_tensor([max(high / qmax, low / qmin if qmin else 0.0) for qmin, qmax in bounds])
+    rows = row.expand(len(bounds), -1)
+    qmin, qmax = row.new_tensor(bounds).T.unsqueeze(2)
+    s = _search(rows, largest, qmin, qmax) if scale is None else scale.float().expand(len(bounds))
+    best = int(_squared_error(rows, s, qmin, qmax).argmin())
+    return candidates[best], s[best].item()
+
+
+def _thinned(rows: Tensor) -> Tensor:
+    """At most :data:`_MOST_VALUES` values of each row, evenly spread."""
+    if rows.shape[1] <= _MOST_VALUES:
+        return rows
+    # A stride without a common factor with usual layer sizes prefers no channel and no position in a kernel.
+    stride = rows.shape[1] // _MOST_VALUES + 1
+    while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
+        stride += 1
+    return rows[:, ::stride]
+
+
+def _search(rows: Tensor, largest: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
+    """For each row, the scale up to ``largest`` with the least squared error; bounds as tensors are ``(rows, 1)``."""
     fractions = torch.linspace(1 / 32, 1, 32, dtype=rows.dtype, device=rows.device)
     best = _least_error(rows, largest, fractions.expand(len(rows), -1), qmin, qmax)
     fine = best.unsqueeze(1) + torch.linspace(-1 / 32, 1 / 32, 17, dtype=rows.dtype, device=rows.device)
     return largest * _least_error(rows, largest, fine.clamp(1 / 256, 1), qmin, qmax)
 
 
-def _least_error(rows: Tensor, largest: Tensor, fractions: Tensor, qmin: int, qmax: int) -> Tensor:
+def _least_error(rows: Tensor, largest: Tensor, fractions: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
     """For each row, the fraction of ``largest`` (one of that row's ``fractions``) with the least squared error."""
     least = torch.full_like(largest, torch.inf)
     best = torch.ones_like(largest)
     for fraction in fractions.unbind(dim=1):
-        s = (largest * fraction).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-        error = (rows / s).clamp_(qmin, qmax).round_().mul_(s).sub_(rows).square_().sum(dim=1)
+        error = _squared_error(rows, largest * fraction, qmin, qmax)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, fraction, best)
     return best
+
+
+def _squared_error(rows: Tensor, scale: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
+    """The squared quantization error of each row with its entry of ``scale``."""
+    s = scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    codes = (rows / s).clamp_(qmin, qmax).round_()  # type: ignore[arg-type]
+    return codes.mul_(s).sub_(rows).square_().sum(dim=1)

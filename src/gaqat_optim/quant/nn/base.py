@@ -214,6 +214,7 @@ class QuantizedModule(nn.Module):
             weight_snr=self._signal_to_noise(),
             activation_bits=None if activation is None else activation.bits,
             activation_signed=None if activation is None else activation.signed,
+            activation_zero_point=None if activation is None else activation.zero_point,
             activation_scale=_mean_scale(activation),
             output_bits=None if output is None else output.bits,
             weights=count,
