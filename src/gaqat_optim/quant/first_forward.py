@@ -18,8 +18,10 @@ from .weight_reads import refuse_weight_reads
 class FirstForwardCheck:
     """A forward pre-hook, which removes itself once every activation has a scale.
 
-    In the first training forward, weights that are read past their layers are an error. In each, the ranks agree on the
-    scales that it has set. A compiler leaves the hook out, but for the agreement.
+    In the first training forward, weights that are read past their layers are an error. In each that begins with
+    activations without a scale, the ranks agree on the scales that it has set. DistributedDataParallel has given all
+    ranks the same scales before, and the agreement keeps them so: all ranks communicate, or none. A compiler leaves the
+    hook out, but for the agreement.
     """
 
     def __init__(self, exclude: Iterable[str]) -> None:
@@ -33,6 +35,8 @@ class FirstForwardCheck:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, model: nn.Module) -> None:
         quantizers = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_sharded]
+        for quantizer in quantizers:
+            quantizer.read_buffers()  # which a broadcast may have filled
         waiting = {quantizer for quantizer in quantizers if not quantizer.is_initialized}
         check = nullcontext() if self.checked else refuse_weight_reads(model, self.exclude)
         check.__enter__()
@@ -44,7 +48,7 @@ class FirstForwardCheck:
             if sys.exc_info()[0] is not None:
                 return
             self.checked = True
-            if is_distributed():
+            if waiting and is_distributed():
                 agree_on_scales(quantizers, waiting)
             if all(quantizer.is_initialized for quantizer in quantizers):
                 for key in [key for key, hook in model._forward_pre_hooks.items() if hook is self]:

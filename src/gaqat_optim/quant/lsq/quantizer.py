@@ -159,7 +159,7 @@ class LSQQuantizer(nn.Module):
     def is_initialized(self) -> bool:
         """Whether the scale has its initial value."""
         if self._range is None:
-            self._read_buffers()  # Libraries that load a checkpoint fill them without telling the module.
+            self.read_buffers()  # Libraries that load a checkpoint fill them without telling the module.
         return self._range is not None
 
     @property
@@ -232,7 +232,7 @@ class LSQQuantizer(nn.Module):
         self.raw_scale.copy_(raw.log() if self.scale_domain == "log" else raw)
         self.scale_zero_point.fill_(zero_point)
         self.scale_range.copy_(torch.stack([raw.min() / _MAX_DRIFT, raw.max() * _MAX_DRIFT]))
-        self._read_buffers()
+        self.read_buffers()
 
     def forward(self, v: Tensor) -> Tensor:
         if not self.enabled or self.keeps_waiting(v):
@@ -253,7 +253,7 @@ class LSQQuantizer(nn.Module):
     def lsq_arguments(self, v: Tensor) -> tuple[Tensor, int, int, float, int | None]:
         """Scale, Qn, Qp, g and channel axis for a forward of ``v``, which initializes the scale if it is not yet."""
         if self._range is None:
-            self._read_buffers()  # AveragedModel and broadcasts fill them without telling the module
+            self.read_buffers()  # AveragedModel and broadcasts fill them without telling the module
         if self._range is None:
             if not self.training:
                 raise RuntimeError(self._unset_message())
@@ -283,9 +283,9 @@ class LSQQuantizer(nn.Module):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         self._range = None
-        self._read_buffers()
+        self.read_buffers()
 
-    def _read_buffers(self) -> None:
+    def read_buffers(self) -> None:
         if self.scale_range.is_meta:
             return
         low, high = self.scale_range.tolist()

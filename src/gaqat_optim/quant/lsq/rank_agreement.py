@@ -50,4 +50,4 @@ def _load(quantizer: LSQQuantizer, values: list[float]) -> None:
     for tensor in (quantizer.raw_scale, *quantizer.buffers()):
         own, values = values[: tensor.numel()], values[tensor.numel() :]
         tensor.copy_(torch.tensor(own, dtype=torch.float64).reshape(tensor.shape))
-    quantizer._read_buffers()
+    quantizer.read_buffers()
