@@ -35,8 +35,6 @@ class FirstForwardCheck:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, model: nn.Module) -> None:
         quantizers = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_sharded]
-        for quantizer in quantizers:
-            quantizer.read_buffers()  # which a broadcast may have filled
         waiting = {quantizer for quantizer in quantizers if not quantizer.is_initialized}
         check = nullcontext() if self.checked else refuse_weight_reads(model, self.exclude)
         check.__enter__()
