@@ -249,7 +249,7 @@ def test_onnxruntime_computes_what_convert_says(name, bits, tmp_path):
     assert report.integer_kernels["QLinearConv"] >= 1
     assert report.float_kernels["ConvTranspose"] == 2  # There is no integer kernel for it.
     for optimized in (False, True):
-        result = compare(deployed, proto, [*out_of_range_inputs(x), x[:33], -50 * x[:33]], optimized=optimized)
+        result = compare(deployed, proto, [*out_of_range_inputs(x), (x[:33],), (-50 * x[:33],)], optimized=optimized)
         assert result.top1_agreement == 1.0
         assert result.code_flip_rate <= 1e-3
     for level, batch, factor in itertools.product(LEVELS, (1, 33), (1, -50)):
