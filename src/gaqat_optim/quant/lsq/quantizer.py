@@ -110,7 +110,7 @@ class LSQQuantizer(nn.Module):
         self._zero_point = None if signed is None else zero_point_of(bits, signed)
         self._range: tuple[float, float] | None = None
         # In floating point, since an average of weights and buffers (EMA) would cut off an integer.
-        self.register_buffer(ZERO_POINT, torch.tensor(float(self._zero_point or 0), device=device))
+        self.register_buffer(ZERO_POINT, torch.tensor(self._zero_point or 0, dtype=torch.float32, device=device))
         self.register_buffer(SCALE_RANGE, torch.zeros(2, dtype=torch.float32, device=device))  # zeros: not set yet
 
     @override

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
@@ -67,7 +68,8 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
     >>> quantized_class(Named).__name__
     'QuantNamed'
     """
-    if issubclass(kind, (QuantizedModule, NonDynamicallyQuantizableLinear)):  # the latter is read by attention
+    # Attention reads the weight of the second; a lazy layer has no weight yet, and becomes another type.
+    if issubclass(kind, (QuantizedModule, NonDynamicallyQuantizableLinear, LazyModuleMixin)):
         return None
     for base in kind.__mro__:
         quantized = QUANTIZED.get(base) or BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
