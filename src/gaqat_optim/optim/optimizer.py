@@ -68,6 +68,7 @@ class GAQATOptimizer(OptimizerAroundBase):
         The closure form. ``step`` calls the closure twice and returns its first loss:
 
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = GAQATOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
         >>> def closure():
