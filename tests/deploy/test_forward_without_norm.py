@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deploy.deploy_networks import norms_in, quantized, randomize_norms, run
+from deploy.deploy_networks import quantized, randomize_norms, run
 from gaqat_optim import QuantConfig, convert, export_onnx, load_packed, rounded_biases, save_packed
 from gaqat_optim.deploy.forward_without_norm import ForwardWithoutNorm
 from gaqat_optim.deploy.nn.base import DeployLayer
@@ -241,41 +241,6 @@ def test_before_another_activation_the_output_quantizer_stands_behind_the_norm()
     assert hasattr(model[1].drop, "output_quantizer")
 
 
-class Unfoldable(nn.BatchNorm2d):
-    def __init__(self, way):
-        super().__init__(8, affine=way != "no bias")
-        self.way = way
-
-    def forward(self, x):
-        if self.way == "statistics of something else":
-            return F.batch_norm(x, x.mean((0, 2, 3)), self.running_var)
-        if self.way == "statistics of the batch":
-            return F.relu(F.batch_norm(x, None, None, training=True))
-        if self.way == "statistics of the batch beside others":
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum=0.0)
-        y = super().forward(x)
-        if self.way == "input read again":
-            return y + x
-        if self.way == "control flow":
-            return y if y.sum() > 0 else -y
-        return F.relu(y)
-
-
-@pytest.mark.parametrize(
-    "way",
-    [
-        *("input read again", "statistics of something else", "statistics of the batch"),
-        *("statistics of the batch beside others", "control flow", "no bias"),
-    ],
-)
-def test_what_cannot_be_folded_stays(way):
-    model = randomize_norms(quantized(nn.Sequential(nn.Conv2d(3, 8, 3), Unfoldable(way)), X, QuantConfig(8, None)))
-    deployed = convert(model)
-    assert norms_in(deployed) == ["1"]
-    expected = run(model, X)
-    assert (run(deployed, X) - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 def test_a_block_that_is_called_twice_keeps_its_norms():
     class Twice(nn.Module):
         def __init__(self):
@@ -291,20 +256,3 @@ def test_a_block_that_is_called_twice_keeps_its_norms():
     assert not any(m.folded for m in deployed.modules() if isinstance(m, DeployLayer))
     expected = run(model, x)
     assert (run(deployed, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_an_operand_of_another_axis_is_no_norm():
-    class Positions(nn.Module):
-        """A map for each column, of as many columns as channels."""
-
-        def __init__(self):
-            super().__init__()
-            self.scale, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
-
-        def forward(self, x):
-            return x * self.scale + self.shift
-
-    model = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), Positions()), X, QuantConfig(8, None))
-    deployed = convert(model)
-    assert not deployed[0].folded
-    assert torch.allclose(run(deployed, X), run(model, X), atol=1e-4)

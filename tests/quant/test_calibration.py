@@ -1,11 +1,7 @@
 """Calibration: what it accepts, what it sets, and what it leaves alone."""
 
-# ruff: noqa: NPY002 (the global random state is what is at stake)
-
-import random
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -112,64 +108,11 @@ def test_batchnorm_statistics_flags_and_random_state_stay():
     assert all(torch.equal(quantized.state_dict()[k], v) for k, v in statistics.items())
 
 
-def numpy_state():
-    _, key, position, *_ = np.random.get_state()
-    return [*key.tolist(), position]
-
-
-class Augmented(torch.utils.data.Dataset):
-    """Draws from every global random state for each sample, as augmentations do."""
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        noise = torch.rand(1) + float(np.random.rand()) + random.random()
-        return X[index] * noise, index
-
-
-def test_random_states_and_the_loader_s_own_stay():
-    loader = DataLoader(
-        Augmented(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3), num_workers=0
-    )
-
-    def one_epoch():
-        return [(x, index.tolist()) for x, index in loader]
-
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    states = random.getstate(), numpy_state(), torch.get_rng_state(), loader.generator.get_state()
-    expected = one_epoch()
-    random.setstate(states[0]), np.random.seed(0), torch.set_rng_state(states[2]), loader.generator.set_state(states[3])
-    quantize_model(mlp(), calibration=loader)
-    torch.set_rng_state(states[2])  # building the network drew from it
-    assert random.getstate() == states[0]
-    assert numpy_state() == states[1]
-    assert torch.equal(loader.generator.get_state(), states[3])
-    for (x, index), (y, other) in zip(one_epoch(), expected, strict=True):
-        assert index == other
-        assert torch.equal(x, y)
-
-
 def test_persistent_workers_start_after_calibration_and_not_with_it():
     loader = DataLoader(TensorDataset(X), batch_size=12, num_workers=1, persistent_workers=True)
     quantize_model(mlp(), calibration=loader)
     assert loader._iterator is None
     assert sum(len(x) for (x,) in loader) == 24
-
-
-def test_random_states_stay_after_a_failure_too():
-    def batches():
-        yield X
-        torch.rand(1), np.random.rand(), random.random()
-        raise OSError("a file is gone")
-
-    model = mlp()
-    states = random.getstate(), numpy_state(), torch.get_rng_state()
-    with pytest.raises(OSError, match="a file is gone"):
-        quantize_model(model, calibration=batches())
-    assert random.getstate() == states[0]
-    assert numpy_state() == states[1]
-    assert torch.equal(torch.get_rng_state(), states[2])
 
 
 def test_a_long_calibration_shows_its_progress_and_a_short_one_nothing(capsys, monkeypatch):

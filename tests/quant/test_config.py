@@ -203,22 +203,6 @@ def test_what_is_missing_has_its_default_and_overrides_may_be_a_mapping():
     assert QuantConfig.from_dict(given) == QuantConfig(3, overrides={"head": {"weight_bits": 8}})
 
 
-class Outer:
-    class Inner(nn.Linear):
-        pass
-
-
-def test_types_are_found_by_their_qualified_name_or_named():
-    config = QuantConfig(overrides={Outer.Inner: {"weight_bits": 8}})
-    assert QuantConfig.from_dict(config.to_dict()) == config
-
-    class Local(nn.Linear):
-        pass
-
-    with pytest.raises(ValueError, match=r"<locals>\.Local was defined in a function"):
-        QuantConfig(overrides={Local: {"weight_bits": 8}}).to_dict()
-
-
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [

@@ -17,7 +17,6 @@ from gaqat_optim import (
     convert,
     lsq_quantize,
     param_groups,
-    quantization_disabled,
     quantization_summary,
     quantize_model,
 )
@@ -181,46 +180,6 @@ def test_hooks_and_training_flags_go_along():
     assert calls == ["hook"]
 
 
-def test_subclasses_keep_their_own_forward():
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model = nn.Sequential(Doubled(8, 8), nn.Linear(8, 4))
-    with pytest.warns(UserWarning, match=r"66\.7% of the weights .* 0 \(Doubled\)"):
-        quantized = quantize_model(model, calibration=torch.randn(4, 8))
-    assert type(quantized[0]) is Doubled
-    assert "0 (Doubled)" in quantization_summary(quantized).left_in_float
-
-
-def test_parts_can_stay_in_floating_point():
-    model, x = mlp(), torch.randn(16, 8)
-    only_weights = quantize_model(model, QuantConfig(4, None))
-    assert only_weights[2].input_quantizer is None
-    assert only_weights.eval()(x).shape == (16, 4)  # nothing waits for calibration
-    only_activations = quantize_model(model, QuantConfig(None, 4), calibration=x)
-    assert only_activations[2].weight_quantizer is None
-    outputs = quantize_model(model, QuantConfig(4, 4, output_bits=8), calibration=x).eval()
-    q = outputs[-1].output_quantizer
-    y = outputs[-1](torch.rand(5, outputs[-1].in_features))
-    assert q.bits == 8
-    assert torch.allclose((y / q.scale).round() * q.scale, y, atol=1e-6)
-
-
-def test_quantization_disabled_is_the_float_network_and_nests():
-    model, x = cnn().eval(), torch.randn(4, 3, 8, 8)
-    quantized = quantize_model(model, calibration=x)
-    expected, low = model(x), quantized(x)
-    with quantization_disabled(quantized):
-        with quantization_disabled(quantized):
-            assert torch.equal(quantized(x), expected)
-        assert torch.equal(quantized(x), expected)
-    assert torch.equal(quantized(x), low)
-    with pytest.raises(KeyError), quantization_disabled(quantized):
-        raise KeyError
-    assert torch.equal(quantized(x), low)
-
-
 def test_param_groups_spare_scales_from_weight_decay():
     quantized = quantize_model(cnn())
     weights, scales = param_groups(quantized, weight_decay=0.1, scale_lr=1e-4)
@@ -271,22 +230,6 @@ def test_bad_input_is_named_and_changes_nothing(arguments, error, words, inplace
 def test_models_that_cannot_be_quantized(model, error, words):
     with pytest.raises(error, match=words):
         quantize_model(model)
-
-
-def test_indices_are_no_activations():
-    quantized = quantize_model(build("embeddings")[0], QuantConfig(4, 4, first_last_bits="same"))
-    assert quantized.words.input_quantizer is None
-    assert quantized.words.weight_quantizer.scale.shape == (10,)
-    only_activations = quantize_model(build("embeddings")[0], QuantConfig(None, 4))
-    assert type(only_activations.words) is nn.Embedding
-    assert isinstance(only_activations.head, QuantizedModule)
-
-
-@pytest.mark.parametrize("name", ["mlp", "cnn", "u-net", "conv1d"])
-def test_layers_take_their_input_by_torch_s_own_name(name):
-    model, x, _ = build(name)
-    layer = next(m for m in quantize_model(model).modules() if isinstance(m, QuantizedModule))
-    assert torch.equal(layer(input=x), layer(x))
 
 
 def test_twice_is_an_error():

@@ -17,7 +17,7 @@ from gaqat_optim import (
     quantize_model,
     save_packed,
 )
-from gaqat_optim.quant.nn.base import QuantizedModule, quantized_class
+from gaqat_optim.quant.nn.base import QuantizedModule
 from quant.nn.library_layers import Conv2dSame, Linear, Renamed, ScaledStdConv2dSame, StdConv2d, standardized
 from torchvision_import import import_torchvision
 
@@ -90,27 +90,3 @@ def test_the_standardized_weight_is_what_is_quantized():
     assert quantized.weight is not layer.weight
     assert torch.equal(quantized.weight, layer.weight)
     assert (convert(nn.Sequential(quantized))[0].weight - weight).abs().max() < 0.03
-
-
-class OwnPadding(nn.Conv2d):
-    def _conv_forward(self, input, weight, bias):
-        return super()._conv_forward(input, weight, bias) + 1
-
-
-class OwnForward(StdConv2d):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-@pytest.mark.parametrize("layer", [OwnPadding(2, 2, 3), OwnForward(2, 2, 3)])
-def test_a_subclass_that_computes_something_else_is_left(layer):
-    assert quantized_class(type(layer)) is None
-    with pytest.warns(UserWarning, match=r"0 \(Own\w+\)"):
-        model = quantize_model(nn.Sequential(layer, nn.Conv2d(2, 2, 1)))
-    assert type(model[0]) is type(layer)
-
-
-def test_an_attention_left_out_keeps_its_projection_which_it_reads_itself():
-    attention = nn.TransformerEncoderLayer(8, 2, 8)
-    model = quantize_model(attention, QuantConfig(exclude=("self_attn",)), calibration=torch.rand(2, 3, 8))
-    assert not isinstance(model.self_attn.out_proj, QuantizedModule)

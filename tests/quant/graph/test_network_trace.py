@@ -1,0 +1,27 @@
+"""A network that no tracing gets through: a warning with the reasons, and it stays as it is."""
+
+import pytest
+import torch
+from torch import nn
+
+from deploy.deploy_networks import close, norms_in, quantized, randomize_norms, run
+from gaqat_optim.deploy.convert import convert
+
+
+def test_a_network_that_cannot_be_traced_keeps_its_norms_and_says_why():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) if x.sum() > 0 else x
+
+    x = torch.rand(16, 3, 6, 6)
+    model = randomize_norms(quantized(Branching(), x))
+    with pytest.warns(UserWarning, match="Branching cannot be traced.*TraceError") as caught:
+        deployed = convert(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert norms_in(deployed) == ["bn"]
+    assert close(run(model, x), run(deployed, x))
