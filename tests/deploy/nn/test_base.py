@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.deploy_networks import close, quantized, run
+from deploy.deploy_networks import quantized, run
 from gaqat_optim import QuantConfig, load_packed, quantize_model, save_packed
 from gaqat_optim.deploy.convert import convert
 
@@ -33,16 +33,6 @@ def test_an_input_of_other_axes_than_the_batchnorm_was_folded_for_is_refused():
     model = quantized(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), torch.rand(8, 4))
     with pytest.raises(ValueError, match="inputs of 2 axes only"):
         convert(model)(torch.rand(8, 6, 4))
-
-
-def test_inputs_without_a_batch_and_with_more_axes():
-    torch.manual_seed(0)
-    linear = quantized(nn.Linear(5, 3), torch.rand(8, 5), QuantConfig(8, 8))
-    conv = quantized(nn.Conv2d(3, 4, 3), torch.rand(8, 3, 6, 6), QuantConfig(8, 8))
-    for model, shape in ((linear, (5,)), (linear, (2, 7, 5)), (linear, (2, 3, 4, 5)), (conv, (3, 6, 6))):
-        x = torch.rand(shape)
-        assert run(convert(model), x).shape == run(model, x).shape
-        assert close(run(model, x), run(convert(model), x))
 
 
 def test_loading_larger_biases_changes_the_precision_of_the_sum():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploy import deploy_oracle as oracle
-from deploy.deploy_networks import quantized, randomize_norms, run
+from deploy.deploy_networks import close, quantized, randomize_norms, run
 from deploy.nn.layer_networks import NORMS, TRANSPOSED, UNet, chain
 from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT
 from deploy.onnx_runs import run as run_onnx
@@ -327,3 +327,11 @@ def test_padding(mode, padding):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode), nn.BatchNorm2d(4))
     model = quantized(model, x, QuantConfig(8, 8))
     assert torch.allclose(run(convert(model), x), run(model, x), atol=1e-2)
+
+
+def test_an_input_without_a_batch():
+    torch.manual_seed(0)
+    model = quantized(nn.Conv2d(3, 4, 3), torch.rand(8, 3, 6, 6), QuantConfig(8, 8))
+    x = torch.rand(3, 6, 6)
+    assert run(convert(model), x).shape == run(model, x).shape
+    assert close(run(model, x), run(convert(model), x))

@@ -5,6 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from torchvision_import import import_torchvision
 
 
 def named(name):
@@ -68,3 +71,29 @@ class ScaledStdConv2dSame(nn.Conv2d):
 
 class Renamed(StdConv2d):
     """Inherits its forward from a layer that is known by name."""
+
+
+class Flat(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x).relu())
+
+
+class Convolved(Flat):
+    def forward(self, x):
+        return self.head(self.layer(x).relu().flatten(2).mean(2))
+
+
+CASES = {
+    "Linear": (Flat, lambda: Linear(4, 6), (8, 4)),
+    "Conv1D": (Flat, lambda: Conv1D(6, 4), (8, 5, 4)),
+    "Conv2dSame": (Convolved, lambda: Conv2dSame(4, 6, (3, 4), stride=(2, 3), dilation=(2, 1), groups=2), (8, 4, 9, 8)),
+    "StdConv2d": (Convolved, lambda: StdConv2d(4, 6, 3, padding=1, bias=False), (8, 4, 5, 5)),
+    "ScaledStdConv2dSame": (Convolved, lambda: ScaledStdConv2dSame(4, 6, 3, stride=2), (8, 4, 7, 6)),
+    "static": (Convolved, lambda: ScaledStdConv2dSame(4, 6, 3, padding=1, same_pad=False), (8, 4, 7, 6)),
+    "Renamed": (Convolved, lambda: Renamed(4, 6, 3, padding=1), (8, 4, 5, 5)),
+    "video": (Convolved, lambda: import_torchvision().models.video.resnet.Conv3DSimple(4, 6), (8, 4, 3, 5, 5)),
+}

@@ -1,0 +1,26 @@
+"""Layers of libraries, deployed: convert, a packed file and an ONNX file compute the same."""
+
+import pytest
+import torch
+
+from gaqat_optim import QuantConfig, convert, export_onnx, load_packed, quantize_model, save_packed
+from quant.nn.library_layers import CASES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_deployed(case, tmp_path):
+    torch.manual_seed(0)
+    network, layer, shape = CASES[case]
+    model, x = network(layer()), torch.rand(shape)
+    config = QuantConfig(4, 4, first_last_bits="same", output_bits=8)
+    quantized = quantize_model(model, config, calibration=x).eval()
+    deployed = convert(quantized)
+    # Beyond the rounding of the bias, which 4 shifted bits make fine.
+    assert (deployed.layer(x) - quantized.layer(x)).abs().max() <= 0.01 * quantized.layer(x).abs().max()
+    assert deployed.layer.is_integer
+    save_packed(quantized, tmp_path / "net.packed")
+    for source in (model, quantized):
+        assert torch.equal(load_packed(source, tmp_path / "net.packed")(x), deployed(x))
+    report = export_onnx(quantized, x, tmp_path / "net.onnx")
+    assert report.code_flip_rate < 1e-3
+    assert report.top1_agreement == 1
