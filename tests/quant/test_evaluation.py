@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from gaqat_optim import quantization_disabled, quantize_model
+from gaqat_optim.quant.evaluation import evaluation_mode, isolate_rng
 from networks import cnn, mlp
 
 X = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
@@ -80,3 +81,25 @@ def test_random_states_stay_after_a_failure_too():
     assert random.getstate() == states[0]
     assert numpy_state() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_evaluation_mode_gives_every_module_its_own_flag_back():
+    model = cnn().train()
+    model[1].eval()
+    flags = [module.training for module in model.modules()]
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == flags
+    with pytest.raises(KeyError), evaluation_mode(model):
+        raise KeyError
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_the_generator_of_a_sampler_is_restored_too():
+    sampler = RandomSampler(X, generator=torch.Generator().manual_seed(3))
+    for loader in (DataLoader(X, sampler=sampler), DataLoader(X, batch_sampler=BatchSampler(sampler, 4, False))):
+        before = sampler.generator.get_state()
+        with isolate_rng(torch.device("cpu"), loader):
+            list(loader)
+            assert not torch.equal(sampler.generator.get_state(), before)
+        assert torch.equal(sampler.generator.get_state(), before)

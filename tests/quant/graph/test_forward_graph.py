@@ -3,10 +3,13 @@
 import copy
 import pickle
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gaqat_optim import quantize_model
+from gaqat_optim.quant.graph.forward_graph import forward_graph
 
 
 def linear():
@@ -38,3 +41,38 @@ def test_nothing_of_the_tracing_stays():
     copy.deepcopy(model)
     assert not any(isinstance(value, torch.fx.Proxy) for module in model.modules() for value in vars(module).values())
     assert pickle.dumps(model.a)
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def own_forward(module):
+    """As wrappers do that put a forward of their own on the object."""
+    module.forward = lambda x: x
+    return module
+
+
+@pytest.mark.parametrize("module", [Branches(), own_forward(nn.Sequential(nn.ReLU()))])
+def test_a_forward_that_cannot_be_traced_has_no_graph(module):
+    assert forward_graph(module) is None
+
+
+def test_children_are_single_operations_whatever_is_in_them():
+    graph = forward_graph(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), Branches()))
+    assert [(node.op, str(node.target)) for node in graph.nodes] == [
+        ("placeholder", "input"),
+        ("call_module", "0"),
+        ("call_module", "1"),
+        ("output", "output"),
+    ]
+
+
+def test_a_batchnorm_that_asks_for_the_shape_is_traced_in_evaluation_mode_and_stays_in_training():
+    norm = nn.BatchNorm2d(3)
+    calls = [node for node in forward_graph(norm).nodes if node.target is F.batch_norm]
+    assert [call.kwargs["training"] for call in calls] == [False]
+    assert norm.training
+    with pytest.raises(ValueError, match="expected 4D input"):  # the check is there again
+        norm(torch.rand(2, 3))

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from deploy.deploy_networks import close, norms_in, quantized, randomize_norms, run
+from gaqat_optim import quantize_model
 from gaqat_optim.deploy.convert import convert
+from gaqat_optim.quant.graph.network_trace import trace
 
 
 def test_a_network_that_cannot_be_traced_keeps_its_norms_and_says_why():
@@ -25,3 +27,21 @@ def test_a_network_that_cannot_be_traced_keeps_its_norms_and_says_why():
     assert caught[0].filename == __file__
     assert norms_in(deployed) == ["bn"]
     assert close(run(model, x), run(deployed, x))
+
+
+def test_where_symbols_fail_a_calibrated_network_is_traced_on_its_shapes():
+    class Checks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            if x.shape[0] > 64:
+                raise ValueError("too large")
+            return self.layer(x)
+
+    x = torch.rand(8, 4)
+    found = trace(quantized(Checks(), x), "nothing is folded")
+    assert [found.names[module] for module in found.modules.values()] == ["layer"]
+    with pytest.warns(UserWarning, match="Checks cannot be traced symbolically, so nothing is folded.*a calibration"):
+        assert trace(quantize_model(Checks()), "nothing is folded") is None
