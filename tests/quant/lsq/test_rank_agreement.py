@@ -6,43 +6,37 @@ from distributed.processes import spawn
 from gaqat_optim import LSQQuantizer
 from gaqat_optim.quant.lsq.rank_agreement import agree_on_scales, is_distributed
 
-# The values that each of two ranks saw: None where it saw none.
-SEEN = {
-    "both": ([0.0, 1.0], [0.0, 4.0]),
-    "negative": ([-1.0, 1.0], [0.0, 4.0]),
-    "one": (None, [-2.0, 3.0]),
-    "none": (None, None),
-    "before": ([0.0, 1.0], [0.0, 4.0]),
+# What each of two ranks has: scale and zero point, or None where it saw no data.
+HAVE = {
+    "larger scale": ((0.25, 0), (0.5, 0)),
+    "lower codes": ((0.25, 8), (0.5, 0)),
+    "one rank": (None, (0.125, 3)),
+    "no rank": (None, None),
+    "did not wait": ((0.25, 0), (0.5, 0)),
 }
 
 
 def agree(rank, ranks, folder):
     assert is_distributed()
-    quantizers = {name: LSQQuantizer(4) for name in SEEN}
-    for name, values in SEEN.items():
-        if values[rank] is not None:
-            quantizers[name].initialize(torch.tensor(values[rank]))
-    agree_on_scales(list(quantizers.values()), [q for name, q in quantizers.items() if name != "before"])
+    quantizers = {name: LSQQuantizer(4, scale_domain="linear") for name in HAVE}
+    for name, states in HAVE.items():
+        if states[rank] is not None:
+            quantizers[name].initialize(torch.ones(1), *states[rank])
+    agree_on_scales(list(quantizers.values()), [q for name, q in quantizers.items() if name != "did not wait"])
     agree_on_scales([], [])
-    return {
-        name: [q.scale.item(), q.zero_point if q.is_initialized else None, q.is_initialized]
-        for name, q in quantizers.items()
-    }
+    return {name: (q.scale.item(), q.zero_point) if q.is_initialized else None for name, q in quantizers.items()}
 
 
-def state(values):
-    quantizer = LSQQuantizer(4)
-    quantizer.initialize(torch.tensor(values))
-    return [quantizer.scale.item(), quantizer.zero_point, True]
-
-
-def test_the_rank_with_the_lowest_codes_decides_and_then_the_largest_scale(tmp_path):
-    first, second = spawn({"agree": agree}, 2, tmp_path)["agree"]
-    assert first["both"] == second["both"] == state(SEEN["both"][1])
-    assert first["negative"] == second["negative"] == state(SEEN["negative"][0])
-    assert first["one"] == second["one"] == state(SEEN["one"][1])
-    assert first["none"][2] is second["none"][2] is False
-    assert (first["before"], second["before"]) == (state(SEEN["before"][0]), state(SEEN["before"][1]))
+def test_the_lowest_codes_decide_and_then_the_largest_scale(tmp_path):
+    ranks = spawn({"agree": agree}, 2, tmp_path)["agree"]
+    for rank, states in enumerate(ranks):
+        assert states == {
+            "larger scale": (0.5, 0),
+            "lower codes": (0.25, 8),
+            "one rank": (0.125, 3),
+            "no rank": None,
+            "did not wait": HAVE["did not wait"][rank],
+        }
 
 
 def test_a_process_of_its_own_has_no_other_ranks():
