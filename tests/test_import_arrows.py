@@ -74,9 +74,12 @@ def test_inside_a_wing_imports_follow_the_order_of_the_page(wing):
                 assert position[target[1]] < position[module[1]], f"{'.'.join(module)} imports {'.'.join(target)}"
 
 
-def test_training_does_not_load_deployment_and_every_public_name_is_there():
+def test_training_loads_neither_deployment_nor_the_compiler_and_every_public_name_is_there():
     code = (
-        "import sys, gaqat_optim\n"
+        "import sys, torch\n"
+        "with_torch = set(sys.modules)\n"
+        "import gaqat_optim\n"
+        "assert 'torch._dynamo' not in set(sys.modules) - with_torch\n"
         "assert not [m for m in sys.modules if m.startswith('gaqat_optim.deploy')]\n"
         "assert set(gaqat_optim.__all__) <= set(dir(gaqat_optim))\n"
         "from gaqat_optim import *\n"

@@ -32,7 +32,8 @@ class FirstForwardCheck:
         if model.training and not (torch.compiler.is_compiling() and not is_distributed()):
             self._begin(model)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # torch.compiler.disable would load the compiler with the package, which takes 1.4 s.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _begin(self, model: nn.Module) -> None:
         quantizers = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_sharded]
         waiting = {quantizer for quantizer in quantizers if not quantizer.is_initialized}
