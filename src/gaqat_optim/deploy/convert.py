@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
+from collections import Counter
 
 import torch
 from torch import nn
@@ -87,7 +90,9 @@ def convert(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
             module.name = name  # The model may have become part of another one.
-    norms = following_norms(model)
+    norms, left = following_norms(model)
+    if left:
+        _warn_of_norms(model, left)
     folded: dict[nn.Module, list[Norm]] = {}
     for norm in norms.values():
         folded.setdefault(norm.module, []).append(norm)
@@ -107,6 +112,25 @@ def convert(model: nn.Module) -> nn.Module:
     if hasattr(model, "quant_config"):
         result.quant_config = model.quant_config  # A model that is itself a layer has become another object.
     return result
+
+
+def _warn_of_norms(model: nn.Module, left: dict[nn.Module, str]) -> None:
+    """Warn of the BatchNorms behind layers that stay, with a reason for each; repeated blocks are named by a pattern."""
+    names = {module: name for name, module in model.named_modules()}
+    count: Counter[tuple[str, str]] = Counter()
+    for module, reason in left.items():
+        count[_pattern(names[module] or "the model"), _pattern(reason)] += 1
+    lines = [f"\n  {name}{f' ({n} of them)' if n > 1 else ''}: {reason}" for (name, reason), n in count.items()]
+    warnings.warn(
+        f"{len(left)} BatchNorms that follow quantized layers stay in floating point:{''.join(lines)}\n"
+        "That is correct, but slower, and in a file the layers before them have no integer kernels without output_bits",
+        stacklevel=3,
+    )
+
+
+def _pattern(text: str) -> str:
+    """A text with ``*`` for the numbers in names, ``blocks.*.norm``."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|(?<=[a-z])\d+(?=\.)", "*", text)
 
 
 def _check(model: nn.Module) -> None:

@@ -15,9 +15,10 @@ from torch import nn
 
 from ..lsq.quantizer import LSQQuantizer
 from ..nn.base import QuantizedModule
-from .batch_norm import folded_norm
+from .batch_norm import fold_norms
 from .fx_trace import Trace, admit_child
 from .network_trace import trace
+from .norm import Norm
 from .output_hook import attach, detach
 
 # Operations that clip, which a runtime fuses into the integer layer before them. Codes behind the positive ones need no
@@ -70,15 +71,20 @@ class _Placement:
         self.names = {module: name for name, module in model.named_modules()}
         # Values that have an output quantizer, each with the one that its layer was built with.
         self.quantized: dict[torch.fx.Node, LSQQuantizer] = {}
+        self.folded: dict[torch.fx.Node, tuple[Norm, list[torch.fx.Node]]] = {}
 
     def place_all(self) -> None:
-        for node in self.traced.nodes:
-            layer = self.traced.modules.get(node)
-            if isinstance(layer, QuantizedModule):
+        templates: dict[torch.fx.Node, LSQQuantizer] = {}
+        for node, layer in self.traced.modules.items():
+            if isinstance(layer, QuantizedModule) and self.traced.uses[layer] == 1:
                 quantizer = layer._modules.get("output_quantizer")
-                if isinstance(quantizer, LSQQuantizer) and self.traced.uses[layer] == 1:
+                if isinstance(quantizer, LSQQuantizer):
+                    templates[node] = quantizer
                     self._set_output(layer, None)
-                    self._place(node, quantizer)
+        self.folded, _ = fold_norms(self.traced)
+        for node in self.traced.nodes:
+            if node in templates:
+                self._place(node, templates[node])
             elif node.target in _SUMS:
                 operands = [self.quantized.get(operand) for operand in node.all_input_nodes]
                 quantizers = [quantizer for quantizer in operands if quantizer is not None]
@@ -92,6 +98,8 @@ class _Placement:
         # A sum is cheap enough to be computed for each of two quantizers, in one integer operator with it.
         if None not in users and len(users) <= (1 if node in self.traced.modules else 2):
             return
+        if any(value in self.quantized for value in chain[first_position:]):
+            return  # behind a norm that several layers have together
         for position in reversed(range(first_position, len(chain))):
             host = self._host_module(chain[position])
             if host is None:
@@ -111,8 +119,7 @@ class _Placement:
 
         Then the position of the first that can have a quantizer: the BatchNorm, if there is one that a layer contains.
         """
-        folded = folded_norm(self.traced, node)
-        chain = [node] if folded is None else [node, *folded[1]]
+        chain = [node, *self.folded[node][1]] if node in self.folded else [node]
         first_position = len(chain) - 1
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
