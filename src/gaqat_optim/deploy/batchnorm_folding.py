@@ -26,7 +26,8 @@ def fold_batchnorm(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     if norm.steps:
         return _after_steps(norm, bias)
-    channels, module = list(norm.channels) or slice(None), norm.module
+    module: Any = norm.module
+    channels = list(norm.channels) or slice(None)
     mean = _float64(module.running_mean)[channels]
     gain = (_float64(module.running_var)[channels] + module.eps).rsqrt()
     if module.weight is not None:
@@ -35,7 +36,7 @@ def fold_batchnorm(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return gain, shift + gain * ((0.0 if bias is None else _float64(bias)) - mean)
 
 
-def _float64(tensor: Any) -> Tensor:
+def _float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64)
 
 

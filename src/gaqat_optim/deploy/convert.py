@@ -54,9 +54,10 @@ def convert(model: nn.Module) -> nn.Module:
     calibration. It counts by what it computes: a module with torch's forward (``nn.SyncBatchNorm`` has), a call of
     ``F.batch_norm`` with tensors of the module that calls it, or a module that begins with the same in arithmetic
     (torchvision's ``FrozenBatchNorm2d``). What follows in the same forward, such as an activation, is kept. It is
-    folded if it is the only user of the layer's output, is used once, and has running statistics. Otherwise it stays
-    as it is, and in a network that cannot be traced, with a warning. A BatchNorm behind a sum, before an activation
-    and a convolution (pre-activation networks), stays too: no layer could contain it.
+    folded if it is the only user of the layer's output, is used once, and has running statistics. Between them may be
+    what only moves values and keeps the channels on one axis: ``flatten``, ``permute``, ``torch.cat`` of several
+    layers. Otherwise it stays as it is, with a warning that names it and says why. A BatchNorm behind a sum or an
+    activation (pre-activation networks, identity branches) follows no layer, and stays too: none could contain it.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model` whose scales are all set. It stays as it is.
@@ -64,6 +65,9 @@ def convert(model: nn.Module) -> nn.Module:
     Returns:
         A network of the same class, in evaluation mode and without gradients: the numeric specification of an export.
         It keeps ``quant_config``.
+
+    Warns:
+        UserWarning: BatchNorms that follow layers could not be folded, or the network could not be traced.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -115,7 +119,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def _warn_of_norms(model: nn.Module, left: dict[nn.Module, str]) -> None:
-    """Warn of the BatchNorms behind layers that stay, with a reason for each; repeated blocks are named by a pattern."""
+    """Warn of the BatchNorms behind layers that stay, with a reason for each; those of repeated blocks share a line."""
     names = {module: name for name, module in model.named_modules()}
     count: Counter[tuple[str, str]] = Counter()
     for module, reason in left.items():

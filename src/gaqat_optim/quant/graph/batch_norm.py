@@ -23,6 +23,7 @@ from .norm import (
     Norm,
     affine_map,
     computes_norm,
+    has_channel_tensors,
     is_batch_norm,
     is_batch_norm_call,
     is_constant,
@@ -75,7 +76,9 @@ def fold_norms(traced: Trace) -> tuple[dict[_Node, tuple[Norm, list[_Node]]], di
             _check_readers(traced, [*layers, *moves], call)
             parts, calls = _fold(traced, layers, module, value, call)
         except NotFoldableError as reason:
-            left[module] = str(reason)
+            # Other arithmetic with tensors of a module's own need not be a normalization.
+            if isinstance(module, _BatchNorm) or is_batch_norm_call(call) or has_channel_tensors(module.buffers()):
+                left[module] = str(reason)
             continue
         for layer, part in parts.items():
             folded[layer] = part, [*moves, *calls]
@@ -99,9 +102,7 @@ def _normalizations(traced: Trace) -> Iterator[tuple[nn.Module, _Node, _Node]]:
             begins[site] = False
 
 
-def _origins(
-    traced: Trace, value: _Node, results: dict[_Node, _Node]
-) -> tuple[list[_Node], list[_Node], _Node | None]:
+def _origins(traced: Trace, value: _Node, results: dict[_Node, _Node]) -> tuple[list[_Node], list[_Node], _Node | None]:
     """The layers that made a value by moves, these moves, and another operation that made a part of it.
 
     A norm that is folded into its layer is such an operation: a layer contains one.

@@ -137,7 +137,7 @@ def has_channel_tensors(tensors: Iterable[Tensor | None]) -> bool:
     return len(lengths) > len(set(lengths))
 
 
-def affine_map(value: _Node, prefix: str, *, with_arithmetic: bool = True) -> tuple[list[_Node], list[Step], str | None]:
+def affine_map(value: _Node, prefix: str, with_arithmetic: bool = True) -> tuple[list[_Node], list[Step], str | None]:
     """The calls that normalize ``value``, their steps, and the attribute that is added last, as in :class:`Norm`.
 
     Each call is the only user of the value before it. All other operands come from attributes whose name begins with
@@ -181,7 +181,9 @@ def value_users(node: _Node) -> list[_Node]:
 
 
 def _takes_shape_of(user: _Node, value: _Node) -> bool:
-    return user.op == "call_method" and user.target in _SHAPE_OF_SECOND and user.args[0] is not value
+    operation = getattr(user.target, "overloadpacket", None)  # of torch.export
+    name = user.target if operation is None else operation.__name__
+    return name in _SHAPE_OF_SECOND and user.args[0] is not value
 
 
 def _steps(call: _Node, value: _Node, prefix: str, with_arithmetic: bool) -> tuple[list[Step], str | None]:
