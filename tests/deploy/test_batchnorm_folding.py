@@ -117,7 +117,7 @@ def test_a_batchnorm_is_folded_through_what_moves_channels(case, output_bits, tm
     assert norms_in(deployed) == []
     with rounded_biases(model):
         expected = run(model, x)
-    assert not torch.equal(plain, expected)
+    assert output_bits or not torch.equal(plain, expected)
     assert torch.equal(run(model, x), plain)
     difference = (expected - run(deployed, x)).abs() / expected.abs().max()
     assert (difference <= 1e-5).float().mean() > 0.95  # the others: single codes that float32 rounds to another side

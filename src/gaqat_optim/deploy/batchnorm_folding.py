@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..quant.graph.batch_norm import fold_norms
 from ..quant.graph.network_trace import trace
-from ..quant.graph.norm import Norm, computes_norm, has_channel_tensors, is_batch_norm
+from ..quant.graph.norm import Norm, computes_norm, has_channel_tensors
 from ..quant.nn.base import QuantizedModule
 
 
@@ -80,7 +81,7 @@ def following_norms(model: nn.Module) -> tuple[dict[QuantizedModule, Norm], dict
 
 def _may_normalize(module: nn.Module) -> bool:
     """Whether there is something to look for: a network without it need not be traceable."""
-    if is_batch_norm(module) or computes_norm(module):
+    if isinstance(module, _BatchNorm) or computes_norm(module):
         return True
     has_layers = any(isinstance(child, QuantizedModule) for child in module.children())
     return has_layers and has_channel_tensors(module._buffers.values())

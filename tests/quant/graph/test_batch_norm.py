@@ -1,5 +1,7 @@
 """Which BatchNorm a layer contains when it is deployed: one that is the layer's alone, with running statistics."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,7 @@ WAYS = {
     "output used twice": "bn: 'conv' is also read by add",
     "layer used twice": "bn: 'conv' is called, or its parameters are read, more than once",
     "norm used twice": "bn: it is called, or its tensors are read, more than once",
-    "norm used twice by another name": "alias: it is called, or its tensors are read, more than once",
+    "norm used twice by another name": "bn: it is called, or its tensors are read, more than once",
     "two norms on one output": "bn: 'conv' is also read by 'other'",
     "something between": None,
     "statistics read": "bn: it is called, or its tensors are read, more than once",
@@ -73,8 +75,8 @@ def test_a_batchnorm_that_is_not_the_layers_alone_stays(way):
     torch.manual_seed(0)
     x = torch.rand(16, 4, 6, 6)
     model = randomize_norms(quantized(Shared(way), x, QuantConfig(8, 8)))
-    model.train()
-    deployed = convert(model) if WAYS[way] is None else convert_and_warn(model, WAYS[way])
+    training = copy.deepcopy(model).train()
+    deployed = convert(training) if WAYS[way] is None else convert_and_warn(training, WAYS[way])
     assert "bn" in norms_in(deployed)
     expected, actual = run(model, x), run(deployed, x)
     for a, b in zip(*[y if isinstance(y, tuple) else (y,) for y in (expected, actual)], strict=True):
@@ -92,9 +94,8 @@ def patched(norm):
     [
         (nn.Sequential(nn.Conv2d(3, 6, 3), patched(nn.BatchNorm2d(6))), (3, 6, 6)),
         (nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, track_running_stats=True)), (3, 6, 6)),
-        (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (6, 1)), nn.BatchNorm1d(6)), (4,)),
     ],
-    ids=["patched", "other norm", "reshaped"],
+    ids=["patched", "other norm"],
 )
 def test_only_the_batchnorm_itself_is_folded(model, shape):
     x = torch.rand(16, *shape)

@@ -96,8 +96,10 @@ def test_first_and_last(case):
     model, expected = CASES[case]
     layers = {name: module for name, module in model.named_modules() if type(module) in QUANTIZED}
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    untraceable = pytest.warns(UserWarning, match="by the order of its layers: a and c") if "decides" in case else None
-    with untraceable or nullcontext():
+    untraceable = (
+        pytest.warns(UserWarning, match="by the order of its layers: a and c") if "decides" in case else nullcontext()
+    )
+    with untraceable:
         assert first_and_last(model, layers) == (expected, False)
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 

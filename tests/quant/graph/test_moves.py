@@ -27,7 +27,7 @@ class Moved(nn.Module):
         (lambda y, z: y.permute(0, 3, 1, 2).contiguous(), 4, ([0, 1, 2, 3], 4)),
         (lambda y, z: torch.cat([z, y], -1), 2, ([4, 5, 0, 1, 2, 3], 2)),
         (lambda y, z: torch.cat(y.chunk(2, 1)[::-1], 1), 2, ([2, 3, 0, 1], 2)),
-        (lambda y, z: y.reshape(len(y.shape), -1), 2, None),  # mixes rows of two entries
+        (lambda y, z: y.reshape(y.shape[0] // 2, -1), 2, ([0, 1, 2, 3, 0, 1, 2, 3], 2)),  # two entries in a row
         (lambda y, z: y.reshape(y.shape[0] * y.shape[1], y.shape[2]), 3, ([0, 1, 2, 3], 2)),
         (lambda y, z: y.unflatten(1, (2, 2)), 2, None),
         (lambda y, z: y, 3, None),
