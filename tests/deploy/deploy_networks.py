@@ -4,11 +4,12 @@ import copy
 import functools
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaqat_optim import QuantConfig, quantize_model
+from gaqat_optim import QuantConfig, convert, quantize_model
 
 SAME = QuantConfig(4, 4, first_last_bits="same")
 
@@ -24,6 +25,12 @@ def run(model: nn.Module, x: Tensor, **options: Any) -> Any:
 
 def norms_in(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def convert_and_warn(model: nn.Module, reason: str = "") -> nn.Module:
+    """``convert`` of a model with norms behind layers that stay, which it warns of."""
+    with pytest.warns(UserWarning, match="(?s)BatchNorms that follow quantized layers stay.*" + reason):
+        return convert(model)
 
 
 def close(a: Tensor, b: Tensor, layers: int = 1) -> bool:

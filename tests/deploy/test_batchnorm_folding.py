@@ -1,13 +1,16 @@
 """What a layer computes when ``convert`` has folded its BatchNorm into it."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deploy.deploy_networks import ResNet, images, norms_in, quantized, randomize_norms, run
-from gaqat_optim import GAQATOptimizer, QuantConfig
+from deploy.deploy_networks import ResNet, convert_and_warn, images, norms_in, quantized, randomize_norms, run
+from gaqat_optim import GAQATOptimizer, QuantConfig, load_packed, rounded_biases, save_packed
 from gaqat_optim.deploy.convert import convert
+from torchvision_import import import_torchvision
 
 
 def test_a_negative_gamma_makes_a_negative_scale_and_leaves_the_codes():
@@ -60,3 +63,124 @@ def test_a_batchnorm_with_an_output_quantizer_behind_it_is_folded(tail):
     scale = model[site].output_quantizer.scale.item()
     assert ((expected - actual).abs() <= 1.001 * scale).all()  # A bias is rounded, so a code can be the next one.
     assert (expected != actual).float().mean() < 0.02
+
+
+class Mixed(nn.Module):
+    """As timm's mixnet: convolutions of parts of the channels, and one norm behind them all."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 6, 5, padding=2, bias=False)])
+        self.norm, self.last = norm, nn.Conv2d(10, 4, 1)
+
+    def forward(self, x):
+        y = torch.cat([conv(part) for conv, part in zip(self.convs, x.split(3, 1), strict=True)], 1)
+        return self.last(F.silu(self.norm(y)))
+
+
+class Tokens(nn.Module):
+    """As timm's levit: the norm of the last axis of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+        self.layer2, self.norm2 = nn.Linear(4, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        y = self.last(F.hardswish(self.norm(y.flatten(0, 1)).reshape_as(y)))
+        return self.norm2(self.layer2(y).transpose(1, 2))
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.relu(y)
+
+
+MOVED = {
+    "cat": (lambda: Mixed(nn.BatchNorm2d(10)), (6, 8, 8)),
+    "cat before a norm with an activation": (lambda: Mixed(NormAct(10)), (6, 8, 8)),
+    "flatten": (Tokens, (5, 6)),
+}
+
+
+@pytest.mark.parametrize("output_bits", [None, 8])
+@pytest.mark.parametrize("case", MOVED)
+def test_a_batchnorm_is_folded_through_what_moves_channels(case, output_bits, tmp_path):
+    torch.manual_seed(0)
+    make, shape = MOVED[case]
+    x = torch.rand(16, *shape)
+    net = randomize_norms(make())
+    model = quantized(copy.deepcopy(net), x, QuantConfig(4, 8, output_bits=output_bits))
+    plain, deployed = run(model, x), convert(model)
+    assert norms_in(deployed) == []
+    with rounded_biases(model):
+        expected = run(model, x)
+    assert output_bits or not torch.equal(plain, expected)
+    assert torch.equal(run(model, x), plain)
+    difference = (expected - run(deployed, x)).abs() / expected.abs().max()
+    assert (difference <= 1e-5).float().mean() > 0.95  # the others: single codes that float32 rounds to another side
+    assert difference.max() <= 0.03
+    save_packed(model, tmp_path / "model.packed")
+    assert torch.equal(run(load_packed(net, tmp_path / "model.packed"), x), run(deployed, x))
+
+
+def test_what_was_folded_through_a_flatten_refuses_other_shapes():
+    deployed = convert(quantized(randomize_norms(Tokens()), torch.rand(16, 5, 6)))
+    with pytest.raises(ValueError, match="is the same for inputs of 3 axes only"):
+        deployed(torch.rand(16, 6))
+
+
+class Norms(nn.Module):
+    """Norms behind layers that no layer can contain."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.branch, self.mixed = nn.BatchNorm2d(4), nn.BatchNorm2d(8)
+        self.before, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        y = self.mixed(torch.cat([y + self.branch(y), x], 1))
+        return self.last(self.before(F.relu(y)))
+
+
+def test_a_batchnorm_that_follows_no_layer_is_none_to_warn_of():
+    """The branch normalizes the result of another norm; the others follow a sum, an input and an activation."""
+    x = torch.rand(8, 4, 6, 6)
+    model = randomize_norms(quantized(Norms(), x))
+    with pytest.warns(UserWarning, match="that follow quantized layers") as caught:
+        deployed = convert(model)
+    assert [str(warning.message).splitlines()[:2] for warning in caught] == [
+        [
+            "1 BatchNorms that follow quantized layers stay in floating point:",
+            "  branch: the layer contains 'bn' already",
+        ]
+    ]
+    assert caught[0].filename == __file__
+    assert norms_in(deployed) == ["branch", "mixed", "before"]
+
+
+@pytest.mark.parametrize("name", ["mixnet_s", "levit_128s"])
+def test_networks_of_timm(name):
+    import_torchvision()
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    size = {"mixnet_s": 32, "levit_128s": 224}[name]
+    x = torch.randn(2, 3, size, size)
+    deployed = convert(quantized(timm.create_model(name), x))
+    assert norms_in(deployed) == {"mixnet_s": [], "levit_128s": ["head.bn", "head_dist.bn"]}[name]  # behind a mean
+
+
+def test_identity_branches_are_named_if_they_follow_a_layer():
+    import_torchvision()
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    model = quantized(timm.create_model("repghostnet_050"), x)
+    deployed = convert_and_warn(
+        model, r"blocks\.\*\.\*\.ghost\*\.fusion_bn\.0 \(16 of them\): the layer contains 'blocks"
+    )
+    assert len(norms_in(deployed)) == 32  # as many follow an activation

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deploy.deploy_networks import quantized, randomize_norms, run
+from deploy.deploy_networks import convert_and_warn, quantized, randomize_norms, run
 from gaqat_optim import QuantConfig, convert, export_onnx, load_packed, rounded_biases, save_packed
 from gaqat_optim.deploy.forward_without_norm import ForwardWithoutNorm
 from gaqat_optim.deploy.nn.base import DeployLayer
@@ -104,6 +104,7 @@ def frozen(channels):
 NORMS = {
     "ReLU": lambda: NormAct(8, nn.ReLU(inplace=True)),
     "SiLU": lambda: NormAct(8, nn.SiLU()),
+    "no bias": lambda: NormAct(8, nn.SiLU(), affine=False),
     "no activation": lambda: NormAct(8, nn.Identity()),
     "super": lambda: SuperAct(8),
     "torch.batch_norm": lambda: Statistics(8),
@@ -252,7 +253,7 @@ def test_a_block_that_is_called_twice_keeps_its_norms():
 
     x = torch.rand(4, 8, 12, 12)
     model = quantized(Twice(), x, QuantConfig(8, None))
-    deployed = convert(model)
+    deployed = convert_and_warn(model)
     assert not any(m.folded for m in deployed.modules() if isinstance(m, DeployLayer))
     expected = run(model, x)
     assert (run(deployed, x) - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -195,5 +195,6 @@ class ControlFlow(nn.Module):
 
 
 def test_branches_on_data_are_calibrated_each():
-    model = quantize_model(ControlFlow(), calibration=[torch.rand(16, 8), 10 * torch.rand(16, 8)])
+    batches = [torch.rand(16, 8), 10 * torch.rand(16, 8)]
+    model = quantize_model(ControlFlow(), QuantConfig(first_last_bits="same"), calibration=batches)
     assert model.large.input_quantizer.scale > 5 * model.small.input_quantizer.scale

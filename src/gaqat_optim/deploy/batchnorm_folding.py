@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..quant.graph.batch_norm import folded_norm
+from ..quant.graph.batch_norm import fold_norms
 from ..quant.graph.network_trace import trace
-from ..quant.graph.norm import Norm, computes_norm, has_channel_tensors, is_batch_norm
+from ..quant.graph.norm import Norm, computes_norm, has_channel_tensors
 from ..quant.nn.base import QuantizedModule
 
 
@@ -27,20 +28,26 @@ def fold_batchnorm(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if norm.steps:
         return _after_steps(norm, bias)
     module: Any = norm.module
-    mean = module.running_mean.detach().to(torch.float64)
-    gain = (module.running_var.detach().to(torch.float64) + module.eps).rsqrt()
+    channels = list(norm.channels) or slice(None)
+    mean = _float64(module.running_mean)[channels]
+    gain = (_float64(module.running_var)[channels] + module.eps).rsqrt()
     if module.weight is not None:
-        gain = gain * module.weight.detach().to(torch.float64)
-    shift = torch.zeros_like(mean) if module.bias is None else module.bias.detach().to(torch.float64)
-    return gain, shift + gain * ((0.0 if bias is None else bias.detach().to(torch.float64)) - mean)
+        gain = gain * _float64(module.weight)[channels]
+    shift = torch.zeros_like(mean) if module.bias is None else _float64(module.bias)[channels]
+    return gain, shift + gain * ((0.0 if bias is None else _float64(bias)) - mean)
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64)
 
 
 def _after_steps(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     operands = [step.evaluate(norm.module).reshape(-1) for step in norm.steps]
-    channels, device = max(len(operand) for operand in operands), operands[0].device
-    gain = torch.ones(channels, dtype=torch.float64, device=device)
-    shift = torch.zeros_like(gain) if bias is None else bias.detach().to(torch.float64)
-    for step, operand in zip(norm.steps, operands, strict=True):
+    size, device = max(len(operand) for operand in operands), operands[0].device
+    channels = list(norm.channels) or slice(None)
+    gain = torch.ones(size, dtype=torch.float64, device=device)[channels]
+    shift = torch.zeros_like(gain) if bias is None else _float64(bias)
+    for step, operand in zip(norm.steps, (v.expand(size)[channels] for v in operands), strict=True):
         if step.kind in ("add", "subtract"):
             shift = shift + operand if step.kind == "add" else shift - operand
         else:
@@ -49,27 +56,32 @@ def _after_steps(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return gain, shift
 
 
-def following_norms(model: nn.Module) -> dict[QuantizedModule, Norm]:
-    """The normalizations that can be folded, by the layer that each of them follows.
+def following_norms(model: nn.Module) -> tuple[dict[QuantizedModule, Norm], dict[nn.Module, str]]:
+    """The normalizations that can be folded, by layer, and why others that follow a layer cannot be, by their module.
 
-    The network is traced (``torch.fx`` or ``torch.export``), for analysis alone. A pair counts if the normalization has
-    running statistics, is the only user of the layer's output, and both modules are used once. The layer has no output
-    quantizer; the BatchNorm may have one behind it.
+    The network is traced (``torch.fx`` or ``torch.export``), for analysis alone; see
+    :func:`~gaqat_optim.quant.graph.batch_norm.fold_norms`. A layer has no output quantizer; the BatchNorm may have one
+    behind it.
 
     In a network that cannot be traced there are none, and a warning says why.
     """
     if isinstance(model, QuantizedModule) or not any(map(_may_normalize, model.modules())):
-        return {}
+        return {}, {}
     traced = trace(model, "its BatchNorms stay separate layers in floating point: correct, but slower")
     if traced is None:
-        return {}
-    folded = {layer: folded_norm(traced, node) for node, layer in traced.modules.items()}
-    return {layer: pair[0] for layer, pair in folded.items() if isinstance(layer, QuantizedModule) and pair is not None}
+        return {}, {}
+    folded, left = fold_norms(traced)
+    norms: dict[QuantizedModule, Norm] = {}
+    for node, (norm, _) in folded.items():
+        layer = traced.modules[node]
+        assert isinstance(layer, QuantizedModule)
+        norms[layer] = norm
+    return norms, left
 
 
 def _may_normalize(module: nn.Module) -> bool:
     """Whether there is something to look for: a network without it need not be traceable."""
-    if is_batch_norm(module) or computes_norm(module):
+    if isinstance(module, _BatchNorm) or computes_norm(module):
         return True
     has_layers = any(isinstance(child, QuantizedModule) for child in module.children())
     return has_layers and has_channel_tensors(module._buffers.values())

@@ -62,7 +62,7 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layers whose biases could be rounded")
-    norms = following_norms(model)
+    norms, _ = following_norms(model)
     handles = []
     try:
         for layer in layers:
@@ -108,8 +108,8 @@ def _add_behind_norm(layer: QuantizedModule, norm: Norm, module: nn.Module, args
 def _shadow_norm_bias(layer: QuantizedModule, norm: Norm, module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a module that goes on with the result of its norm: the same, in the bias of the norm."""
     assert norm.bias is not None
-    bias: Tensor = getattr(module, norm.bias)
-    vars(module)[norm.bias] = bias + _rounding_with_norm(layer, norm).to(bias.dtype)
+    bias, added = getattr(module, norm.bias), _rounding_with_norm(layer, norm)
+    vars(module)[norm.bias] = added.to(layer.weight.dtype) if bias is None else bias + added.to(bias.dtype)
 
 
 def _restore_norm_bias(norm: Norm, module: nn.Module, args: Any, y: Any) -> None:
@@ -121,7 +121,10 @@ def _restore_norm_bias(norm: Norm, module: nn.Module, args: Any, y: Any) -> None
 def _rounding_with_norm(layer: QuantizedModule, norm: Norm) -> Tensor:
     layer_bias: Any = layer.bias
     gain, bias = fold_batchnorm(norm, layer_bias)
-    return _rounding(bias, layer.weight_quantizer, layer.input_quantizer, gain)
+    rounding = _rounding(bias, layer.weight_quantizer, layer.input_quantizer, gain)
+    if not norm.channels:
+        return rounding
+    return rounding.new_zeros(norm.size).index_copy(0, torch.tensor(norm.channels, device=rounding.device), rounding)
 
 
 def _shadow_bias(layer: Any, args: Any) -> None:

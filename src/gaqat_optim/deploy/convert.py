@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
+from collections import Counter
 
 import torch
 from torch import nn
@@ -51,9 +54,10 @@ def convert(model: nn.Module) -> nn.Module:
     calibration. It counts by what it computes: a module with torch's forward (``nn.SyncBatchNorm`` has), a call of
     ``F.batch_norm`` with tensors of the module that calls it, or a module that begins with the same in arithmetic
     (torchvision's ``FrozenBatchNorm2d``). What follows in the same forward, such as an activation, is kept. It is
-    folded if it is the only user of the layer's output, is used once, and has running statistics. Otherwise it stays
-    as it is, and in a network that cannot be traced, with a warning. A BatchNorm behind a sum, before an activation
-    and a convolution (pre-activation networks), stays too: no layer could contain it.
+    folded if it is the only user of the layer's output, is used once, and has running statistics. Between them may be
+    what only moves values and keeps the channels on one axis: ``flatten``, ``permute``, ``torch.cat`` of several
+    layers. Otherwise it stays as it is, with a warning that names it and says why. A BatchNorm behind a sum or an
+    activation (pre-activation networks, identity branches) follows no layer, and stays too: none could contain it.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model` whose scales are all set. It stays as it is.
@@ -61,6 +65,9 @@ def convert(model: nn.Module) -> nn.Module:
     Returns:
         A network of the same class, in evaluation mode and without gradients: the numeric specification of an export.
         It keeps ``quant_config``.
+
+    Warns:
+        UserWarning: BatchNorms that follow layers could not be folded, or the network could not be traced.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -87,7 +94,9 @@ def convert(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
             module.name = name  # The model may have become part of another one.
-    norms = following_norms(model)
+    norms, left = following_norms(model)
+    if left:
+        _warn_of_norms(model, left)
     folded: dict[nn.Module, list[Norm]] = {}
     for norm in norms.values():
         folded.setdefault(norm.module, []).append(norm)
@@ -107,6 +116,25 @@ def convert(model: nn.Module) -> nn.Module:
     if hasattr(model, "quant_config"):
         result.quant_config = model.quant_config  # A model that is itself a layer has become another object.
     return result
+
+
+def _warn_of_norms(model: nn.Module, left: dict[nn.Module, str]) -> None:
+    """Warn of the BatchNorms behind layers that stay, with a reason for each; those of repeated blocks share a line."""
+    names = {module: name for name, module in model.named_modules()}
+    count: Counter[tuple[str, str]] = Counter()
+    for module, reason in left.items():
+        count[_pattern(names[module] or "the model"), _pattern(reason)] += 1
+    lines = [f"\n  {name}{f' ({n} of them)' if n > 1 else ''}: {reason}" for (name, reason), n in count.items()]
+    warnings.warn(
+        f"{len(left)} BatchNorms that follow quantized layers stay in floating point:{''.join(lines)}\n"
+        "That is correct, but slower, and in a file the layers before them have no integer kernels without output_bits",
+        stacklevel=3,
+    )
+
+
+def _pattern(text: str) -> str:
+    """A text with ``*`` for the numbers in names, ``blocks.*.norm``."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|(?<=[a-z])\d+(?=\.)", "*", text)
 
 
 def _check(model: nn.Module) -> None:

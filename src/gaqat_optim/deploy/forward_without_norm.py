@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch.fx
 from torch import nn
 
 from ..quant.graph.forward_graph import forward_graph, remove_shape_checks
-from ..quant.graph.norm import Norm
+from ..quant.graph.norm import Norm, is_constant
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -35,7 +34,7 @@ class ForwardWithoutNorm(nn.Module):
         self.positions = tuple(positions)
         for position in self.positions:
             call = calls[position]
-            call.replace_all_uses_with(next(node for node in call.all_input_nodes if not _is_constant(node)))
+            call.replace_all_uses_with(next(node for node in call.all_input_nodes if not is_constant(node)))
             graph.erase_node(call)
         remove_shape_checks(graph)
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -76,12 +75,6 @@ def without_norms(module: nn.Module, norms: Sequence[Norm]) -> nn.Module:
     """What is left of ``module`` when the ``norms`` in its forward are gone."""
     if not norms[0].steps:
         return nn.Identity()
-    rest = ForwardWithoutNorm(module, [position for norm in norms for position in norm.positions])
+    # Layers whose outputs are concatenated have parts of the same norm.
+    rest = ForwardWithoutNorm(module, dict.fromkeys(position for norm in norms for position in norm.positions))
     return nn.Identity() if rest.is_identity else rest
-
-
-def _is_constant(node: torch.fx.Node) -> bool:
-    """Whether a value is computed from attributes alone."""
-    if node.op in ("placeholder", "call_module"):
-        return False
-    return all(map(_is_constant, node.all_input_nodes))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from .evaluation import device_of, evaluation_mode, isolate_rng, quantization_disabled
+from .graph.export_trace import keep_inputs
 from .inputs import run_batch, to_device
 from .lsq.quantizer import LSQQuantizer
 from .weight_reads import refuse_weight_reads
@@ -23,6 +25,52 @@ from .weight_reads import refuse_weight_reads
 PROGRESS_DELAY = 2.0
 # Values recorded per quantizer and batch: enough for a scale, few enough for many layers and batches.
 _SAMPLE_SIZE = 16384
+
+
+class _Recorded(BaseException):
+    """Ends a forward whose arguments are known; no ``except Exception`` of a user's function takes it."""
+
+
+def record_inputs(
+    model: nn.Module, batches: Tensor | Iterable[Any], forward: Callable[[nn.Module, Any], object]
+) -> Tensor | Iterable[Any]:
+    """Keep on ``model`` the shapes and types that it is called with for the first of the ``batches``; see keep_inputs.
+
+    The forward itself does not run. Returned are batches that begin with the first one again.
+    """
+    first: Any = batches
+    if not isinstance(batches, Tensor):
+        rest = iter(_copy_without_workers(batches))
+        try:
+            first = next(rest)
+        except StopIteration:
+            return []
+        if not isinstance(batches, Sequence):  # An iterator has the batch no more, and a stream may not give it again.
+            batches = chain([first], rest)
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep_inputs(model, args, kwargs)
+        raise _Recorded
+
+    handle = model.register_forward_pre_hook(record, prepend=True, with_kwargs=True)
+    device = device_of(model)
+    try:
+        with evaluation_mode(model), torch.no_grad(), isolate_rng(device):
+            forward(model, to_device(first, device))
+    except _Recorded:
+        pass
+    finally:
+        handle.remove()
+    return batches
+
+
+def check_batches(batches: Any) -> None:
+    """Raise a TypeError if ``batches`` are no tensor and cannot be iterated, or are one batch."""
+    if isinstance(batches, (Mapping, str)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"calibration must be a tensor or an iterable of batches, got {type(batches).__name__}; "
+            "a list makes one batch such an iterable: calibration=[batch]"
+        )
 
 
 def calibrate(
@@ -48,11 +96,7 @@ def calibrate(
         TypeError: ``batches`` is one mapping, or cannot be iterated, or a batch is of a kind that
             :func:`~gaqat_optim.quant.inputs.run_batch` does not know.
     """
-    if isinstance(batches, (Mapping, str)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
-        raise TypeError(
-            f"calibration must be a tensor or an iterable of batches, got {type(batches).__name__}; "
-            "a list makes one batch such an iterable: calibration=[batch]"
-        )
+    check_batches(batches)
     uninitialized = [q for q in model.modules() if isinstance(q, LSQQuantizer) and not q.is_initialized]
     samples: dict[LSQQuantizer, list[Tensor]] = {}
     without_values: set[LSQQuantizer] = set()
@@ -73,7 +117,8 @@ def calibrate(
             restore.enter_context(context)
         for norm in filter(_is_untrained, model.modules()):
             restore.callback(setattr, norm, "track_running_stats", True)
-            norm.train().track_running_stats = False  # type: ignore[assignment]
+            # Not its children: a BatchNorm of a library may have a dropout, and evaluation_mode restores the flag.
+            norm.training, norm.track_running_stats = True, False  # type: ignore[assignment]
             if type(norm).forward is nn.SyncBatchNorm.forward and "forward" not in vars(norm):
                 # As BatchNorm, without waiting for other ranks, which may have fewer batches.
                 restore.callback(vars(norm).pop, "forward")

@@ -80,9 +80,10 @@ class QuantConfig:
             calibration (or by the first training batch) how many are, by least squared error: none behind a ReLU, about
             half for symmetric values, few behind a GELU, SiLU or Hardswish.
         first_last_bits: bits of weights and input of every layer that reads an input of the network and every one
-            that makes an output, found by symbolic tracing. In a network that cannot be traced, they are the first and
-            the last quantizable layer in the order of ``model.named_modules()``. ``"same"`` treats them like the
-            others, ``None`` leaves them in floating point.
+            that makes an output, found by ``torch.fx`` or, where symbols fail, by ``torch.export`` on a calibration
+            batch. In a network that cannot be traced, they are the first and the last quantizable layer in the order of
+            ``model.named_modules()``, with a warning. ``"same"`` treats them like the others, ``None`` leaves them in
+            floating point.
         output_bits: bits of an additional quantizer for each layer's output; ``None`` for none. It stands where it
             lets a runtime use an integer kernel: behind a BatchNorm and a ReLU that follow, on residual sums as well,
             and nowhere if the next layer quantizes the value anyway.
@@ -231,6 +232,15 @@ class QuantConfig:
             name: None if layer in excluded or configs[layer].quantizes_nothing else configs[layer]
             for name, layer in layers.items()
         }
+
+    def with_ends(self, names: Collection[str]) -> Self:
+        """The same configuration for a network whose first and last layers are ``names``, without looking for them."""
+        base = self._base()
+        end = self._first_or_last(base)
+        changes = {name: getattr(end, name) for name in _LAYER_FIELDS if getattr(end, name) != getattr(base, name)}
+        # First, so that the user's overrides win; a pattern for a name that is a key already is another key.
+        keys = [f"{name[:-1]}[{name[-1]}]" if name in self.overrides else name for name in sorted(names)]
+        return replace(self, first_last_bits="same", overrides={**dict.fromkeys(keys, changes), **self.overrides})
 
     def _first_or_last(self, layer: LayerConfig) -> LayerConfig:
         bits: Any = self.first_last_bits

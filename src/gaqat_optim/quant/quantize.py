@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..scale_names import is_scale_name
-from .calibration import calibrate
+from .calibration import calibrate, check_batches, record_inputs
 from .config import LayerConfig, QuantConfig
+from .evaluation import device_of, isolate_rng
 from .first_forward import FirstForwardCheck, activation_quantizers
 from .float_weights import product_weights, warn_of_float_weights
-from .graph.export_trace import record_inputs
+from .graph.export_trace import forget_inputs
 from .graph.first_last import first_and_last
 from .graph.output_quantizers import place_output_quantizers
 from .inputs import run_batch
@@ -61,7 +62,8 @@ def quantize_model(
             layer cannot be changed in place: use the returned module.
 
     Returns:
-        The quantized network. Its ``quant_config`` is ``config``, to build it again for a checkpoint.
+        The quantized network. Its ``quant_config`` is ``config``, to build it again for a checkpoint. If it took a
+        calibration to find the first and last layers, their bits are ``overrides`` in it.
 
     Raises:
         TypeError: ``model``, ``config``, ``forward`` or a calibration batch is of the wrong type.
@@ -97,13 +99,21 @@ def quantize_model(
     _layer_configs(model, config)  # refuses all that it can before the copy
     if not inplace:
         model = copy.deepcopy(model)
-    layer_configs, asked = _layer_configs(model, config, find_ends=config.first_last_bits != "same")
-
-    replacements: dict[nn.Module, QuantizedModule] = {}
-    for name, module, layer in layer_configs:
-        if module not in replacements:
-            replacements[module] = _quantized_layer(name, module, layer)
-    with ExitStack() as undo:  # runs in reverse if anything below fails
+    with ExitStack() as restore, ExitStack() as undo:  # undo runs, in reverse, if anything below fails
+        if calibration is not None:
+            check_batches(calibration)
+            restore.enter_context(isolate_rng(device_of(model), calibration))
+            undo.callback(forget_inputs, model)
+            calibration = record_inputs(model, calibration, forward or run_batch)
+        ends = None
+        if config.first_last_bits != "same":
+            ends, by_calibration = first_and_last(model, _layers(model))
+            config = config.with_ends(ends) if by_calibration else config
+        layer_configs, asked = _layer_configs(model, config, ends)
+        replacements: dict[nn.Module, QuantizedModule] = {}
+        for name, module, layer in layer_configs:
+            if module not in replacements:
+                replacements[module] = _quantized_layer(name, module, layer)
         for parent in list(model.modules()):
             for slot, child in list(parent._modules.items()):
                 if child in replacements:
@@ -113,8 +123,7 @@ def quantize_model(
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
-            with record_inputs(result):
-                calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
+            calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
         if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):
             undo.callback(result.register_forward_pre_hook(FirstForwardCheck(config.exclude)).remove)
         if config.weight_bits is not None:
@@ -124,12 +133,18 @@ def quantize_model(
     return result
 
 
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be quantized, by all their names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: m for name, m in modules if quantized_class(type(m)) and unsupported_reason(m) is None}
+
+
 def _layer_configs(
-    model: nn.Module, config: QuantConfig, find_ends: bool = False
+    model: nn.Module, config: QuantConfig, ends: Collection[str] | None = None
 ) -> tuple[list[tuple[str, nn.Module, LayerConfig]], set[nn.Module]]:
     """The layers to quantize, with names and configurations, and the modules that the user leaves in floating point.
 
-    With ``find_ends``, the network is traced for its first and last layers. Raises for all that cannot be quantized.
+    ``ends`` are the names of the first and last layers. Raises for all that cannot be quantized.
     """
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
@@ -138,7 +153,7 @@ def _layer_configs(
             )
     modules = dict(model.named_modules(remove_duplicate=False))
     reasons = {name: reason for name, module in modules.items() if (reason := unsupported_reason(module)) is not None}
-    layers = {name: m for name, m in modules.items() if quantized_class(type(m)) and name not in reasons}
+    layers = _layers(model)
     holders = {name: module for name, module in modules.items() if product_weights(module)}
     excluded = config.excluded({**holders, **layers, **{name: modules[name] for name in reasons}})
     refusals: dict[nn.Module, tuple[str, str]] = {}
@@ -154,7 +169,6 @@ def _layer_configs(
             f"Its modules with parameters: {', '.join(types) or 'none'}"
         )
     layer_configs = []
-    ends = first_and_last(model, layers) if find_ends else None
     for name, layer_config in config.resolve(layers, excluded, ends).items():
         if layer_config is not None and not _quantized_class(layers[name]).quantizes_input:
             layer_config = replace(layer_config, activation_bits=None)

@@ -278,7 +278,7 @@ def test_a_network_that_cannot_be_traced_has_them_behind_its_layers():
     ):
         found = output_quantizers(quantize_model(model, CONFIG, calibration=x))
     assert found.keys() == {"conv"}
-    quantize_model(model, QuantConfig(4, 4), calibration=x)  # Nothing is to be placed: no warning.
+    quantize_model(model, QuantConfig(4, 4, first_last_bits="same"), calibration=x)  # Nothing is to be placed or found.
 
 
 def test_a_failure_leaves_the_model_as_it_was():

@@ -50,7 +50,7 @@ class DeployLayer(DeployedModule):
         parameters: weight and bias, the weight in the float layer's layout.
         input_quantizer: ``None`` for an input in floating point.
         output_quantizer: ``None`` for an output in floating point.
-        folded: whether a BatchNorm was folded into the layer.
+        folded_axes: if a BatchNorm was folded into the layer, the numbers of axes of an input for which that is right.
     """
 
     is_linear: ClassVar[bool] = True  # whether sums of products are all that the operation computes
@@ -71,10 +71,10 @@ class DeployLayer(DeployedModule):
         parameters: IntegerParameters,
         input_quantizer: ActivationQuantizer | None = None,
         output_quantizer: ActivationQuantizer | None = None,
-        folded: bool = False,
+        folded_axes: tuple[int, ...] = (),
     ) -> None:
         super().__init__(source)
-        self.weight_bits, self.shift, self.folded = parameters.weight_bits, parameters.shift, folded
+        self.weight_bits, self.shift, self.folded_axes = parameters.weight_bits, parameters.shift, folded_axes
         for slot in _TENSORS:
             self.register_buffer(slot, getattr(parameters, slot))
         self.register_buffer("accumulator_scale", None, persistent=False)
@@ -107,7 +107,7 @@ class DeployLayer(DeployedModule):
             parameters = replace(parameters, codes=layer.from_channels_first(parameters.codes))
         if parameters.float_weight is not None:
             parameters = replace(parameters, float_weight=layer.from_channels_first(parameters.float_weight))
-        return cls(layer, parameters, activation, output, norm is not None)
+        return cls(layer, parameters, activation, output, () if norm is None else norm.axes)
 
     @classmethod
     def from_dict(cls, source: Any, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
@@ -120,14 +120,15 @@ class DeployLayer(DeployedModule):
         parameters = IntegerParameters(**own, weight_bits=fields["weight_bits"], shift=fields["shift"])
         if (parameters.codes is None or parameters.weight_scale is None) and parameters.float_weight is None:
             raise ValueError("a layer without weight")
-        return cls(source, parameters, activation, output, fields["folded"])
+        return cls(source, parameters, activation, output, tuple(fields["folded_axes"]))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors and the code, for JSON."""
         quantizers = {"input_quantizer": self.input_quantizer, "output_quantizer": self.output_quantizer}
         return {
             **super().to_dict(),
-            **{name: getattr(self, name) for name in ("weight_bits", "shift", "folded")},
+            **{name: getattr(self, name) for name in ("weight_bits", "shift")},
+            "folded_axes": list(self.folded_axes),
             **{slot: None if quantizer is None else quantizer.to_dict() for slot, quantizer in quantizers.items()},
         }
 
@@ -166,6 +167,11 @@ class DeployLayer(DeployedModule):
         return dequantize_constant(codes, scale, self.weight_bits, self.shift, self.channel_axis)
 
     # -- what all layers share -----------------------------------------------------------------------------------------
+
+    @property
+    def folded(self) -> bool:
+        """Whether a BatchNorm was folded into the layer."""
+        return bool(self.folded_axes)
 
     @property
     def is_integer(self) -> bool:
@@ -215,10 +221,10 @@ class DeployLayer(DeployedModule):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
         x = input
-        if self.folded and x.dim() != 2 + self.spatial_dims:
+        if self.folded and x.dim() not in self.folded_axes:
             raise ValueError(
                 f"a BatchNorm was folded into this layer ({self.extra_repr()}), which is the same for inputs of "
-                f"{2 + self.spatial_dims} axes only; got an input of shape {tuple(x.shape)}"
+                f"{' or '.join(map(str, self.folded_axes))} axes only; got an input of shape {tuple(x.shape)}"
             )
         compute = self._recorded if is_onnx_export() else self._computed
         with without_autocast(x):

@@ -153,7 +153,7 @@ def _check_layer(name: str, layer: nn.Module, entry: dict[str, Any], tensors: di
     if weight is not None:
         _require_equal(name, "has a weight of shape", tuple(layer.weight.shape), tuple(weight.shape))  # type: ignore[arg-type]
     _require_equal(name, "has", cls.hyperparameters_of(layer), entry.get("hyperparameters"))
-    if not entry.get("folded", True):
+    if not entry.get("folded_axes", True):
         biases = [getattr(layer, "bias", None) is not None, not tensors.keys().isdisjoint({"bias_codes", "float_bias"})]
         _require_equal(name, "has", *("a bias" if has_bias else "no bias" for has_bias in biases))
 

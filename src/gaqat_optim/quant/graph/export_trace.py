@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..evaluation import device_of
-from ..nn.base import QuantizedModule
+from ..evaluation import device_of, quantization_disabled
 from .forward_graph import traceable
 from .fx_trace import Trace
 
@@ -23,30 +23,23 @@ aten = torch.ops.aten
 _INPUTS = "_calibration_inputs"
 
 
-@contextmanager
-def record_inputs(model: nn.Module) -> Iterator[None]:
-    """Keep on ``model`` the shapes and types of what it is called with first in the block, for a trace later on."""
+def keep_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep on ``model`` the shapes and types of what it is called with, for a trace later on."""
+    leaves = tree_leaves((args, kwargs))
+    if all(value is None or isinstance(value, Tensor | bool | int | float | str) for value in leaves):
+        setattr(model, _INPUTS, tree_map(_without_data, (args, kwargs)))
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handle.remove()
-        if all(
-            value is None or isinstance(value, Tensor | bool | int | float | str)
-            for value in tree_leaves((args, kwargs))
-        ):
-            setattr(model, _INPUTS, tree_map(_without_data, (args, kwargs)))
 
-    handle = model.register_forward_pre_hook(record, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def forget_inputs(model: nn.Module) -> None:
+    """Remove what :func:`keep_inputs` kept."""
+    vars(model).pop(_INPUTS, None)
 
 
 def _without_data(value: Any) -> Any:
     return torch.empty_like(value, device="meta", requires_grad=False) if isinstance(value, Tensor) else value
 
 
-def export_trace(model: nn.Module) -> Trace | None:
+def export_trace(model: nn.Module, layers: Collection[nn.Module]) -> Trace | None:
     """The trace for inputs like those of the calibration; ``None`` if there was none.
 
     The control flow may go by shapes, unlike in symbolic tracing, but not by values: ``torch.export`` raises then. A
@@ -64,20 +57,43 @@ def export_trace(model: nn.Module) -> Trace | None:
         return torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
 
     args, kwargs = tree_map(zeros, inputs)
-    with torch.no_grad(), traceable(model, []):
+    # A quantizer without a scale cannot run, and none changes what is traced.
+    with torch.no_grad(), traceable(model, []), quantization_disabled(model), _types_of_outputs(model) as types:
         program = torch.export.export(model, args, kwargs, strict=False)
+    return _collapsed(model, program, _leaves(model, layers), types)
+
+
+@contextmanager
+def _types_of_outputs(model: nn.Module) -> Iterator[dict[nn.Module, type]]:
+    """The types of what the modules return in the block."""
+    types: dict[nn.Module, type] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        types[module] = Tensor if isinstance(output, Tensor) else type(output)
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        yield types
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _collapsed(
+    model: nn.Module, program: ExportedProgram, leaves: set[nn.Module], types: dict[nn.Module, type]
+) -> Trace:
+    """The trace with one node for each call of the ``leaves``."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = _leaves(model)
     graph, values, calls = torch.fx.Graph(), {}, {}
-    owned = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    signature = program.graph_signature
+    owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     readers: dict[str, set[Any]] = {}
     called: dict[torch.fx.Node, nn.Module] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            if node.name not in owned:
+            if node.name not in owned and node.name not in signature.inputs_to_lifted_tensor_constants:
                 values[node] = graph.placeholder(node.name)
             continue
-        operands = [values[operand] for operand in node.all_input_nodes if operand in values]
         if _returns_operand(node):  # Who reads the operand later reads this node, in whatever module it is.
             operand = node.all_input_nodes[0]
             if operand.name in owned:
@@ -85,27 +101,31 @@ def export_trace(model: nn.Module) -> Trace | None:
             elif operand in values:
                 values[node] = values[operand]
             continue
+        operands = [values[operand] for operand in node.all_input_nodes if operand in values]
         if node.op == "output":
             graph.output(tuple(operands))
             continue
         stack = [(key, path) for key, (path, _) in node.meta.get("nn_module_stack", {}).items()]
-        key, path = next(((key, path) for key, path in stack if modules.get(path) in layers), (None, ""))
+        key, path = next(((key, path) for key, path in stack if modules.get(path) in leaves), (None, ""))
         for operand in node.all_input_nodes:
             if operand.name in owned:
                 owner = modules[owned[operand.name].rpartition(".")[0]]
                 readers.setdefault(owned[operand.name], set()).add(owner in [modules.get(p) for _, p in stack])
         if key is None:
-            values[node] = graph.create_node("call_function", node.target, tuple(operands))
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.get)
+            values[node] = graph.create_node("call_function", node.target, args, kwargs)
         else:
             if key not in calls:
                 calls[key] = graph.call_module(path)
                 called[calls[key]] = modules[path]
             call = values[node] = calls[key]
             call.args = (*call.args, *(o for o in operands if o is not call and o not in call.args))
+        values[node].meta["shape"] = tuple(getattr(node.meta.get("val"), "shape", ()))
     uses: Counter[nn.Module] = Counter(called.values())
     uses.update(modules[name.rpartition(".")[0]] for name, inside in readers.items() if False in inside)
+    returned_by = {call: [module] for call, module in called.items() if types.get(module) is Tensor}
     names = {module: name for name, module in model.named_modules()}
-    return Trace(list(graph.nodes), called, {}, uses, Counter(called.values()), names, {})
+    return Trace(list(graph.nodes), called, returned_by, uses, Counter(called.values()), names, {}, True)
 
 
 def _returns_operand(node: torch.fx.Node) -> bool:
@@ -119,7 +139,7 @@ def _returns_operand(node: torch.fx.Node) -> bool:
     return (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
 
 
-def _leaves(model: nn.Module) -> set[nn.Module]:
+def _leaves(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Module]:
     """The modules that are one node: layers, BatchNorms, and all without one of these inside."""
-    kinds = (QuantizedModule, _BatchNorm)
-    return {m for m in model.modules() if isinstance(m, kinds) or not any(isinstance(c, kinds) for c in m.modules())}
+    ends = {module for module in model.modules() if module in layers or isinstance(module, _BatchNorm)}
+    return {module for module in model.modules() if module in ends or ends.isdisjoint(module.modules())}

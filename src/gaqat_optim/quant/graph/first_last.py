@@ -4,57 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from .fx_trace import traced
+from .moves import called
+from .network_trace import trace
 from .norm import reads_shape
 
 # Functions that compute with a weight, as a layer does that stays in floating point.
-_PRODUCTS = {F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d}
+_aten = torch.ops.aten
+_PRODUCTS = {
+    *(F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d),
+    *(_aten.linear, _aten.bilinear, _aten.embedding, _aten.conv1d, _aten.conv2d, _aten.conv3d),
+}
 
 
-def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[set[str], bool]:
     """The names of the first and the last of the quantizable ``layers`` of a network in floating point.
+
+    The second result tells whether it took a calibration to find them, and they are not those by the order of layers.
 
     A layer is first if its input is computed from an input of the network without another layer, and last if no other
     layer uses its output. There can be several, such as the branches of a stem or two heads. Every module with a weight
-    of two or more axes counts as another layer, and so does one that is not traced into, whose first and last layers
-    then go by their order.
+    of two or more axes counts as another layer: behind the last one, a classifier in floating point, none is last. A
+    module that is not traced into counts as a layer, whose first and last layers go by their order.
 
-    In a network that cannot be traced symbolically, the first and the last layer go by the order of ``layers``.
+    In a network that cannot be traced, the first and the last layer go by the order of ``layers``, with a warning.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU())
-    >>> sorted(first_and_last(net, {str(i): net[i] for i in range(3)}))
+    >>> names, _ = first_and_last(net, {str(i): net[i] for i in range(3)})
+    >>> sorted(names)
     ['0', '2']
     """
     by_order = [*list(layers)[:1], *list(layers)[-1:]]
-    try:
-        _, graph = traced(model, set(layers.values()))
-    except Exception:  # The network's own code may raise anything when its inputs are symbols.
-        return set(by_order)
+    if len(set(layers.values())) == 1:
+        return set(by_order), False
+    consequence = (
+        f"first_last_bits goes by the order of its layers: {' and '.join(dict.fromkeys(by_order))}. "
+        "Pass calibration=, or set the bits of others by overrides"
+    )
+    traced = trace(model, consequence, set(layers.values()))
+    if traced is None:
+        return set(by_order), False
     names: dict[nn.Module, str] = {}
     for name, module in layers.items():
         names.setdefault(module, name)
     inside: dict[torch.fx.Node, list[str]] = {}  # of each call with a weight, the layers
-    for node in graph.nodes:
-        if node.op == "call_module":
-            module = model.get_submodule(str(node.target))
+    for node in traced.nodes:
+        if node in traced.modules:
+            module = traced.modules[node]
             own = [names[child] for child in module.modules() if child in names]
             if own or _has_weight(module):
                 inside[node] = own
-        elif node.target in _PRODUCTS:
+        elif called(traced, node) in _PRODUCTS:
             inside[node] = []
     # By going forward: what the network's inputs reach, and what layers reach. Then back: what reaches layers.
     from_input, from_layer, to_layer = set(), set(), set()
-    for node in graph.nodes:
+    for node in traced.nodes:
         operands = [] if reads_shape(node) else node.all_input_nodes
         if node.op == "placeholder" or any(operand in from_input for operand in operands):
             from_input.add(node)
         if any(operand in inside or operand in from_layer for operand in operands):
             from_layer.add(node)
-    for node in reversed(graph.nodes):
+    for node in reversed(traced.nodes):
         if any(user in inside or user in to_layer for user in node.users if not reads_shape(user)):
             to_layer.add(node)
     first = {
@@ -63,7 +77,7 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str
         if own and _reads(node, from_input) and not _reads(node, from_layer | set(inside))
     }
     last = {own[-1] for node, own in inside.items() if own and node not in to_layer}
-    return (first or {by_order[0]}) | (last or {by_order[-1]})
+    return first | last, traced.by_shapes and first | last != set(by_order)
 
 
 def _reads(node: torch.fx.Node, values: set[torch.fx.Node]) -> bool:

@@ -51,10 +51,13 @@ def remove_shape_checks(graph: torch.fx.Graph) -> None:
 @contextmanager
 def traceable(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode in which the ``norms`` accept symbols; afterwards ``model`` is as it was."""
-    # The tracer leaves the tensors that forward makes on the model, and forward may put symbols into attributes.
+    # The tracer leaves the tensors that forward makes on the model, and forward may put symbols into
+    # attributes and caches.
     owners = [vars(module) for module in model.modules()]
     dictionaries = [d for owner in owners for d in (owner, owner["_parameters"], owner["_buffers"], owner["_modules"])]
     values = [dictionary.copy() for dictionary in dictionaries]
+    caches = [value for owner in owners for value in owner.values() if type(value) in (dict, list)]
+    entries = [cache.copy() for cache in caches]
     checking = [(norm, check) for norm in norms for check in _SHAPE_CHECKS if hasattr(type(norm), check)]
     try:
         for norm, check in checking:
@@ -65,3 +68,6 @@ def traceable(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
         for dictionary, before in zip(dictionaries, values, strict=True):
             dictionary.clear()
             dictionary.update(before)
+        for cache, before in zip(caches, entries, strict=True):
+            cache.clear()
+            cache.update(before) if isinstance(cache, dict) else cache.extend(before)

@@ -29,6 +29,7 @@ class Trace:
         called: how often each module is called, those that are traced into as well.
         names: the qualified name of each module.
         sites: the module in whose own forward a function or method is called, and the position among those calls.
+        by_shapes: whether the control flow went by the shapes of some inputs.
     """
 
     nodes: list[torch.fx.Node]
@@ -38,11 +39,12 @@ class Trace:
     called: Counter[nn.Module]
     names: dict[nn.Module, str]
     sites: dict[torch.fx.Node, tuple[nn.Module, int]]
+    by_shapes: bool = False
 
 
-def symbolic_trace(model: nn.Module) -> Trace:
-    """The calls of ``model``, which holds quantized layers; raises whatever its code does when inputs are symbols."""
-    tracer, graph = traced(model)
+def symbolic_trace(model: nn.Module, layers: Collection[nn.Module]) -> Trace:
+    """The calls of ``model``, without those inside of ``layers``; raises whatever its code does with symbols."""
+    tracer, graph = traced(model, layers)
     remove_shape_checks(graph)
     modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     uses: Counter[nn.Module] = Counter(tracer.called)
@@ -65,7 +67,10 @@ def admit_child(model: nn.Module, modules: Iterable[nn.Module], name: str) -> se
     It changes something where a forward runs over the children of its module, as in ``nn.Sequential``, or counts them.
     The type does not tell: the network is traced again with such a child in each.
     """
-    expected_graph, admitting = str(traced(model)[1]), set(modules)
+    try:
+        expected_graph, admitting = str(traced(model)[1]), set(modules)
+    except Exception:  # It was traced in another way.
+        return set()
     while admitting:
         probes = {module: nn.Identity() for module in admitting}
         for module, probe in probes.items():

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 from torch import nn
 
+from ..nn.base import QuantizedModule
 from .export_trace import export_trace
 from .fx_trace import Trace, symbolic_trace
 
 
-def trace(model: nn.Module, consequence: str) -> Trace | None:
-    """Trace ``model``, which holds quantized layers; ``None``, and a warning with ``consequence``, if it cannot be.
+def trace(model: nn.Module, consequence: str, layers: Collection[nn.Module] | None = None) -> Trace | None:
+    """The calls of ``model``; ``None``, and a warning with the ``consequence``, if it cannot be traced.
 
     Symbolic tracing comes first. Where it fails, and the network was calibrated, ``torch.export`` comes next.
+
+    Args:
+        model: the network.
+        consequence: what follows for the user, in words.
+        layers: modules that are not traced into; by default the quantized layers.
     """
+    if layers is None:
+        layers = {module for module in model.modules() if isinstance(module, QuantizedModule)}
     try:
-        return symbolic_trace(model)
+        return symbolic_trace(model, layers)
     except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
         reasons = [_first_line(error)]
     try:
-        exported = export_trace(model)
+        exported = export_trace(model, layers)
         if exported is not None:
             return exported
         reasons.append("After a calibration, torch.export would be tried")

@@ -26,6 +26,7 @@ _ARITHMETIC: dict[Any, str] = {
 }
 _SHAPE_METHODS = {"size", "dim", "ndimension"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+_SHAPE_OF_SECOND = {"reshape_as", "view_as", "expand_as", "type_as"}  # methods that read no more of their argument
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class Norm:
         steps: the map, in order. There are none if ``module`` is a BatchNorm with torch's forward.
         positions: which calls in the forward of ``module`` they are.
         is_output: whether the forward of ``module`` returns the result of the map.
-        bias: the attribute of ``module`` whose values are added last, if it is known.
+        bias: the attribute of ``module`` whose values are added last, if it is known. It may be ``None``: no bias yet.
+        channels: which channel of the normalization each channel of the layer is; none if they are the same.
+        size: the number of channels of the normalization.
+        axes: the numbers of axes of the layer's output for which this is so.
     """
 
     module: nn.Module
@@ -90,6 +94,9 @@ class Norm:
     positions: tuple[int, ...] = ()
     is_output: bool = True
     bias: str | None = None
+    channels: tuple[int, ...] = ()
+    size: int = 0
+    axes: tuple[int, ...] = ()
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -117,7 +124,7 @@ def computes_norm(module: nn.Module) -> bool:
         return False
     graph = forward_graph(module)
     inputs = [] if graph is None else [node for node in graph.nodes if node.op == "placeholder"]
-    return bool(inputs) and bool(affine_map(inputs[0], "", with_arithmetic=True)[1])
+    return bool(inputs) and bool(affine_map(inputs[0], "")[1])
 
 
 def has_channel_tensors(tensors: Iterable[Tensor | None]) -> bool:
@@ -130,7 +137,7 @@ def has_channel_tensors(tensors: Iterable[Tensor | None]) -> bool:
     return len(lengths) > len(set(lengths))
 
 
-def affine_map(value: _Node, prefix: str, *, with_arithmetic: bool) -> tuple[list[_Node], list[Step], str | None]:
+def affine_map(value: _Node, prefix: str, with_arithmetic: bool = True) -> tuple[list[_Node], list[Step], str | None]:
     """The calls that normalize ``value``, their steps, and the attribute that is added last, as in :class:`Norm`.
 
     Each call is the only user of the value before it. All other operands come from attributes whose name begins with
@@ -148,7 +155,7 @@ def affine_map(value: _Node, prefix: str, *, with_arithmetic: bool) -> tuple[lis
         bias = added if added is not None or any(step.kind in ("multiply", "divide") for step in more) else bias
         value = users[0]
         calls.append(value)
-    normalizes = any(_is_batch_norm_call(call) for call in calls)
+    normalizes = any(is_batch_norm_call(call) for call in calls)
     if not normalizes and not {"multiply", "add"} <= {step.kind for step in steps}:
         return [], [], None
     return calls, steps, bias
@@ -161,14 +168,27 @@ def reads_shape(node: _Node) -> bool:
     return node.op == "call_method" and node.target in _SHAPE_METHODS
 
 
+def is_constant(node: _Node) -> bool:
+    """Whether a value is computed from attributes alone."""
+    if node.op in ("placeholder", "call_module"):
+        return False
+    return all(map(is_constant, node.all_input_nodes))
+
+
 def value_users(node: _Node) -> list[_Node]:
     """The users of a value that read more of it than its shape."""
-    return [user for user in node.users if not reads_shape(user)]
+    return [user for user in node.users if not reads_shape(user) and not _takes_shape_of(user, node)]
+
+
+def _takes_shape_of(user: _Node, value: _Node) -> bool:
+    operation = getattr(user.target, "overloadpacket", None)  # of torch.export
+    name = user.target if operation is None else operation.__name__
+    return name in _SHAPE_OF_SECOND and user.args[0] is not value
 
 
 def _steps(call: _Node, value: _Node, prefix: str, with_arithmetic: bool) -> tuple[list[Step], str | None]:
     """The steps of one call on ``value``, and the attribute added last; a LookupError for other calls."""
-    if _is_batch_norm_call(call):
+    if is_batch_norm_call(call):
         args = _batch_norm_arguments(call)
         mean, var, weight, bias = (
             _expression(args[n], prefix) for n in ("running_mean", "running_var", "weight", "bias")
@@ -187,7 +207,8 @@ def _steps(call: _Node, value: _Node, prefix: str, with_arithmetic: bool) -> tup
     return [Step(kind, _expression(right if left is value else left, prefix))], None
 
 
-def _is_batch_norm_call(call: _Node) -> bool:
+def is_batch_norm_call(call: _Node) -> bool:
+    """Whether a node calls ``F.batch_norm`` or what it calls."""
     return call.target in (F.batch_norm, torch.batch_norm)
 
 

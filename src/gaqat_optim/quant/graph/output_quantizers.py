@@ -6,7 +6,6 @@ import operator
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.fx
@@ -15,26 +14,30 @@ from torch import nn
 
 from ..lsq.quantizer import LSQQuantizer
 from ..nn.base import QuantizedModule
-from .batch_norm import folded_norm
+from .batch_norm import fold_norms
 from .fx_trace import Trace, admit_child
+from .moves import IDENTITIES, MOVES, called
 from .network_trace import trace
+from .norm import Norm
 from .output_hook import attach, detach
 
 # Operations that clip, which a runtime fuses into the integer layer before them. Codes behind the positive ones need no
 # sign.
-_POSITIVE = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-_CLIPPING = _POSITIVE | {nn.Hardtanh, F.hardtanh}
+_aten = torch.ops.aten
+_POSITIVE = {
+    *(nn.ReLU, nn.ReLU6, F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
+    *(_aten.relu, _aten.relu_, _aten.relu6, _aten.relu6_),
+}
+_CLIPPING = _POSITIVE | {nn.Hardtanh, F.hardtanh, _aten.hardtanh, _aten.hardtanh_}
 # Operations that move values or take the largest, and so give the same before and behind a quantizer.
 _VALUE_PRESERVING = {
-    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.dropout, F.dropout2d),
-    *(torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.cat),
-    *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous"),
+    *MOVES,
+    *IDENTITIES,
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, _aten.max_pool1d, _aten.max_pool2d, _aten.max_pool3d),
 }
 _PASS_THROUGH = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
-_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_", _aten.add, _aten.add_}
 
 
 def place_output_quantizers(model: nn.Module, undo: ExitStack) -> None:
@@ -70,15 +73,20 @@ class _Placement:
         self.names = {module: name for name, module in model.named_modules()}
         # Values that have an output quantizer, each with the one that its layer was built with.
         self.quantized: dict[torch.fx.Node, LSQQuantizer] = {}
+        self.folded: dict[torch.fx.Node, tuple[Norm, list[torch.fx.Node]]] = {}
 
     def place_all(self) -> None:
-        for node in self.traced.nodes:
-            layer = self.traced.modules.get(node)
-            if isinstance(layer, QuantizedModule):
+        templates: dict[torch.fx.Node, LSQQuantizer] = {}
+        for node, layer in self.traced.modules.items():
+            if isinstance(layer, QuantizedModule) and self.traced.uses[layer] == 1:
                 quantizer = layer._modules.get("output_quantizer")
-                if isinstance(quantizer, LSQQuantizer) and self.traced.uses[layer] == 1:
+                if isinstance(quantizer, LSQQuantizer):
+                    templates[node] = quantizer
                     self._set_output(layer, None)
-                    self._place(node, quantizer)
+        self.folded, _ = fold_norms(self.traced)
+        for node in self.traced.nodes:
+            if node in templates:
+                self._place(node, templates[node])
             elif node.target in _SUMS:
                 operands = [self.quantized.get(operand) for operand in node.all_input_nodes]
                 quantizers = [quantizer for quantizer in operands if quantizer is not None]
@@ -92,11 +100,13 @@ class _Placement:
         # A sum is cheap enough to be computed for each of two quantizers, in one integer operator with it.
         if None not in users and len(users) <= (1 if node in self.traced.modules else 2):
             return
+        if any(value in self.quantized for value in chain[first_position:]):
+            return  # behind a norm that several layers have together
         for position in reversed(range(first_position, len(chain))):
             host = self._host_module(chain[position])
             if host is None:
                 continue
-            is_positive = any(self._called(clipping) in _POSITIVE for clipping in chain[position + 1 : position + 2])
+            is_positive = any(called(self.traced, next_) in _POSITIVE for next_ in chain[position + 1 : position + 2])
             quantizer = self._build(template, host, signed=False if is_positive else None)
             if isinstance(host, QuantizedModule):
                 self._set_output(host, quantizer)
@@ -111,12 +121,11 @@ class _Placement:
 
         Then the position of the first that can have a quantizer: the BatchNorm, if there is one that a layer contains.
         """
-        folded = folded_norm(self.traced, node)
-        chain = [node] if folded is None else [node, *folded[1]]
+        chain = [node, *self.folded[node][1]] if node in self.folded else [node]
         first_position = len(chain) - 1
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
-            if user.all_input_nodes != [chain[-1]] or self._called(user) not in _PASS_THROUGH:
+            if user.all_input_nodes != [chain[-1]] or called(self.traced, user) not in _PASS_THROUGH:
                 break
             chain.append(user)
         return chain, first_position
@@ -128,7 +137,7 @@ class _Placement:
             layer = self.traced.modules.get(user)
             if isinstance(layer, QuantizedModule):
                 layers.add(layer if layer._modules.get("input_quantizer") is not None else None)
-            elif self._called(user) in _VALUE_PRESERVING | _CLIPPING:
+            elif called(self.traced, user) in _VALUE_PRESERVING | _CLIPPING:
                 layers |= self._users(user)
             else:
                 layers.add(None)
@@ -159,11 +168,8 @@ class _Placement:
         """Note that the values of ``nodes`` are quantized, and so are those made of them by moving alone."""
         for node in nodes:
             self.quantized[node] = template
-            self._mark_quantized([user for user in node.users if self._called(user) in _VALUE_PRESERVING], template)
-
-    def _called(self, node: torch.fx.Node) -> Any:
-        """What a node calls: a function, the name of a method, or the type of a module."""
-        return type(self.traced.modules[node]) if node in self.traced.modules else node.target
+            moved = [user for user in node.users if called(self.traced, user) in _VALUE_PRESERVING]
+            self._mark_quantized(moved, template)
 
     def _build(self, template: LSQQuantizer, host: nn.Module, signed: bool | None) -> LSQQuantizer:
         quantizer = LSQQuantizer(
