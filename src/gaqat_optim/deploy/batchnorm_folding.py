@@ -11,6 +11,7 @@ from ..quant.graph.batch_norm import folded_norm
 from ..quant.graph.network_trace import trace
 from ..quant.graph.norm import Norm, computes_norm, has_channel_tensors, is_batch_norm
 from ..quant.nn.base import QuantizedModule
+from ..quant.nn.functional_calls import routed_layers
 
 
 def fold_batchnorm(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,8 +54,8 @@ def following_norms(model: nn.Module) -> dict[QuantizedModule, Norm]:
     """The normalizations that can be folded, by the layer that each of them follows.
 
     The network is traced (``torch.fx`` or ``torch.export``), for analysis alone. A pair counts if the normalization has
-    running statistics, is the only user of the layer's output, and both modules are used once. The layer has no output
-    quantizer; the BatchNorm may have one behind it.
+    running statistics, is the only user of the layer's output, and both modules are used once. No forward calls
+    ``F.linear`` with the weight of the layer, which has no output quantizer; the BatchNorm may have one behind it.
 
     In a network that cannot be traced there are none, and a warning says why.
     """
@@ -63,7 +64,8 @@ def following_norms(model: nn.Module) -> dict[QuantizedModule, Norm]:
     traced = trace(model, "its BatchNorms stay separate layers in floating point: correct, but slower")
     if traced is None:
         return {}
-    folded = {layer: folded_norm(traced, node) for node, layer in traced.modules.items()}
+    read = {layer for _, layer in routed_layers(model)}  # They may be called with another bias.
+    folded = {layer: folded_norm(traced, node) for node, layer in traced.modules.items() if layer not in read}
     return {layer: pair[0] for layer, pair in folded.items() if isinstance(layer, QuantizedModule) and pair is not None}
 
 

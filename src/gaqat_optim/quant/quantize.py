@@ -23,6 +23,7 @@ from .lsq.quantizer import LSQQuantizer
 from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule, quantized_class
+from .nn.functional_calls import route_functional_calls
 from .nn.unsupported import refuse, unsupported_reason
 
 
@@ -112,6 +113,7 @@ def quantize_model(
         result = replacements.get(model, model)
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
+        route_functional_calls(result, undo=undo)
         if calibration is not None:
             with record_inputs(result):
                 calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
