@@ -10,7 +10,6 @@ from contextlib import ExitStack, suppress
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -63,11 +62,10 @@ class _Routing(TorchFunctionMode):
             return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _linear(self, input: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
-        if not isinstance(input, torch.fx.Proxy):  # A traced network shows the read: its layer is not only called.
-            for layer in self.layers:
-                if weight is layer.weight:
-                    return layer(input) if bias is layer.bias else layer(input, bias)
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        for layer in self.layers:
+            if weight is layer.weight:
+                return layer(input) if bias is layer.bias else layer(input, bias)
         return F.linear(input, weight, bias)
 
 
