@@ -184,3 +184,24 @@ def test_identity_branches_are_named_if_they_follow_a_layer():
         model, r"blocks\.\*\.\*\.ghost\*\.fusion_bn\.0 \(16 of them\): the layer contains 'blocks"
     )
     assert len(norms_in(deployed)) == 32  # as many follow an activation
+
+
+class ReadBeforeNorm(nn.Module):
+    """A layer with a bias from outside, before a BatchNorm; the control flow needs ``torch.export``."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+        self.bias = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.norm(F.linear(x if x.shape[0] > 1 else x + 0, self.fc.weight, self.bias))
+
+
+def test_a_layer_whose_weight_a_forward_reads_keeps_its_batchnorm():
+    torch.manual_seed(0)
+    x = torch.randn(16, 6)
+    model = randomize_norms(quantized(nn.Sequential(ReadBeforeNorm()), x))
+    deployed = convert(model)
+    assert norms_in(deployed) == ["0.norm"]
+    assert torch.allclose(run(deployed, x), run(model, x), rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ from ..quant.graph.batch_norm import fold_norms
 from ..quant.graph.network_trace import trace
 from ..quant.graph.norm import Norm, computes_norm, has_channel_tensors
 from ..quant.nn.base import QuantizedModule
+from ..quant.nn.functional_calls import routed_layers
 
 
 def fold_batchnorm(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -71,11 +72,15 @@ def following_norms(model: nn.Module) -> tuple[dict[QuantizedModule, Norm], dict
     if traced is None:
         return {}, {}
     folded, left = fold_norms(traced)
+    read = {layer for _, layer in routed_layers(model)}  # a forward may call them with another bias
     norms: dict[QuantizedModule, Norm] = {}
     for node, (norm, _) in folded.items():
         layer = traced.modules[node]
         assert isinstance(layer, QuantizedModule)
-        norms[layer] = norm
+        if layer in read:
+            left[norm.module] = "a forward calls F.linear with the weight of its layer"
+        else:
+            norms[layer] = norm
     return norms, left
 
 

@@ -15,6 +15,7 @@ from ..quant.lsq.quantizer import LSQQuantizer
 from ..quant.nn.attention import QuantMultiheadAttention
 from ..quant.nn.attention_functional import ROLES
 from ..quant.nn.base import QuantizedModule
+from ..quant.nn.functional_calls import routed_layers
 from .batchnorm_folding import fold_batchnorm, following_norms
 from .nn.activation_quantizer import ActivationQuantizer
 from .nn.base import DeployLayer
@@ -22,6 +23,7 @@ from .nn.integer_parameters import spare_bits
 from .nn.registry import deployed_class
 
 _INT32_MAX = 2**31 - 1
+_READER = "_bias_reader"  # of a layer: the module that runs, reads its bias and has hidden it
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -42,7 +44,8 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
     A copy of the network that is made in the block, such as the best one so far, keeps the rounding for good.
 
     The BatchNorms are found as for ``convert``, at the begin of the block. Nothing is added to a layer whose scales are
-    not set yet, whose quantizers are off, or whose bias stays in floating point.
+    not set yet, whose quantizers are off, or whose bias stays in floating point. A forward that reads the bias of a
+    quantized layer for an ``F.linear`` of its own, as window attention does, reads the rounded one.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model`; after the block it is as before, but trained.
@@ -78,6 +81,11 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
             elif _has_integer_bias(layer):
                 handles.append(layer.register_forward_pre_hook(_shadow_bias))
                 handles.append(layer.register_forward_hook(_restore_bias, always_call=True))
+        for reader, layer in routed_layers(model):
+            if _has_integer_bias(layer):
+                handles.append(reader.register_forward_pre_hook(partial(_shadow_read_bias, layer)))
+                restore = partial(_restore_read_bias, layer)
+                handles.append(reader.register_forward_hook(restore, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -86,7 +94,10 @@ def rounded_biases(model: nn.Module) -> Iterator[None]:
 
 def remove_rounding(model: nn.Module) -> None:
     """Take the hooks of :func:`rounded_biases` out of a copy that was made in the block."""
-    ours = (_add_behind_norm, _shadow_bias, _restore_bias, _shadow_norm_bias, _restore_norm_bias)
+    ours = (
+        *(_add_behind_norm, _shadow_bias, _restore_bias, _shadow_norm_bias, _restore_norm_bias),
+        *(_shadow_read_bias, _restore_read_bias),
+    )
     for module in model.modules():
         for registry in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in registry.items() if getattr(hook, "func", hook) in ours]:
@@ -135,7 +146,7 @@ def _shadow_bias(layer: Any, args: Any) -> None:
     """
     name = _bias_name(layer)
     bias = getattr(layer, name, None)
-    if bias is None:
+    if bias is None or _READER in vars(layer):
         return
     if isinstance(layer, QuantMultiheadAttention):
         quantizers = [
@@ -150,7 +161,21 @@ def _shadow_bias(layer: Any, args: Any) -> None:
 
 def _restore_bias(layer: Any, args: Any, y: Any) -> None:
     """Forward hook of a layer, which runs after a failure as well: uncovers the parameter."""
-    vars(layer).pop(_bias_name(layer), None)
+    if _READER not in vars(layer):
+        vars(layer).pop(_bias_name(layer), None)
+
+
+def _shadow_read_bias(layer: Any, reader: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a module that reads weight and bias of ``layer``: it sees the rounded one."""
+    _shadow_bias(layer, args)
+    vars(layer).setdefault(_READER, reader)
+
+
+def _restore_read_bias(layer: Any, reader: nn.Module, args: Any, y: Any) -> None:
+    """Forward hook of that module, which runs after a failure as well: uncovers the parameter."""
+    if vars(layer).get(_READER) is reader:
+        del vars(layer)[_READER]
+        _restore_bias(layer, args, y)
 
 
 def _bias_name(layer: nn.Module) -> str:

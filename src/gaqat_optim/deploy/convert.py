@@ -19,6 +19,7 @@ from .bias_rounding import remove_rounding
 from .forward_without_norm import without_norms
 from .module_tree import replace_modules
 from .nn.activation_quantizer import ActivationQuantizer, QuantDequant
+from .nn.linear import route_deployed_layers
 from .nn.registry import DeployedModule, deployed_class
 
 
@@ -113,6 +114,7 @@ def convert(model: nn.Module) -> nn.Module:
 
     with torch.no_grad():
         result = replace_modules(model, deployed).eval()
+    route_deployed_layers(result)
     if hasattr(model, "quant_config"):
         result.quant_config = model.quant_config  # A model that is itself a layer has become another object.
     return result

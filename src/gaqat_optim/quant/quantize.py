@@ -24,6 +24,7 @@ from .lsq.quantizer import LSQQuantizer
 from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule, quantized_class
+from .nn.functional_calls import route_functional_calls
 from .nn.unsupported import refuse, unsupported_reason
 
 
@@ -122,6 +123,7 @@ def quantize_model(
         result = replacements.get(model, model)
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
+        route_functional_calls(result, undo=undo)
         if calibration is not None:
             calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
         if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .exclude_advice import exclude_argument
+from .nn import functional_calls
 from .nn.base import QuantizedModule
 
 # What reads no value of a tensor: its shape, dtype and the like.
@@ -31,6 +32,7 @@ _METADATA = frozenset(
 _METADATA_OF_OTHERS = ("to", "type_as", "expand_as", "view_as", "reshape_as")  # values of the first tensor alone
 _VALUES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))  # properties that are the values
 _TORCH = Path(torch.__file__).parent
+_ROUTING = Path(functional_calls.__file__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class _Observer(TorchFunctionMode):
                     return
                 reader = reader or module
             path = Path(frame.f_code.co_filename)
-            if not place and _TORCH not in path.parents:
+            if not place and _TORCH not in path.parents and path != _ROUTING:
                 place = f"{path}:{frame.f_lineno}"
             frame = frame.f_back
         for layer in layers:

@@ -54,3 +54,22 @@ def test_sums_of_two_codes_of_a_channel(offset, sums):
     codes = np.array([[-5, -4, 1], [7, 5, 0]], np.int8)
     assert ByteRange(-5, 7, True, codes).pair_sums(offset) == sums
     assert ByteRange(-5, 7, True).pair_sums(0) == (-10, 14)
+
+
+def test_what_a_runtimes_own_operator_makes_of_constants_is_no_constant():
+    graph = helper.make_graph(
+        [
+            helper.make_node("Transpose", ["weight"], ["moved"]),
+            helper.make_node("QGemm", ["weight"], ["y"], domain="com.microsoft"),
+            helper.make_node("Transpose", ["y"], ["z"]),
+        ],
+        "graph",
+        [],
+        [helper.make_tensor_value_info(name, TensorProto.INT8, [2, 2]) for name in ("moved", "z")],
+        [from_array(CONSTANTS["weight"], "weight")],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    moved, z = model.graph.outputs
+    ranges = ByteRanges(model.graph)
+    assert ranges.range(moved) == ByteRange(-5, 7, True)
+    assert ranges.range(z) is None

@@ -67,6 +67,16 @@ CASES = {
         Network(lambda m, x: F.relu((h := m.a(x)) + m.c(h + m.b(h))), a=linear(), b=linear(), c=linear()),
         {"a", "c"},
     ),
+    "layers whose weights are read": (
+        Network(
+            lambda m, x: m.one(h := m.b(F.linear(x, m.a.weight))) + F.linear(h, m.two.weight, m.two.bias),
+            b=linear(),
+            a=linear(),
+            two=linear(),
+            one=linear(),
+        ),
+        {"a", "one", "two"},
+    ),
     "what reads a shape alone": (
         Network(lambda m, x: m.b(m.a(x)).reshape(m.c(x).shape), a=linear(), b=linear(), c=linear()),
         {"a", "b", "c"},

@@ -65,6 +65,8 @@ class DeployLayer(DeployedModule):
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
 
+    derived: ClassVar[tuple[str, ...]] = ("accumulator_scale",)  # buffers that the others determine: in no file
+
     def __init__(
         self,
         source: Any,
@@ -181,6 +183,14 @@ class DeployLayer(DeployedModule):
     @property
     def weight(self) -> Tensor:
         """The weight in float32, computed from its codes."""
+        return self._weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias in float32, or ``None``."""
+        return self._bias()
+
+    def _weight(self) -> Tensor:
         if self.codes is None or self.weight_scale is None:
             assert self.float_weight is not None
             return self.float_weight
@@ -189,9 +199,7 @@ class DeployLayer(DeployedModule):
         codes = self.channels_first(self.codes)
         return self.from_channels_first(codes * self.weight_scale.reshape(-1, *[1] * (codes.dim() - 1)))
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias in float32, or ``None``."""
+    def _bias(self) -> Tensor | None:
         if self.bias_codes is None:
             return self.float_bias
         assert self.accumulator_scale is not None
@@ -235,18 +243,22 @@ class DeployLayer(DeployedModule):
 
     def _computed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.is_integer:
-            return self.operation(self._float_input(x), self.weight, self.bias, *args, **kwargs)
+            return self.operation(self._float_input(x), self._weight(), self._bias(), *args, **kwargs)
+        assert self.accumulator_scale is not None
+        total = self._sum(x, *args, **kwargs)
+        if self.bias_codes is not None:
+            total = total + self._along_channels(self.bias_codes.to(total.dtype))
+        return total.to(torch.float32) * self._along_channels(self.accumulator_scale)
+
+    def _sum(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The exact sum of products of codes, without the bias."""
         assert self.codes is not None
         assert self.input_quantizer is not None
-        assert self.accumulator_scale is not None
         # A GPU library may compute a convolution by a transform (Winograd, FFT) instead of a plain sum.
         plain = x.device.type != "cuda" and self.exact_in_float32
         dtype = torch.float32 if plain else torch.float64
         # Rounding leaves an exact sum as it is and removes the rounding errors of a transform.
-        total = self.operation(self.input_quantizer(x).to(dtype), self.codes.to(dtype), None, *args, **kwargs).round()
-        if self.bias_codes is not None:
-            total = total + self._along_channels(self.bias_codes.to(dtype))
-        return total.to(torch.float32) * self._along_channels(self.accumulator_scale)
+        return self.operation(self.input_quantizer(x).to(dtype), self.codes.to(dtype), None, *args, **kwargs).round()
 
     def _recorded(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The operators of an ONNX graph, in place of the computation."""

@@ -87,7 +87,7 @@ class ByteRanges:
         self.folded = set(self.constants)
         for node in graph:  # In a valid graph each stands behind the nodes that make its inputs.
             inputs = {value for value in node.inputs if value is not None}
-            if inputs and inputs <= self.constants:
+            if inputs and inputs <= self.constants and node.domain == "":  # A runtime's own operators stay unknown.
                 self.constants.update(node.outputs)
             if inputs and inputs <= self.folded and node.op_type != "DequantizeLinear":
                 self.folded.update(node.outputs)

@@ -19,6 +19,7 @@ from ..forward_without_norm import ForwardWithoutNorm
 from ..module_tree import join, replace_modules, shared_tensors
 from ..nn.activation_quantizer import ActivationQuantizer, QuantDequant
 from ..nn.base import DeployLayer
+from ..nn.linear import route_deployed_layers
 from ..nn.registry import DeployedModule, deployed_class
 from .manifest import read_packed, refuse_foreign, stored_tensors
 
@@ -111,6 +112,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             quantizer = ActivationQuantizer(scale, entry["bits"], entry["zero_point"], entry["name"])
         attach(modules[host], QuantDequant(quantizer).to(device))
     _fill(network, tensors)
+    route_deployed_layers(network)
     return network.eval().requires_grad_(False)
 
 

@@ -73,8 +73,8 @@ def _check_unchanged(name: str, layer: DeployedModule) -> None:
 
 
 def stored_tensors(deployed: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
-    """The parameters and buffers with all their names, without the accumulator scales, which other scales determine."""
-    derived = {id(m.accumulator_scale) for m in deployed.modules() if isinstance(m, DeployLayer)}
+    """The parameters and buffers with all their names, without those that the others determine."""
+    derived = {id(getattr(m, slot)) for m in deployed.modules() if isinstance(m, DeployLayer) for slot in m.derived}
     return ((names, tensor) for names, tensor in shared_tensors(deployed) if id(tensor) not in derived)
 
 

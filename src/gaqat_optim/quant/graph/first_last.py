@@ -13,7 +13,7 @@ from .moves import called
 from .network_trace import trace
 from .norm import reads_shape
 
-# Functions that compute with a weight, as a layer does that stays in floating point.
+# Functions that compute with a weight, as a layer does: with that of a layer, or with one that stays in floating point.
 _aten = torch.ops.aten
 _PRODUCTS = {
     *(F.linear, F.bilinear, F.embedding, F.conv1d, F.conv2d, F.conv3d),
@@ -59,7 +59,8 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[s
             if own or _has_weight(module):
                 inside[node] = own
         elif called(traced, node) in _PRODUCTS:
-            inside[node] = []
+            holders = [model.get_submodule(_holder(operand)) for operand in node.all_input_nodes if _holder(operand)]
+            inside[node] = [names[holder] for holder in holders if holder in names][:1]
     # By going forward: what the network's inputs reach, and what layers reach. Then back: what reaches layers.
     from_input, from_layer, to_layer = set(), set(), set()
     for node in traced.nodes:
@@ -83,6 +84,11 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[s
 def _reads(node: torch.fx.Node, values: set[torch.fx.Node]) -> bool:
     """Whether the first operand of a layer, which is its input, is one of the ``values``."""
     return any(operand in values for operand in node.all_input_nodes[:1])
+
+
+def _holder(node: torch.fx.Node) -> str:
+    """The name of the module whose parameter a node is, ``""`` for other nodes and the network itself."""
+    return str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
 
 
 def _has_weight(module: nn.Module) -> bool:

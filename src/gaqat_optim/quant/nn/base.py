@@ -162,6 +162,8 @@ class QuantizedModule(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as torch's layers name it
         weight, quantizer = self.quantized_weight(), self.input_quantizer
+        if weight is self.weight:  # The parameter itself marks a use by others: functional_calls.py routes it here.
+            weight = weight.view_as(weight)
         if (
             quantizer is None
             or torch.compiler.is_compiling()

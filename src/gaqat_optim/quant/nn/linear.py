@@ -10,7 +10,7 @@ from .base import QuantizedModule, register_quantized
 
 @register_quantized(nn.Linear)
 class QuantLinear(QuantizedModule, nn.Linear):
-    """:class:`torch.nn.Linear` on a quantized input and weight."""
+    """:class:`torch.nn.Linear` on a quantized input and weight; a second argument takes the place of its bias."""
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def compute(self, x: Tensor, weight: Tensor, *bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, *(bias or (self.bias,)))

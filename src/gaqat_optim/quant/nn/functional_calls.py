@@ -1,0 +1,176 @@
+"""``F.linear(x, self.qkv.weight)``, with the weight of a quantized child, as a call of that child."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .base import QuantizedModule
+from .linear import QuantLinear
+
+# What a subclass of QuantLinear must inherit to compute F.linear of its quantized operands.
+_COMPUTATION = ("forward", "compute", "float_weight", "channels_first", "from_channels_first")
+
+
+class RoutedForward:
+    """The forward of ``module``, in which ``F.linear`` with the weight of one of the ``names`` calls that layer.
+
+    The layer quantizes input and weight as in a call of its own, and adds the given bias. So window attention is
+    quantized that hands the weights of its layers to a function, as torchvision's Swin does. A torch function mode does
+    it, while the forward runs. Other uses of the weights are not changed, and stay an error
+    (:mod:`~gaqat_optim.quant.weight_reads`).
+
+    The object is an attribute of the module, which survives copies, pickling and conversion. It holds names, since
+    ``convert`` replaces the layers.
+    """
+
+    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+        self.module, self.names = module, tuple(names)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers whose weights are routed."""
+        return [self.module.get_submodule(name) for name in self.names]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Routing(self.layers):
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+class _Routing(TorchFunctionMode):
+    """Calls a layer for ``F.linear`` with its weight: the parameter itself, which its own forward never uses."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        for layer in self.layers:
+            if weight is layer.weight:
+                return layer(input) if bias is layer.bias else layer(input, bias)
+        return F.linear(input, weight, bias)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a quantized layer computes ``F.linear`` of its quantized operands, and nothing else."""
+    return isinstance(layer, QuantLinear) and all(
+        getattr(type(layer), name) is getattr(QuantLinear, name) for name in _COMPUTATION
+    )
+
+
+def route_functional_calls(
+    model: nn.Module, routable: Callable[[nn.Module], bool] = is_linear, undo: ExitStack | None = None
+) -> None:
+    """Make each module of ``model`` a :class:`RoutedForward` whose own code calls ``F.linear`` with a child's weight.
+
+    Which modules do, is told by the code of their classes. So it is the same for a network that was calibrated, one
+    that is rebuilt from its configuration, and on all ranks; and all other modules run as before.
+
+    Args:
+        model: a quantized or a deployed network.
+        routable: whether a layer may be called in place of ``F.linear``. Of a weight that several modules hold, it
+            cannot be told whose it is: these stay out.
+        undo: takes what undoes each change.
+    """
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for module in model.modules():
+        kind: Any = type(module)
+        own = vars(module).get("forward")
+        is_own = own is not None and not isinstance(own, RoutedForward)
+        if is_own or isinstance(module, QuantizedModule) or not reads_weights(kind):
+            continue
+        names = [
+            name
+            for name, layer in module.named_modules()
+            if layer is not module and routable(layer) and holders[id(layer.weight)] <= 1
+        ]
+        if names:
+            vars(module)["forward"] = RoutedForward(module, names)
+            if undo is not None:
+                undo.callback(vars(module).pop, "forward")
+
+
+def routed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """The modules with a :class:`RoutedForward`, each with every layer that it calls."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, RoutedForward):
+            for layer in forward.layers:
+                yield module, layer
+
+
+# -- which classes do it -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def reads_weights(kind: Any) -> bool:
+    """Whether the forward of ``kind``, with what it calls by name, names a ``weight`` and calls ``F.linear``.
+
+    A forward with a checkpoint inside does not count. In backward, the checkpoint would run its function again, outside
+    of the forward and so without the layers.
+
+    >>> class Reads(nn.Module):
+    ...     def forward(self, x):
+    ...         return F.linear(x, self.fc.weight)
+    >>> reads_weights(Reads), reads_weights(nn.Transformer)
+    (True, False)
+    """
+    reads = calls = False
+    waiting, seen = [kind.forward], set()
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        if not isinstance(function, FunctionType) or function in seen or _is_torch_s(function.__module__):
+            continue
+        seen.add(function)
+        names = set(_names(function.__code__))
+        if any("checkpoint" in name for name in names):
+            return False
+        values = [function.__globals__[name] for name in names if name in function.__globals__]
+        modules = [value for value in values if isinstance(value, ModuleType) and not _is_torch_s(value.__name__)]
+        reads |= "weight" in names
+        is_functional = "functional" in names or any(value is F for value in values)
+        calls |= ("linear" in names and is_functional) or any(value is F.linear for value in values)
+        for owner in (*kind.__mro__, *modules):
+            values += [vars(owner)[name] for name in names if name in vars(owner)]
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # An empty cell.
+                values.append(cell.cell_contents)
+        waiting += [_function(value) for value in values]
+    return reads and calls
+
+
+def _is_torch_s(name: str | None) -> bool:
+    return name is not None and name.partition(".")[0] == "torch"
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """All names of attributes and globals in a function, with those of functions inside."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _function(value: Any) -> Any:
+    """The function in a method or property; any other value as it is."""
+    if isinstance(value, (classmethod, staticmethod)):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
