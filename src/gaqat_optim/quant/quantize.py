@@ -157,7 +157,7 @@ def _layer_configs(
     ends = first_and_last(model, layers) if find_ends else None
     for name, layer_config in config.resolve(layers, excluded, ends).items():
         if layer_config is not None and not _quantized_class(layers[name]).quantizes_input:
-            layer_config = replace(layer_config, activation_bits=None)
+            layer_config = replace(layer_config, activation_bits=None, output_bits=None)
         if layer_config is not None and not layer_config.quantizes_nothing:
             layer_configs.append((name, layers[name], layer_config))
     if not layer_configs:

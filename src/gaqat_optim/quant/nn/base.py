@@ -112,7 +112,7 @@ class QuantizedModule(nn.Module):
     objects of the float layer under their old names, so that optimizers, tied weights and state dicts stay valid.
     """
 
-    quantizes_input: ClassVar[bool] = True  # False for indices
+    quantizes_input: ClassVar[bool] = True  # False for indices, whose lookup is no product and needs no output quantizer
     # How a class with a compute of its own is deployed: a DeployLayer. A class that inherits its compute needs none.
     deployed_as: ClassVar[type[nn.Module] | None] = None
     recompute_input: bool = False  # whether backward quantizes the input again (recompute_activations)
