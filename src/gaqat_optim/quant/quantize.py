@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule, quantized_class
 from .nn.unsupported import refuse, unsupported_reason
+from .tied_weights import share_weight_quantizers
 
 
 def quantize_model(
@@ -110,6 +111,7 @@ def quantize_model(
                     undo.callback(parent._modules.__setitem__, slot, child)
                     parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
+        share_weight_quantizers(result, asked)
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         if calibration is not None:
@@ -154,7 +156,7 @@ def _layer_configs(
             f"Its modules with parameters: {', '.join(types) or 'none'}"
         )
     layer_configs = []
-    ends = first_and_last(model, layers) if find_ends else None
+    ends = _with_tied(first_and_last(model, layers), layers) if find_ends else None
     for name, layer_config in config.resolve(layers, excluded, ends).items():
         if layer_config is not None and not _quantized_class(layers[name]).quantizes_input:
             layer_config = replace(layer_config, activation_bits=None, output_bits=None)
@@ -166,6 +168,13 @@ def _layer_configs(
     left = excluded | {layer for layer in layers.values() if layer not in chosen}
     within = {inner for name in (*layers, *reasons) if modules[name] in left for inner in modules[name].modules()}
     return layer_configs, left | within
+
+
+def _with_tied(names: set[str], layers: Mapping[str, nn.Module]) -> set[str]:
+    """The names and those of other ``layers`` with one of their weights, whose codes should be the same."""
+    weights = [layers[name]._parameters.get("weight") for name in names]
+    shared = {id(weight) for weight in weights if weight is not None}
+    return names | {name for name, layer in layers.items() if id(layer._parameters.get("weight")) in shared}
 
 
 def _quantized_class(module: nn.Module) -> type[QuantizedModule]:

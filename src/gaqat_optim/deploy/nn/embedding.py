@@ -37,7 +37,7 @@ class _DeployTable(DeployLayer):
             codes = F.embedding(indices, self.codes)
         scale = self.weight_scale
         if scale.dim():
-            scale = F.embedding(indices, scale.unsqueeze(1))
+            scale = scale.index_select(0, indices.reshape(-1)).reshape(*indices.shape, 1)
         return (codes.to(torch.float32) * scale).to(self.row_type.dtype)
 
 
