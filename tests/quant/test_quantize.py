@@ -156,7 +156,7 @@ def test_a_layer_used_twice_is_one_quantized_layer():
     assert isinstance(quantized.first, QuantizedModule)
 
 
-def test_tied_weights_stay_tied_and_have_scales_of_their_own():
+def test_tied_weights_stay_tied_and_inputs_have_scales_of_their_own():
     quantized = quantize_model(TiedWeights(), calibration=torch.randn(8, 8))
     weight = quantized.a.weight
     before = weight.detach().clone()

@@ -19,8 +19,10 @@ from .bias_rounding import remove_rounding
 from .forward_without_norm import without_norms
 from .module_tree import replace_modules
 from .nn.activation_quantizer import ActivationQuantizer, QuantDequant
+from .nn.base import DeployLayer
 from .nn.linear import route_deployed_layers
 from .nn.registry import DeployedModule, deployed_class
+from .weight_sharing import share_weights
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -101,11 +103,15 @@ def convert(model: nn.Module) -> nn.Module:
     folded: dict[nn.Module, list[Norm]] = {}
     for norm in norms.values():
         folded.setdefault(norm.module, []).append(norm)
+    by_quantizer: dict[LSQQuantizer, list[DeployLayer]] = {}  # the layers whose weight it quantizes
     output_quantizers = {module.output_quantizer for module in modules_with_output_quantizer(model)}
 
     def deployed(name: str, module: nn.Module) -> nn.Module:
         if isinstance(module, QuantizedModule):
-            return _deployed_class(name, module).from_quantized(name, module, norms.get(module))
+            layer = _deployed_class(name, module).from_quantized(name, module, norms.get(module))
+            if isinstance(layer, DeployLayer) and module.weight_quantizer is not None:
+                by_quantizer.setdefault(module.weight_quantizer, []).append(layer)
+            return layer
         if module in folded:
             return without_norms(module, folded[module])
         if isinstance(module, LSQQuantizer) and module in output_quantizers:
@@ -114,6 +120,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     with torch.no_grad():
         result = replace_modules(model, deployed).eval()
+        for layers in by_quantizer.values():
+            share_weights(layers)
     route_deployed_layers(result)
     if hasattr(model, "quant_config"):
         result.quant_config = model.quant_config  # A model that is itself a layer has become another object.

@@ -80,5 +80,22 @@ def dequantize_constant(
         dtype=torch.float32,
         shape=codes.shape,
         version=LOWEST_OPSET,
-        metadata_props=None if weight_bits is None else {WEIGHT_BITS: str(weight_bits), WEIGHT_SHIFT: str(shift)},
+        metadata_props=_storage_note(weight_bits, shift),
     )
+
+
+def gather_constant(codes: Tensor, indices: Tensor, weight_bits: int | None, shift: int) -> Tensor:
+    """Gather of rows of constant codes (int8), which a file stores as it does those of :func:`dequantize_constant`."""
+    return torch.onnx.ops.symbolic(
+        "Gather",
+        (codes, indices),
+        {"axis": 0},
+        dtype=codes.dtype,
+        shape=(*indices.shape, *codes.shape[1:]),
+        version=13,
+        metadata_props=_storage_note(weight_bits, shift),
+    )
+
+
+def _storage_note(weight_bits: int | None, shift: int) -> dict[str, str] | None:
+    return None if weight_bits is None else {WEIGHT_BITS: str(weight_bits), WEIGHT_SHIFT: str(shift)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from .nn.attention import disable_fast_paths
 from .nn.base import QUANTIZED, QuantizedModule, quantized_class
 from .nn.functional_calls import route_functional_calls
 from .nn.unsupported import refuse, unsupported_reason
+from .tied_weights import share_weight_quantizers
 
 
 def quantize_model(
@@ -108,7 +109,9 @@ def quantize_model(
             calibration = record_inputs(model, calibration, forward or run_batch)
         ends = None
         if config.first_last_bits != "same":
-            ends, by_calibration = first_and_last(model, _layers(model))
+            layers = _layers(model)
+            ends, by_calibration = first_and_last(model, layers)
+            ends = _with_tied(ends, layers)
             config = config.with_ends(ends) if by_calibration else config
         layer_configs, asked = _layer_configs(model, config, ends)
         replacements: dict[nn.Module, QuantizedModule] = {}
@@ -121,6 +124,7 @@ def quantize_model(
                     undo.callback(parent._modules.__setitem__, slot, child)
                     parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
+        share_weight_quantizers(result, asked)
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         route_functional_calls(result, undo=undo)
@@ -173,7 +177,7 @@ def _layer_configs(
     layer_configs = []
     for name, layer_config in config.resolve(layers, excluded, ends).items():
         if layer_config is not None and not _quantized_class(layers[name]).quantizes_input:
-            layer_config = replace(layer_config, activation_bits=None)
+            layer_config = replace(layer_config, activation_bits=None, output_bits=None)
         if layer_config is not None and not layer_config.quantizes_nothing:
             layer_configs.append((name, layers[name], layer_config))
     if not layer_configs:
@@ -182,6 +186,13 @@ def _layer_configs(
     left = excluded | {layer for layer in layers.values() if layer not in chosen}
     within = {inner for name in (*layers, *reasons) if modules[name] in left for inner in modules[name].modules()}
     return layer_configs, left | within
+
+
+def _with_tied(names: set[str], layers: Mapping[str, nn.Module]) -> set[str]:
+    """The names and those of other ``layers`` with one of their weights, whose codes should be the same."""
+    weights = [layers[name]._parameters.get("weight") for name in names]
+    shared = {id(weight) for weight in weights if weight is not None}
+    return names | {name for name, layer in layers.items() if id(layer._parameters.get("weight")) in shared}
 
 
 def _quantized_class(module: nn.Module) -> type[QuantizedModule]:

@@ -24,3 +24,25 @@ def test_it_is_deployed(case, tmp_path):
     report = export_onnx(quantized, x, tmp_path / "net.onnx")
     assert report.code_flip_rate < 1e-3
     assert report.top1_agreement == 1
+
+
+@pytest.mark.parametrize("bits", [(None, 8), (4, None)], ids=["float weight", "float input"])
+def test_a_transposed_linear_layer_with_one_operand_in_floating_point(bits, tmp_path):
+    """Its bias is in floating point, and added in the product."""
+    torch.manual_seed(0)
+    network, layer, shape = CASES["Conv1D"]
+    model, x = network(layer()), torch.rand(shape)
+    with torch.no_grad():
+        model.layer.bias.normal_()
+    overrides = {"layer": {"weight_bits": bits[0], "activation_bits": bits[1]}}
+    config = QuantConfig(4, 4, first_last_bits="same", overrides=overrides)
+    quantized = quantize_model(model, config, calibration=x).eval()
+    deployed = convert(quantized)
+    assert not deployed.layer.is_integer
+    assert (deployed.layer.float_weight is None) == (bits[0] is not None)
+    assert torch.equal(deployed.layer.float_bias, model.layer.bias)
+    assert torch.allclose(deployed.layer(x), quantized.layer(x), atol=1e-6)
+    save_packed(quantized, tmp_path / "net.packed")
+    assert torch.equal(load_packed(model, tmp_path / "net.packed")(x), deployed(x))
+    report = export_onnx(quantized, x, tmp_path / "net.onnx")
+    assert (report.top1_agreement, report.code_flip_rate) == (1, 0)

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.pytorch_utils import Conv1D
 
 from torchvision_import import import_torchvision
@@ -69,6 +70,14 @@ class ScaledStdConv2dSame(nn.Conv2d):
         return self._conv_forward(x, standardized(self, (self.gain * self.scale).view(-1)), self.bias)
 
 
+@named("timm.models.layers.conv2d_same.Conv2dSame")
+class OldConv2dSame(Conv2dSame):
+    """Where timm had it before 0.9."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Renamed(StdConv2d):
     """Inherits its forward from a layer that is known by name."""
 
@@ -94,6 +103,10 @@ CASES = {
     "StdConv2d": (Convolved, lambda: StdConv2d(4, 6, 3, padding=1, bias=False), (8, 4, 5, 5)),
     "ScaledStdConv2dSame": (Convolved, lambda: ScaledStdConv2dSame(4, 6, 3, stride=2), (8, 4, 7, 6)),
     "static": (Convolved, lambda: ScaledStdConv2dSame(4, 6, 3, padding=1, same_pad=False), (8, 4, 7, 6)),
+    "before timm 0.9": (Convolved, lambda: OldConv2dSame(4, 6, 3, stride=2), (8, 4, 8, 7)),
+    "BiT": (Convolved, lambda: WeightStandardizedConv2d(4, 6, 3, stride=2), (8, 4, 8, 7)),
+    "BiT static": (Convolved, lambda: WeightStandardizedConv2d(4, 6, 3, padding="SAME", bias=True), (8, 4, 8, 7)),
+    "BiT symmetric": (Convolved, lambda: WeightStandardizedConv2d(4, 6, 3, 2, padding=None), (8, 4, 8, 7)),
     "Renamed": (Convolved, lambda: Renamed(4, 6, 3, padding=1), (8, 4, 5, 5)),
     "video": (Convolved, lambda: import_torchvision().models.video.resnet.Conv3DSimple(4, 6), (8, 4, 3, 5, 5)),
 }

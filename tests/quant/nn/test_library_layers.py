@@ -11,7 +11,7 @@ from gaqat_optim import QuantConfig, convert, quantization_disabled, quantize_mo
 from gaqat_optim.quant.nn.base import QuantizedModule
 from quant.nn.library_layers import CASES, StdConv2d, standardized
 
-IMPORTABLE = ("Conv1D", "Renamed", "video")
+IMPORTABLE = ("Conv1D", "BiT static", "Renamed", "video")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,50 +1,85 @@
-"""Deployed embeddings: floating-point tables of the quantized values, since a lookup computes nothing."""
+"""Deployed embeddings: rows of codes are looked up, and then scaled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from typing_extensions import Self
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from ...quant.graph.norm import Norm
 from ...quant.nn.embedding import QuantEmbedding, QuantEmbeddingBag
-from .registry import DeployedModule, deploys
+from ..qdq import gather_constant, is_onnx_export
+from .base import DeployLayer
+from .registry import deploys
 
 
-class _DeployTable(DeployedModule):
-    """What the two tables share. Their weight is their own, even if the trained weight was tied to others."""
+class _DeployTable(DeployLayer):
+    """What the two tables share."""
 
-    @classmethod
-    def from_quantized(cls, name: str, layer: Any, norm: Norm | None = None) -> Self:
-        if layer.output_quantizer is not None:
-            raise ValueError(
-                f"{name or 'the model'!r}: an embedding is deployed as a table in floating point, which has no output "
-                f"quantizer: quantize_model with overrides={{{name!r}: {{'output_bits': None}}}}"
-            )
-        return cls._with_weight(layer, layer.quantized_weight().detach())
+    is_linear = False
+    quantizes_input = False  # indices
+    row_type: Tensor
 
-    @classmethod
-    def from_dict(cls, source: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls._with_weight(source, tensors["weight"])
+    def __init__(self, source: Any, *args: Any) -> None:
+        super().__init__(source, *args)
+        # A row has the dtype of the trained weight. A cast of the network casts this tensor, and so the rows.
+        empty = torch.empty(0, dtype=source.weight.dtype, device=source.weight.device)
+        self.register_buffer("row_type", empty, persistent=False)
 
-    @classmethod
-    def _with_weight(cls, source: nn.Module, weight: Tensor) -> Self:
-        table = cls.__new__(cls)
-        table.__dict__ = {name: v for name, v in vars(source).items() if not name.endswith("_quantizer")}
-        table._modules = {}
-        table._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-        return table
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows with these indices, behind the axes of ``indices``."""
+        assert self.codes is not None
+        assert self.weight_scale is not None
+        if is_onnx_export():
+            codes = gather_constant(self.codes, indices, self.weight_bits, self.shift)
+        else:
+            codes = F.embedding(indices, self.codes)
+        scale = self.weight_scale
+        if scale.dim():
+            scale = scale.index_select(0, indices.reshape(-1)).reshape(*indices.shape, 1)
+        return (codes.to(torch.float32) * scale).to(self.row_type.dtype)
 
 
 @deploys(QuantEmbedding)
-class DeployEmbedding(_DeployTable, nn.Embedding):
-    """:class:`torch.nn.Embedding` of quantized values."""
+class DeployEmbedding(_DeployTable):
+    """:class:`torch.nn.Embedding` on integer codes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.rows(input)
 
 
 @deploys(QuantEmbeddingBag)
-class DeployEmbeddingBag(_DeployTable, nn.EmbeddingBag):
-    """:class:`torch.nn.EmbeddingBag` of quantized values."""
+class DeployEmbeddingBag(_DeployTable):
+    """:class:`torch.nn.EmbeddingBag` on integer codes."""
 
+    mode: str
+    include_last_offset: bool
+    padding_idx: int | None
     hyperparameters = ("mode", "include_last_offset", "padding_idx")
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        indices, table, padding_idx = self._rows_as_table(input)
+        return F.embedding_bag(
+            indices,
+            table,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding_idx,
+        )
+
+    def _rows_as_table(self, indices: Tensor) -> tuple[Tensor, Tensor, int | None]:
+        """The rows that the bags consist of, as a table of their own, with the indices and the padding in it."""
+        if self.padding_idx is not None and is_onnx_export():
+            # torch exports a padding only beside a table of constant size: this one is scaled whole, in every run.
+            assert self.codes is not None
+            assert self.weight_scale is not None
+            return indices, self.dequantize_codes(self.codes, self.weight_scale), self.padding_idx
+        rows = self.rows(indices.reshape(-1))
+        places = torch.arange(indices.numel(), device=indices.device).reshape(indices.shape)
+        if self.padding_idx is None:
+            return places, rows, None
+        table = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
+        return torch.where(indices == self.padding_idx, 0, places + 1), table, 0

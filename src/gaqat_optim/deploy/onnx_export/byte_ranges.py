@@ -105,7 +105,8 @@ class ByteRanges:
             else:
                 node = producer(value)
                 inputs = {str(v.name): self.constant(v) for v in node.inputs if v is not None}
-                results: Any = ReferenceEvaluator(ir.to_proto(node)).run(None, inputs)
+                with np.errstate(all="ignore"):  # As in a runtime: T5 takes the logarithm of distances, and uses few.
+                    results: Any = ReferenceEvaluator(ir.to_proto(node)).run(None, inputs)
                 self._arrays |= zip(node.outputs, results, strict=True)
         return self._arrays[value]
 

@@ -171,7 +171,7 @@ def _float_layer(quantized: QuantizedModule) -> nn.Module:
     """The float layer that a quantized one was made from, with its parameters."""
     kind = float_class(type(quantized))
     layer = kind.__new__(kind)
-    layer.__dict__ = vars(quantized).copy()
+    layer.__dict__ = {name: value for name, value in vars(quantized).items() if not name.endswith("_quantizer")}
     layer._modules = {slot: child for slot, child in quantized._modules.items() if not slot.endswith("_quantizer")}
     return layer
 

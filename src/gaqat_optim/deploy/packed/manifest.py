@@ -61,15 +61,18 @@ def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
 
 
 def _check_unchanged(name: str, layer: DeployedModule) -> None:
-    if isinstance(layer, DeployLayer) and layer.accumulator_scale is not None:
+    if not isinstance(layer, DeployLayer) or layer.weight_scale is None:
+        return
+    scale, product = layer.accumulator_scale, None
+    if scale is not None:
         assert layer.input_quantizer is not None
-        assert layer.weight_scale is not None
         product = layer.input_quantizer.scale * layer.weight_scale
-        if layer.accumulator_scale.dtype != product.dtype or not torch.equal(layer.accumulator_scale, product):
-            raise ValueError(
-                f"{name!r} was changed after convert (by a cast to another dtype?): its accumulator scale is no longer "
-                "the product of its scales"
-            )
+    is_product = scale is None or product is None or (scale.dtype == product.dtype and torch.equal(scale, product))
+    if layer.weight_scale.dtype != torch.float32 or not is_product:
+        raise ValueError(
+            f"{name!r} was changed after convert (by a cast to another dtype?): its weight scale is no longer float32, "
+            "or its accumulator scale no longer the product of its scales"
+        )
 
 
 def stored_tensors(deployed: nn.Module) -> Iterator[tuple[list[str], Tensor]]:

@@ -112,7 +112,7 @@ class QuantizedModule(nn.Module):
     objects of the float layer under their old names, so that optimizers, tied weights and state dicts stay valid.
     """
 
-    quantizes_input: ClassVar[bool] = True  # False for indices
+    quantizes_input: ClassVar[bool] = True  # False for indices, whose lookup is no product and needs no output quantizer
     # How a class with a compute of its own is deployed: a DeployLayer. A class that inherits its compute needs none.
     deployed_as: ClassVar[type[nn.Module] | None] = None
     recompute_input: bool = False  # whether backward quantizes the input again (recompute_activations)
@@ -148,6 +148,21 @@ class QuantizedModule(nn.Module):
             quantizer = getattr(self, name)
             if quantizer is not None:
                 yield name, quantizer
+
+    def share_weight_quantizer(self, owner: QuantizedModule) -> None:
+        """Quantize the weight, which is that of ``owner``, by the quantizer of ``owner``.
+
+        The owner holds it. Here it is a plain attribute, so that a state dict has its scale once, as ``save_pretrained``
+        of transformers needs it.
+        """
+        self._modules.pop("weight_quantizer")
+        vars(self)["weight_quantizer"] = owner.weight_quantizer
+
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether what is quantized is the parameter ``weight`` as it is, with the output channels on axis 0."""
+        methods = ("float_weight", "channels_first", "from_channels_first", "quantized_weight")
+        return all(getattr(type(self), name) is getattr(QuantizedModule, name) for name in methods)
 
     def initialize_weight(self) -> None:
         """Set the scales of the weight from its values."""
@@ -206,7 +221,8 @@ class QuantizedModule(nn.Module):
     def quant_record(self, name: str) -> QuantRecord:
         """The record of the layer in :func:`quantization_summary`, where its qualified name is ``name``."""
         weight, activation, output = self.weight_quantizer, self.input_quantizer, self.output_quantizer
-        scales = sum(q.scale.numel() for q in self._modules.values() if isinstance(q, LSQQuantizer))
+        own = {weight, *self._modules.values()}  # The weight's may belong to a layer that it is shared with.
+        scales = sum(q.scale.numel() for q in own if isinstance(q, LSQQuantizer))
         biases = sum(p.numel() for kind, p in self.named_parameters(recurse=False) if "bias" in kind)
         count, bits = self.weight.numel(), None if weight is None else weight.bits
         return QuantRecord(

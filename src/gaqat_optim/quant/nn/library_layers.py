@@ -52,12 +52,13 @@ class QuantStdConv(_Standardized, QuantConv2d):
 
 
 class QuantStdConvSame(_Standardized, QuantConvSame):
-    """timm's ``StdConv2dSame`` and ``ScaledStdConv2dSame``."""
+    """timm's ``StdConv2dSame`` and ``ScaledStdConv2dSame``, transformers' ``WeightStandardizedConv2d`` (BiT)."""
 
 
 def pads_same(layer: Any) -> bool:
     """Whether a layer of these classes pads by the size of its input, where no fixed padding does the same."""
-    return bool(getattr(layer, "same_pad", True))
+    same_pad = getattr(layer, "same_pad", None)
+    return getattr(layer, "pad", True) is not None if same_pad is None else bool(same_pad)  # BiT pads in a child
 
 
 def pad_same(layer: Any, x: Tensor) -> Tensor:
@@ -74,12 +75,17 @@ def pad_same(layer: Any, x: Tensor) -> Tensor:
     return F.pad(x, pads)
 
 
+_TIMM: dict[str, type[QuantizedModule]] = {
+    "linear.Linear": QuantLinear,
+    "conv2d_same.Conv2dSame": QuantConvSame,
+    "std_conv.StdConv2d": QuantStdConv,
+    "std_conv.ScaledStdConv2d": QuantStdConv,
+    "std_conv.StdConv2dSame": QuantStdConvSame,
+    "std_conv.ScaledStdConv2dSame": QuantStdConvSame,
+}
+for _folder in ("timm.layers", "timm.models.layers"):  # the second before timm 0.9
+    BY_NAME |= {f"{_folder}.{_name}": _class for _name, _class in _TIMM.items()}
 BY_NAME |= {
-    "timm.layers.linear.Linear": QuantLinear,
-    "timm.layers.conv2d_same.Conv2dSame": QuantConvSame,
-    "timm.layers.std_conv.StdConv2d": QuantStdConv,
-    "timm.layers.std_conv.ScaledStdConv2d": QuantStdConv,
-    "timm.layers.std_conv.StdConv2dSame": QuantStdConvSame,
-    "timm.layers.std_conv.ScaledStdConv2dSame": QuantStdConvSame,
     "transformers.pytorch_utils.Conv1D": QuantTransposedLinear,
+    "transformers.models.bit.modeling_bit.WeightStandardizedConv2d": QuantStdConvSame,
 }
