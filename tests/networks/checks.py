@@ -43,7 +43,7 @@ class Subject:
     """One network on its way through the checks, each of which may use what those before it made."""
 
     network: Network
-    record: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any]
     original: nn.Module = field(init=False)
     sample: Any = field(init=False)
     config: QuantConfig = CONFIG
@@ -179,6 +179,9 @@ def conversion(subject: Subject) -> dict[str, Any]:
 
 def export(subject: Subject) -> dict[str, Any]:
     """ONNX, with output quantizers: the kernels, and how onnxruntime compares with `convert`."""
+    if not subject.network.exported:
+        return {}
+    subject.record["figures"]["exported"] = True  # even if it fails
     config = replace(subject.config, output_bits=8, init="lsq")
     model = quantize_model(subject.original, config, calibration=[subject.sample])
     with tempfile.TemporaryDirectory() as folder:
@@ -202,8 +205,8 @@ _NEEDED = {"build", "quantize"}  # nothing goes on without them
 
 def run_checks(network: Network, names: list[str], progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The record of a network: figures, errors, warnings and seconds; ``progress`` gets it after every check."""
-    subject = Subject(network)
     record = {"name": network.name, "family": network.family, "figures": {}, "errors": [], "told": {}, "seconds": {}}
+    subject = Subject(network, record)
     for name in names:
         begin = time.process_time()
         with warnings.catch_warnings(record=True) as caught:

@@ -22,6 +22,7 @@ class Network:
         sample: makes an input: a tensor, a tuple or a mapping of keywords, always with two entries.
         convolutional: whether most of its products are convolutions, which integer kernels need output quantizers for.
         small: whether it is one of those that `make test` runs.
+        exported: whether the sweep exports it, which takes more time than all else together.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Network:
     sample: Callable[[], Any]
     convolutional: bool = False
     small: bool = False
+    exported: bool = False
 
 
 def all_networks() -> dict[str, Network]:

@@ -27,6 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from networks.checks import CHECKS, run_checks
+from networks.outcomes import problems
 from networks.registry import Network, chosen
 from networks.table import by_network, write_page
 
@@ -34,7 +35,8 @@ from networks.table import by_network, write_page
 _LIBRARIES = {"timm": "timm", "smp": "segmentation_models_pytorch", "transformers": "transformers:GPT2LMHeadModel"}
 
 
-def main() -> None:
+def main() -> bool:
+    """Run the sweep; whether something is wrong."""
     parser = argparse.ArgumentParser(description="Networks of timm, torchvision, transformers and others, checked.")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="names or families, * allowed")
     parser.add_argument("--out", type=Path, default=Path("runs/networks.jsonl"), help="one line of JSON a network")
@@ -62,7 +64,8 @@ def main() -> None:
     wrong = [record["name"] for record in ordered if problems(record)]
     print(f"with problems: {', '.join(wrong) or 'none'}")
     if options.page:
-        write_page([records[network.name] for network in chosen([]) if network.name in records])
+        write_page(records, chosen([]))
+    return bool(wrong)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -139,4 +142,4 @@ def _child(network: Network, checks: list[str], seconds: float, gigabytes: float
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

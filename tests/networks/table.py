@@ -9,7 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from networks.outcomes import REFUSED, problems
+from networks.outcomes import CONVERSION_ERROR, REFUSED, problems
+from networks.registry import Network
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "networks.md"
 BEGIN, END = "<!-- begin: table of families, from make sweep -->\n", "<!-- end: table of families -->\n"
@@ -53,11 +54,11 @@ def by_network(records: Iterable[Record]) -> str:
 NORMS = ("norms_foldable", "norms_shared", "norms_elsewhere")
 
 
-def by_family(records: Iterable[Record]) -> str:
-    """A Markdown table with a line for each family."""
-    families: dict[str, list[Record]] = {}
-    for record in records:
-        families.setdefault(record["family"], []).append(record)
+def by_family(records: Mapping[str, Record], networks: Iterable[Network]) -> str:
+    """A Markdown table with a line for each family of ``networks``; those without a record count for nothing."""
+    families: dict[str, list[str]] = {}
+    for network in networks:
+        families.setdefault(network.family, []).append(network.name)
     headers = (
         "family",
         "networks",
@@ -69,10 +70,11 @@ def by_family(records: Iterable[Record]) -> str:
         "ONNX file runs",
     )
     rows = []
-    for family, of_family in families.items():
-        names = ", ".join(record["name"].partition("/")[2] for record in of_family)
-        rows.append((family, names, *_cells(of_family)))
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+    for family, names in families.items():
+        listed = ", ".join(name.partition("/")[2] for name in names)
+        rows.append((family, listed, *_cells([records[name] for name in names if name in records])))
+    # Without tabulate's padding, which would change every line for one long cell.
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ["---"] * len(headers), *rows))
 
 
 def _cells(records: list[Record]) -> Iterable[str]:
@@ -85,17 +87,19 @@ def _cells(records: list[Record]) -> Iterable[str]:
     )
     counts = [sum(f.get(key, 0) for f in figures) for key in NORMS]
     yield str(counts[0]) + (f", and {counts[1]} with other readers of the layer" if counts[1] else "")
-    yield f"{sum('conversion_error' in f for f in figures)} of {len(records)}"
-    yield _least_and_median([record["figures"].get("integer_share") for record in records])
-    yield f"{sum('code_flip_rate' in f for f in figures)} of {len(records)}"
+    equal = [f["conversion_error"] <= CONVERSION_ERROR for f in figures if "conversion_error" in f]
+    yield f"{sum(equal)} of {len(records)}"
+    exported = [record["figures"] for record in records if record["figures"].get("exported")]
+    yield _least_and_median([f.get("integer_share") for f in exported])
+    yield f"{sum('code_flip_rate' in f for f in exported)} of {len(exported)}"
 
 
-def write_page(records: Iterable[Record], page: Path = PAGE) -> None:
+def write_page(records: Mapping[str, Record], networks: Iterable[Network], page: Path = PAGE) -> None:
     """Replace the table between the two markers of the page."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{by_family(records)}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{by_family(records, networks)}\n\n{END}{after}", encoding="utf-8")
 
 
 def networks_of_page(page: Path = PAGE) -> dict[str, list[str]]:

@@ -57,16 +57,17 @@ def test_the_table_is_written_between_its_markers(tmp_path):
     page.write_text(
         "before\n<!-- begin: table of families, from make sweep -->\nold\n<!-- end: table of families -->\nafter\n"
     )
-    records = [record("a/one", layer_mac_share=0.5), record("a/two", layer_mac_share=1.0, left_out=["2 LSTM"])]
-    write_page(records, page)
+    networks = [Network(f"a/{name}", "family", nn.Identity, torch.ones) for name in ("one", "two", "three")]
+    one, two = record("a/one", layer_mac_share=0.5), record("a/two", layer_mac_share=1.0, left_out=["2 LSTM"])
+    write_page({"a/one": one, "a/two": two}, networks, page)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "50.0 %, 75.0 %" in text
     assert "two: 2 LSTM" in text
-    assert networks_of_page(page) == {"family": ["one", "two"]}
-    assert "a/one" in by_network(records)
+    assert networks_of_page(page) == {"family": ["one", "two", "three"]}
+    assert "a/one" in by_network([one, two])
 
 
 def record(name, **figures):
@@ -230,7 +231,7 @@ def test_the_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
     command = ["sweep", "--only", "timm/test_vit", "timm/test_resnet", "--checks", "build", "--out", str(out)]
     for again in (False, False, True):
         monkeypatch.setattr(sys, "argv", command + ["--again"] * again)
-        sweep.main()
+        assert not sweep.main()
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["name"] for record in records] == ["timm/test_resnet", "timm/test_vit"] * 2
     assert len(sweep.read(out)) == 2

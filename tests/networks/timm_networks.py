@@ -127,6 +127,24 @@ SMALL = {
     "swinv2_tiny_window8_256",
     "test_coatnet",
 }
+EXPORTED = SMALL | {
+    "test_resnet",
+    "test_convnext",
+    "vgg11_bn",
+    "mixnet_s",
+    "mobilenetv4_conv_small_035",
+    "ghostnet_050",
+    "resnet10t",
+    "dla46_c",
+    "ese_vovnet19b_slim_dw",
+    "starnet_s050",
+    "lcnet_050",
+    "tinynet_e",
+    "repvgg_a0",
+    "beit_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "mixer_s32_224",
+}
 SEGMENTATION = ("Unet", "FPN", "DeepLabV3Plus", "Linknet", "PAN")
 
 
@@ -135,11 +153,12 @@ def networks() -> Iterator[Network]:
         for family, of_family in families.items():
             for name, (size, arguments) in of_family.items():
                 build = partial(_model, name, **arguments)
-                is_small = name in SMALL
-                yield Network(f"timm/{name}", f"timm: {family}", build, images(size), convolutional, is_small)
+                kinds = (convolutional, name in SMALL, name in EXPORTED)
+                yield Network(f"timm/{name}", f"timm: {family}", build, images(size), *kinds)
     for name in SEGMENTATION:
         build = partial(_segmentation, name)
-        yield Network(f"smp/{name}", "segmentation_models_pytorch", build, images(128 if name == "PAN" else 64), True)
+        kinds = (True, False, name == "Unet")
+        yield Network(f"smp/{name}", "segmentation_models_pytorch", build, images(128 if name == "PAN" else 64), *kinds)
 
 
 def _model(name: str, **arguments: Any) -> nn.Module:

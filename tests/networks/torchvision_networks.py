@@ -41,13 +41,23 @@ VIDEO = {
 }
 SEGMENTATION = {"fcn_resnet50": 32, "deeplabv3_mobilenet_v3_large": 64, "lraspp_mobilenet_v3_large": 64}
 SMALL = {"shufflenet_v2_x0_5", "squeezenet1_1", "mobilenet_v3_small"}
+EXPORTED = {
+    *SMALL,
+    "resnet18",
+    "mobilenet_v2",
+    "mnasnet0_5",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "r3d_18",
+}
 TRANSFORMERS = {"vit_b_32", "swin_t", "swin_v2_t", "maxvit_t", "swin3d_t", "mvit_v1_b"}
 
 
 def networks() -> Iterator[Network]:
     def network(name: str, family: str, build: Any, sample: Any) -> Network:
-        convolutional = name not in TRANSFORMERS
-        return Network(f"torchvision/{name}", f"torchvision: {family}", build, sample, convolutional, name in SMALL)
+        kinds = (name not in TRANSFORMERS, name in SMALL, name in EXPORTED)
+        return Network(f"torchvision/{name}", f"torchvision: {family}", build, sample, *kinds)
 
     for name, (size, arguments) in CLASSIFICATION.items():
         build = partial(_model, name, num_classes=10, **arguments)

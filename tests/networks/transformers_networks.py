@@ -270,15 +270,15 @@ NETWORKS: Mapping[str, Mapping[str, tuple[str, dict[str, Any], Callable[[], Any]
 }
 CONVOLUTIONAL = {"convnext", "bit", "resnet"}
 SMALL = {"resnet", "bert", "gpt2", "t5", "mixtral"}
+EXPORTED = SMALL | {"vit", "convnext", "bit", "distilbert", "llama", "bart", "wav2vec2", "clip"}
 
 
 def networks() -> Iterator[Network]:
     for family, of_family in NETWORKS.items():
         for name, (kind, arguments, sample) in of_family.items():
             build = _detr if name == "detr" else partial(_model, kind, arguments)
-            yield Network(
-                f"transformers/{name}", f"transformers: {family}", build, sample, name in CONVOLUTIONAL, name in SMALL
-            )
+            kinds = (name in CONVOLUTIONAL, name in SMALL, name in EXPORTED)
+            yield Network(f"transformers/{name}", f"transformers: {family}", build, sample, *kinds)
 
 
 def _model(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
