@@ -4,6 +4,7 @@
 #   make test          everything that has to hold before a change is accepted
 #   make test-oldest   the tests with the lowest versions that pyproject.toml admits
 #   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
+#   make sweep         networks of timm, torchvision, transformers and others, each through everything
 #
 # PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo
 # PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
@@ -17,6 +18,7 @@ JOBS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SWEEP_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip --disable-pip-version-check --no-input install -qq
@@ -31,7 +33,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak bench bench-deploy format hooks clean distclean
+.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak sweep bench bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -114,6 +116,10 @@ soak: $(VENV)/.dev ## random sequences of the optimizer and random networks, oth
 	SOAK_EXAMPLES=$${SOAK_EXAMPLES:-50000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/optim/test_optimizer_stateful.py
 	$(call headline,soak: random and large networks in onnxruntime)
 	SOAK_NETWORKS=$${SOAK_NETWORKS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/deploy/test_fuzz.py tests/deploy/test_large_networks.py
+
+sweep: $(VENV)/.dev ## networks of timm, torchvision, transformers and others, resumable (SWEEP_ARGS="--only 'timm/*' --again")
+	$(call headline,sweep over networks)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m networks.sweep $(SWEEP_ARGS)
 
 $(BENCH_VENV)/.created: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(call headline,installing what the benchmarks compare with (a minute or several, once))

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from gaqat_optim import ASAM, GSAM, SAGM, SAM, QuantConfig, quantize_model
-from networks import cnn, mlp
+from small_networks import cnn, mlp
 
 SEEDED = torch.Generator().manual_seed(0)
-# Images and their classes, for networks.cnn.
+# Images and their classes, for small_networks.cnn.
 X, Y = torch.randn(24, 3, 8, 8, generator=SEEDED), torch.randint(4, (24,), generator=SEEDED)
 # Vectors and their classes, for linear().
 ROWS, TARGETS = torch.randn(6, 3, generator=SEEDED), torch.randint(2, (6,), generator=SEEDED)

@@ -21,7 +21,7 @@ from gaqat_optim import (
     param_groups,
     quantize_model,
 )
-from networks import cnn
+from small_networks import cnn
 from training import BASES, X, closure_of, quantized_cnn, tensors, through_a_file, train
 
 

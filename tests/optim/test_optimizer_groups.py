@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gaqat_optim import SAGM, SAM, DisorderFreeze, GAQATOptimizer
-from networks import mlp
+from small_networks import mlp
 from training import (
     BASES,
     ROWS,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gaqat_optim import GSAM, SAGM, SAM, AlwaysFreeze, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
-from networks import TiedWeights
+from small_networks import TiedWeights
 from training import (
     BASES,
     ROWS,

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, NeverFreeze, QuantConfig, quantize_model
-from networks import build
+from small_networks import build
 from training import (
     BASES,
     X,

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, plot_conflict
-from networks import cnn
+from small_networks import cnn
 from training import BASES, X, Y, quantized_cnn, train
 
 

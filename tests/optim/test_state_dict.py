@@ -17,7 +17,7 @@ from gaqat_optim import (
     RandomFreeze,
     quantize_model,
 )
-from networks import cnn
+from small_networks import cnn
 from training import (
     BASES,
     X,

@@ -18,7 +18,7 @@ from gaqat_optim import (
     quantize_model,
 )
 from gaqat_optim.scale_names import is_scale_name
-from networks import cnn, mlp
+from small_networks import cnn, mlp
 from training import (
     BASES,
     X,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gaqat_optim import QuantConfig, quantize_model
-from networks import cnn, mlp
+from small_networks import cnn, mlp
 
 X = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
 

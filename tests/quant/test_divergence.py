@@ -17,7 +17,7 @@ from gaqat_optim import (
     recompute_activations,
 )
 from gaqat_optim.deploy.bias_rounding import rounded_biases
-from networks import NETWORKS, build
+from small_networks import NETWORKS, build
 
 CONFIGS = {
     "log": QuantConfig(4, 4),

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from gaqat_optim import quantization_disabled, quantize_model
 from gaqat_optim.quant.evaluation import evaluation_mode, isolate_rng
-from networks import cnn, mlp
+from small_networks import cnn, mlp
 
 X = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
 

@@ -23,9 +23,9 @@ from gaqat_optim import (
     quantize_model,
 )
 from gaqat_optim.quant.nn.base import QuantizedModule
-from networks import NETWORKS, TORCHVISION, build
 from oracle.lsq import lsq
 from quant import network_oracle
+from small_networks import NETWORKS, TORCHVISION, build
 
 ALL = [*NETWORKS, *TORCHVISION]
 IMAGES = [name for name, (_, shape) in {**NETWORKS, **TORCHVISION}.items() if len(shape) == 3]

@@ -21,7 +21,7 @@ from gaqat_optim import (
     quantize_model,
 )
 from gaqat_optim.quant.nn.base import QuantizedModule
-from networks import NETWORKS, SharedLayer, TiedWeights, build, cnn, mlp
+from small_networks import NETWORKS, SharedLayer, TiedWeights, build, cnn, mlp
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
@@ -316,7 +316,7 @@ def test_a_failure_leaves_no_configuration():
 FRESH_PROCESS = """
 import json, sys, torch
 from gaqat_optim import QuantConfig, convert, quantize_model
-from networks import cnn
+from small_networks import cnn
 
 folder = sys.argv[1]
 config = QuantConfig.from_dict(json.load(open(f"{folder}/quant.json")))

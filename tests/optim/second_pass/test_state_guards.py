@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaqat_optim import SAGM, GAQATOptimizer
 from gaqat_optim.optim.second_pass.state_guards import BufferGuard, restore_buffers
-from networks import cnn
+from small_networks import cnn
 from training import X as IMAGES
 from training import assert_same, closure_of, linear, quantized_cnn, tensors, train
 

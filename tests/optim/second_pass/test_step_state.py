@@ -14,7 +14,7 @@ from gaqat_optim import (
     quantize_model,
 )
 from gaqat_optim.scale_names import is_scale_name
-from networks import cnn
+from small_networks import cnn
 from training import (
     BASES,
     X,

@@ -6,8 +6,8 @@ from torch import nn
 
 from gaqat_optim import QuantConfig, quantization_summary, quantize_model
 from gaqat_optim.quant.nn.base import QuantizedModule, quantized_class
-from networks import build, mlp
 from quant.nn.library_layers import StdConv2d
+from small_networks import build, mlp
 
 
 def test_subclasses_keep_their_own_forward():

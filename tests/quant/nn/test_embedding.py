@@ -9,7 +9,7 @@ from gaqat_optim import (
     quantize_model,
 )
 from gaqat_optim.quant.nn.base import QuantizedModule
-from networks import build
+from small_networks import build
 
 
 def test_indices_are_no_activations():

@@ -15,7 +15,7 @@ from gaqat_optim import (
     quantize_model,
     recompute_activations,
 )
-from networks import NETWORKS, build
+from small_networks import NETWORKS, build
 
 # Through what quantizes an input: all but those whose only layers are attention projections and embeddings.
 CONFIG = QuantConfig(4, 4)

@@ -1,0 +1,104 @@
+"""torchvision's networks: classification, video, segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from networks.registry import Network, images
+
+# name -> (size of an image, arguments)
+CLASSIFICATION: dict[str, tuple[int, dict[str, Any]]] = {
+    "alexnet": (96, {}),
+    "resnet18": (64, {}),
+    "resnext50_32x4d": (32, {}),
+    "densenet121": (32, {}),
+    "googlenet": (64, {"aux_logits": False, "init_weights": False}),
+    "inception_v3": (96, {"aux_logits": False, "init_weights": False}),
+    "squeezenet1_1": (64, {}),
+    "shufflenet_v2_x0_5": (64, {}),
+    "mobilenet_v2": (64, {}),
+    "mobilenet_v3_small": (64, {}),
+    "mnasnet0_5": (64, {}),
+    "efficientnet_b0": (64, {}),
+    "efficientnet_v2_s": (32, {}),
+    "regnet_y_400mf": (64, {}),
+    "regnet_x_400mf": (64, {}),
+    "convnext_tiny": (32, {}),
+    "vit_b_32": (64, {"image_size": 64}),
+    "swin_t": (64, {}),
+    "swin_v2_t": (64, {}),
+}
+VIDEO = {
+    "r3d_18": (6, 32, {}),
+    "mc3_18": (6, 32, {}),
+    "r2plus1d_18": (6, 32, {}),
+    "swin3d_t": (4, 64, {}),
+}
+SEGMENTATION = {"fcn_resnet50": 32, "deeplabv3_mobilenet_v3_large": 64, "lraspp_mobilenet_v3_large": 64}
+SMALL = {"shufflenet_v2_x0_5", "squeezenet1_1", "mobilenet_v3_small"}
+EXPORTED = {
+    *SMALL,
+    "resnet18",
+    "mobilenet_v2",
+    "mnasnet0_5",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "r3d_18",
+}
+TRANSFORMERS = {"vit_b_32", "swin_t", "swin_v2_t", "maxvit_t", "swin3d_t", "mvit_v1_b"}
+
+
+def networks() -> Iterator[Network]:
+    def network(name: str, family: str, build: Any, sample: Any) -> Network:
+        kinds = (name not in TRANSFORMERS, name in SMALL, name in EXPORTED)
+        return Network(f"torchvision/{name}", f"torchvision: {family}", build, sample, *kinds)
+
+    for name, (size, arguments) in CLASSIFICATION.items():
+        build = partial(_model, name, num_classes=10, **arguments)
+        yield network(name, "classification", build, images(size))
+    yield network("maxvit_t", "classification", _maxvit, images(64))
+    for name, (frames, size, arguments) in VIDEO.items():
+        build = partial(_model, name, num_classes=10, **arguments)
+        yield network(name, "video", build, partial(torch.randn, 2, 3, frames, size, size))
+    yield network("s3d", "video", _s3d, partial(torch.randn, 2, 3, 16, 64, 64))
+    yield network("mvit_v1_b", "video", _mvit, partial(torch.randn, 2, 3, 4, 32, 32))
+    for name, size in SEGMENTATION.items():
+        build = partial(_model, name, num_classes=5, weights_backbone=None)
+        yield network(name, "segmentation", build, images(size))
+
+
+def _model(name: str, **arguments: Any) -> nn.Module:
+    from torchvision import models
+
+    model: nn.Module = models.get_model(name, weights=None, **arguments)
+    return model
+
+
+def _s3d() -> nn.Module:
+    model = _model("s3d", num_classes=10)
+    model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own wants 224 pixels
+    return model
+
+
+def _maxvit() -> nn.Module:
+    from torchvision.models import MaxVit
+
+    model: nn.Module = MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.1, num_classes=10)
+    return model
+
+
+def _mvit() -> nn.Module:
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    def block(inputs: int, outputs: int, heads: int, stride: int) -> Any:
+        return MSBlockConfig(heads, inputs, outputs, [3, 3, 3], [1, 2, 2], [1, stride, stride], [3, 3, 3])
+
+    blocks = [block(16, 16, 1, 1), block(16, 32, 2, 2), block(32, 32, 2, 1)]
+    model: nn.Module = MViT((32, 32), 4, blocks, False, False, False, True, num_classes=10)
+    return model
