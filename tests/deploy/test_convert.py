@@ -68,6 +68,7 @@ def layers(draw):
     return model, 3 * torch.randn(2, *shape)
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*BatchNorms that follow quantized layers stay")
 @settings(max_examples=60)
 @given(layers())
 def test_a_layer_is_the_integer_computation_to_the_bit(case):

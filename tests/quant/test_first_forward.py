@@ -39,7 +39,7 @@ def waiting(model):
 def test_an_idle_expert_waits_for_its_first_token(skips, calibrated):
     torch.manual_seed(0)
     idle = [f"experts.{i}.{j}.input_quantizer" for i in (1, 2) for j in (0, 2)]
-    config = QuantConfig(4, 4)
+    config = QuantConfig(4, 4, first_last_bits="same")
     if calibrated:
         with pytest.warns(UserWarning, match=r"never reached experts\.1\.0\.input_quantizer.* first training forward"):
             model = quantize_model(Mixture(skips), config, calibration=[batch(0), batch(0, 0)])

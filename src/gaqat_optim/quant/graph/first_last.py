@@ -39,7 +39,7 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[s
     ['0', '2']
     """
     by_order = [*list(layers)[:1], *list(layers)[-1:]]
-    if len(set(layers.values())) == 1:
+    if len(set(layers.values())) == 1 or type(model).forward is nn.Module.forward:  # a container for layers
         return set(by_order), False
     consequence = (
         f"first_last_bits goes by the order of its layers: {' and '.join(dict.fromkeys(by_order))}. "
