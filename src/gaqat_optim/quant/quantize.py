@@ -45,7 +45,9 @@ def quantize_model(
     what they compute: a subclass that inherits its forward unchanged is swapped like its base. One with a forward of
     its own keeps it, in floating point, unless it is registered (``gaqat_optim.register_quantized``), or known by name:
     timm's ``Linear``, its convolutions with "same" padding and with standardized weights, and transformers' ``Conv1D``.
-    Every other module, every hook and every key of the state dict stays; only the keys of the quantizers are new.
+    Every other module, every hook and every key of the state dict stays; only the keys of the quantizers are new. A
+    forward that calls ``F.linear`` with the weight of a quantized linear layer, as window attention does, calls the
+    layer.
 
     Build the optimizer after this call, or it will not train the scales, and call
     ``SyncBatchNorm.convert_sync_batchnorm`` before it, since that makes new modules.

@@ -48,9 +48,10 @@ class _Read:
 def refuse_weight_reads(model: nn.Module, exclude: Iterable[str] = ()) -> Iterator[None]:
     """Raise at the end of the block for every weight that it read past a quantized layer of ``model``.
 
-    Such a use, as in ``F.linear(x, self.qkv.weight)``, trains in floating point what the summary says has bits. A torch
+    Such a use, as in ``x @ self.words.weight.T``, trains in floating point what the summary says has bits. A torch
     function mode sees every use of every parameter. The Python stack tells whose it is: the use is legitimate in a
-    method of a module that holds the parameter itself, as the layer does and each layer that shares it.
+    method of a module that holds the parameter itself, as the layer does and each layer that shares it. A call of
+    ``F.linear`` that is routed to the layer (:mod:`~gaqat_optim.quant.nn.functional_calls`) is the layer's own.
 
     Raises:
         ValueError: names all such layers, where each is read, and the ``exclude`` that leaves them out.

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gaqat_optim import QuantConfig, quantization_disabled, quantization_summary, quantize_model, recompute_activations
-from gaqat_optim.quant.nn.functional_calls import RoutedForward, reads_weights
+from gaqat_optim.quant.nn.functional_calls import RoutedForward, is_linear, reads_weights
+from gaqat_optim.quant.nn.linear import QuantLinear
 from quant.nn.window_attention import CASES, Reads, build
 
 pytestmark = [  # what torch warns of in its own code
@@ -131,6 +132,13 @@ def test_excluded_layers_are_read_in_floating_point():
     assert model(x).shape == (4, 3)
 
 
+def test_a_layer_that_is_replaced_afterwards_is_read_in_floating_point():
+    network, x = build("own")
+    model = quantize_model(network, SAME, calibration=x)
+    model[1].fc = nn.Linear(8, 8)
+    assert model(x).shape == (4, 3)
+
+
 def test_a_network_that_reads_itself_keeps_its_signature():
     model = quantize_model(Reads(), SAME, calibration=torch.randn(4, 5, 8))
     assert isinstance(model.forward, RoutedForward)
@@ -186,6 +194,17 @@ def test_what_cannot_be_routed_is_an_error_that_changes_nothing(kind):
     assert not readers(model)
     with pytest.raises(ValueError, match=r"read past them, in floating point:\n  '1\.a'"):
         quantize_model(model, SAME).train()(torch.randn(3, 4))
+
+
+def test_a_layer_with_a_computation_of_its_own_is_not_called():
+    class QuantCosine(QuantLinear):
+        def compute(self, x, weight, *bias):
+            return F.linear(x, F.normalize(weight, dim=1), *bias)
+
+    layer = quantize_model(nn.Linear(4, 4), SAME)
+    assert is_linear(layer)
+    layer.__class__ = QuantCosine
+    assert not is_linear(layer)
 
 
 class Indirect(nn.Module):

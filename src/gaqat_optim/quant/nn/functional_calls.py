@@ -38,8 +38,9 @@ class RoutedForward:
 
     @property
     def layers(self) -> list[Any]:
-        """The layers whose weights are routed."""
-        return [self.module.get_submodule(name) for name in self.names]
+        """The layers whose weights are routed; one that the user has replaced by a float layer is none."""
+        layers = [self.module.get_submodule(name) for name in self.names]
+        return [layer for layer in layers if hasattr(layer, "input_quantizer")]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Routing(self.layers):
@@ -81,8 +82,8 @@ def route_functional_calls(
 ) -> None:
     """Make each module of ``model`` a :class:`RoutedForward` whose own code calls ``F.linear`` with a child's weight.
 
-    Which modules do, is told by the code of their classes. So it is the same for a network that was calibrated, one
-    that is rebuilt from its configuration, and on all ranks; and all other modules run as before.
+    The code of its class tells whether a module does. So the answer is the same for a network that was calibrated, for
+    one that is rebuilt from its configuration, and on all ranks; and all other modules run as before.
 
     Args:
         model: a quantized or a deployed network.
