@@ -1,10 +1,21 @@
 """Networks of transformers through calibration, ``convert`` and ``export_onnx``, with mappings as they take them."""
 
+import onnx
 import onnxruntime
 import pytest
+import safetensors
 import torch
 
-from gaqat_optim import QuantConfig, benchmark_onnx, convert, export_onnx, quantization_summary, quantize_model
+from gaqat_optim import (
+    QuantConfig,
+    benchmark_onnx,
+    convert,
+    export_onnx,
+    load_packed,
+    quantization_summary,
+    quantize_model,
+    save_packed,
+)
 
 CONFIGS = {"W8A8": QuantConfig(8, 8), "W4A4": QuantConfig(4, 4)}
 
@@ -35,7 +46,18 @@ def t5(transformers):
     return model, more, ["logits", "encoder_last_hidden_state"]
 
 
-NETWORKS = {"bert": bert, "gpt2": gpt2, "t5": t5}
+def distilbert(transformers):
+    sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 50, "max_position_embeddings": 16}
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes)), {}, ["logits"]
+
+
+def masked_bert(transformers):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=16)
+    return transformers.BertForMaskedLM(config), {}, ["logits"]
+
+
+NETWORKS = {"bert": bert, "masked_bert": masked_bert, "distilbert": distilbert, "gpt2": gpt2, "t5": t5}
 
 
 @pytest.mark.parametrize(("network", "config"), [("bert", "W4A4"), ("bert", "W8A8"), ("gpt2", "W4A4"), ("t5", "W8A8")])
@@ -97,3 +119,55 @@ def test_a_keyword_that_the_network_swallows_and_never_reads_is_a_warning(transf
     feed = {key: value.numpy() for key, value in {**inputs, **token_inputs()}.items()}
     expected = convert(model)(**token_inputs()).logits
     assert torch.allclose(torch.from_numpy(session.run(["logits"], feed)[0]), expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced symbolically:UserWarning")
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in (log|cast):RuntimeWarning")
+@pytest.mark.parametrize("network", ["bert", "distilbert", "gpt2", "t5"])
+def test_output_quantizers_stand_behind_products_alone(transformers, network, tmp_path):
+    torch.manual_seed(0)
+    model, more, _ = NETWORKS[network](transformers)
+    inputs = {**token_inputs(), **more}
+    model = quantize_model(model, QuantConfig(4, 4, output_bits=8), calibration=[inputs])
+    outputs = [name for name, _ in model.named_modules() if name.endswith("output_quantizer")]
+    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    assert len(outputs) > 8
+    assert not {f"{table}.output_quantizer" for table in tables} & set(outputs)
+    deployed = dict(convert(model).named_modules())
+    assert set(outputs) <= deployed.keys()
+    report = export_onnx(model, inputs, tmp_path / "net.onnx")
+    assert (report.top1_agreement, report.convert_top1_agreement) == (1.0, 1.0)
+    assert report.code_flip_rate <= 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in (log|cast):RuntimeWarning")
+@pytest.mark.parametrize("network", ["masked_bert", "gpt2", "t5"])
+def test_tied_embeddings_are_one_tensor_in_every_file(transformers, network, tmp_path):
+    torch.manual_seed(0)
+    model, more, _ = NETWORKS[network](transformers)
+    inputs = {**token_inputs(), **more}
+    quantized = quantize_model(model, QuantConfig(4, 4), calibration=[inputs])
+    optimizer = torch.optim.Adam(quantized.train().parameters(), lr=1e-3)
+    quantized(**inputs).logits.square().mean().backward()
+    optimizer.step()
+    deployed = convert(quantized)
+    save_packed(quantized, tmp_path / "net.packed")
+    loaded = load_packed(model, tmp_path / "net.packed")
+    for converted in (deployed, loaded):
+        codes = [m.codes for m in converted.modules() if getattr(m, "codes", None) is not None]
+        tables = [table for table in codes if tuple(table.shape) == (50, 32)]
+        assert len(tables) == {"masked_bert": 2, "gpt2": 2, "t5": 4}[network]
+        assert len({id(table) for table in tables}) == 1
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, deployed(**inputs).logits)
+    export_onnx(quantized, inputs, tmp_path / "net.onnx", check=False)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    assert len([value for value in graph.initializer if list(value.dims) == [50, 32]]) == 1
+    quantized.save_pretrained(tmp_path / "folder")
+    keys = safetensors.safe_open(tmp_path / "folder" / "model.safetensors", "pt").keys()
+    scales = [key for key in keys if key.endswith("weight_quantizer.lsq_log_scale")]
+    assert len(scales) == len({id(q) for q in weight_quantizers(quantized)})
+
+
+def weight_quantizers(model):
+    return [m.weight_quantizer for m in model.modules() if getattr(m, "weight_quantizer", None) is not None]

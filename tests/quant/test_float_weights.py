@@ -1,14 +1,16 @@
 """Weights that stay in floating point are warned of, unless the user asked for it."""
 
 import ast
+import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from gaqat_optim import QuantConfig, quantize_model
+from gaqat_optim import QuantConfig, convert, quantization_summary, quantize_model
 from gaqat_optim.quant.nn.base import QuantizedModule
+from torchvision_import import import_torchvision
 
 
 class Transposed(nn.Module):
@@ -76,3 +78,41 @@ def test_what_the_user_leaves_out_and_what_is_small_or_no_product_is_silent():
         warnings.simplefilter("error")
         quantize_model(model, config)
         quantize_model(nn.Sequential(nn.Linear(64, 64), Transposed()))  # 1.5 %
+
+
+@pytest.mark.parametrize("fused", ["reparameterize", "fuse"])
+def test_branches_that_are_fused_after_quantize_model_are_a_warning(fused):
+    """timm's reparameterize and fuse replace quantized convolutions by one in floating point."""
+    import_torchvision()
+    from timm.models.byobnet import RepVggBlock
+    from timm.models.repvit import RepVggDw
+
+    block = {"reparameterize": lambda: RepVggBlock(4, 4), "fuse": lambda: RepVggDw(4, 3)}[fused]()
+    x = torch.rand(4, 4, 8, 8)
+    model = quantize_model(nn.Sequential(block, nn.Conv2d(4, 2, 1)), calibration=x).eval()
+    known = vars(model)["_float_layers"]
+    assert known == ()
+    outer = nn.ModuleDict({"body": copy.deepcopy(model)})
+    for network in (model, outer):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*cannot be traced|.*BatchNorm")
+            convert(network)
+    if fused == "fuse":
+        model[0] = model[0].fuse()
+    else:
+        model[0].reparameterize()
+    name = {"reparameterize": "0.reparam_conv", "fuse": "0"}[fused]
+    for network, prefix in ((model, ""), (nn.ModuleDict({"body": model}), "body.")):
+        with pytest.warns(UserWarning, match=rf"1 layers came after .*: {prefix}{name} \(Conv2d\)\. If reparameterize"):
+            convert(network)
+
+
+def test_fused_before_quantize_model_all_is_quantized():
+    import_torchvision()
+    from timm.models.byobnet import RepVggBlock
+
+    block, x = RepVggBlock(4, 4).eval(), torch.rand(4, 4, 8, 8)
+    block.reparameterize()
+    model = quantize_model(nn.Sequential(block, nn.Conv2d(4, 2, 1)), calibration=x)
+    convert(model)
+    assert quantization_summary(model, x).mac_share == 1

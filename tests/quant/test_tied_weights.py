@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gaqat_optim import QuantConfig, convert, quantize_model, scale_parameters
+from gaqat_optim import QuantConfig, quantize_model, scale_parameters
 
 SAME = QuantConfig(4, 8, first_last_bits="same")
 
@@ -68,6 +68,7 @@ def test_a_cast_reaches_both(dtype):
     assert model.head.weight_quantizer is model.words.weight_quantizer
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 def test_compiled_it_computes_the_same():
     x = tokens()
     model = trained(quantize_model(Language(), SAME, calibration=x), x)
@@ -78,7 +79,10 @@ def test_compiled_it_computes_the_same():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"weight_bits": 8}, r"'words' \(QuantEmbedding, 4 bits per channel\); 'head' \(QuantLinear, 8 bits per channel\)"),
+        (
+            {"weight_bits": 8},
+            r"'words' \(QuantEmbedding, 4 bits per channel\); 'head' \(QuantLinear, 8 bits per channel\)",
+        ),
         ({"weight_granularity": "tensor"}, r"'head' \(QuantLinear, 4 bits per tensor\)"),
         ({"weight_bits": None}, r"'head' \(QuantLinear, floating point\)"),
     ],

@@ -10,6 +10,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from ..quant.float_weights import warn_of_new_float_layers
 from ..quant.graph.norm import Norm
 from ..quant.graph.output_hook import modules_with_output_quantizer
 from ..quant.lsq.quantizer import LSQQuantizer
@@ -76,6 +77,10 @@ def convert(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is no module.
         ValueError: nothing is quantized; the model is converted already; a layer has no deployed form; a quantizer is
             switched off or has no scale yet; or a scale, a weight or a value of a BatchNorm is not finite.
+
+    Warns:
+        UserWarning: layers in floating point that came after ``quantize_model``, as by ``reparameterize`` or ``fuse``;
+            or a network whose BatchNorms cannot be folded because it cannot be traced.
 
     Example:
         >>> from gaqat_optim import QuantConfig, quantize_model
@@ -163,6 +168,7 @@ def _check(model: nn.Module) -> None:
             for slot, parameter in module.named_parameters(recurse=False):
                 if not bool(torch.isfinite(parameter).all()):
                     raise ValueError(f"{name or 'the model'!r} has a {slot} that is not finite")
+    warn_of_new_float_layers(model)
 
 
 def _deployed_class(name: str, layer: QuantizedModule) -> type[DeployedModule]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -38,6 +38,44 @@ def product_weights(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if sum(n > 1 for n in p.shape) >= 2 and not _NO_FACTOR.search(name.lower())]
 
 
+def remember_float_layers(model: nn.Module) -> None:
+    """Note on the quantized ``model`` which of its modules multiply in floating point, for a later comparison."""
+    model._float_layers = tuple(_float_layers(model))  # type: ignore[assignment]
+
+
+def warn_of_new_float_layers(model: nn.Module) -> None:
+    """Warn of modules that multiply in floating point and did not when ``quantize_model`` was called.
+
+    So it is after the ``reparameterize`` or ``fuse`` of a re-parameterizable network, which replaces branches of
+    quantized convolutions by one that nothing quantizes.
+    """
+    new: dict[str, nn.Module] = {}
+    for root, part in model.named_modules():
+        known = vars(part).get("_float_layers")
+        if known is not None:
+            prefix = f"{root}." if root else ""
+            new |= {prefix + name: module for name, module in _float_layers(part).items() if name not in known}
+    if new:
+        warnings.warn(
+            f"{len(new)} layers came after quantize_model, and stay in floating point: {_named(new)}. If "
+            "reparameterize or fuse made them of quantized layers, call it before quantize_model",
+            stacklevel=4,
+        )
+
+
+def _float_layers(model: nn.Module) -> dict[str, nn.Module]:
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    inside = {inner for module in quantized for inner in module.modules()}
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if module not in inside and product_weights(module)}
+
+
+def _named(modules: Mapping[str, nn.Module]) -> str:
+    named = [f"{name or 'the model'} ({type(module).__name__})" for name, module in modules.items()]
+    more = f" and {len(named) - _MOST_NAMES} more" if len(named) > _MOST_NAMES else ""
+    return f"{', '.join(named[:_MOST_NAMES])}{more}"
+
+
 def warn_of_float_weights(model: nn.Module, asked: Collection[nn.Module], exclude: Iterable[str]) -> None:
     """Warn if more than a tenth of such weights of ``model`` stays in floating point, modules in ``asked`` aside.
 
@@ -61,12 +99,10 @@ def warn_of_float_weights(model: nn.Module, asked: Collection[nn.Module], exclud
     share = sum(left[key] for key in left.keys() - quantized) / max(sum(total.values()), 1)
     if share <= TOLERATED_SHARE:
         return
-    named = [f"{name or 'the model'} ({type(module).__name__})" for name, module in holders.items()]
-    more = f" and {len(named) - _MOST_NAMES} more" if len(named) > _MOST_NAMES else ""
     types = ", ".join(sorted({type(module).__name__ for module in holders.values()}))
     warnings.warn(
         f"{share:.1%} of the weights of linear and convolutional layers stay in floating point: "
-        f"{', '.join(named[:_MOST_NAMES])}{more}. No quantized class is registered for {types}: register one with "
+        f"{_named(holders)}. No quantized class is registered for {types}: register one with "
         f"gaqat_optim.register_quantized, or accept it with {exclude_argument(model, holders, exclude)}",
         stacklevel=3,
     )

@@ -15,7 +15,7 @@ from .calibration import calibrate, check_batches, record_inputs
 from .config import LayerConfig, QuantConfig
 from .evaluation import device_of, isolate_rng
 from .first_forward import FirstForwardCheck, activation_quantizers
-from .float_weights import product_weights, warn_of_float_weights
+from .float_weights import product_weights, remember_float_layers, warn_of_float_weights
 from .graph.export_trace import forget_inputs
 from .graph.first_last import first_and_last
 from .graph.output_quantizers import place_output_quantizers
@@ -138,6 +138,7 @@ def quantize_model(
             warn_of_float_weights(result, asked, config.exclude)
         undo.pop_all()
     result.quant_config = config  # type: ignore[assignment]
+    remember_float_layers(result)
     return result
 
 

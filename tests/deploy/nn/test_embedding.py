@@ -58,9 +58,7 @@ def test_bags_of_all_kinds(options):
     assert torch.equal(deployed(tokens), bag(tokens))
     if options["mode"] == "sum":
         weights = torch.rand(4, 5)
-        assert torch.equal(
-            deployed(tokens, per_sample_weights=weights), bag(tokens, None, per_sample_weights=weights)
-        )
+        assert torch.equal(deployed(tokens, per_sample_weights=weights), bag(tokens, None, per_sample_weights=weights))
 
 
 def test_rows_have_the_dtype_of_the_weight_and_follow_a_cast(tmp_path):

@@ -87,6 +87,15 @@ def test_a_tuple_has_the_names_of_forward_s_parameters(reader, tmp_path):
     assert torch.allclose(outputs["logits"], convert(reader)(**inputs)["logits"], atol=1e-5)
 
 
+def test_an_input_of_another_length_is_refused_by_name(reader, tmp_path):
+    """Axes other than 0 have the sizes of the sample: docs/deployment.md says so."""
+    export_onnx(reader, sample(), tmp_path / "net.onnx", check=False)
+    inputs = sample()
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"]], dim=1)
+    with pytest.raises(Exception, match=r"invalid dimensions for input: input_ids.*\s*index: 1 Got: \d+ Expected: \d+"):
+        run_file(tmp_path / "net.onnx", inputs)
+
+
 def test_two_files_of_one_network_side_by_side(reader, tmp_path):
     for storage in ("int8", "packed"):
         export_onnx(reader, sample(), tmp_path / f"{storage}.onnx", storage=storage, check=False)

@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.pytorch_utils import Conv1D
 
 from torchvision_import import import_torchvision
@@ -70,6 +69,13 @@ class ScaledStdConv2dSame(nn.Conv2d):
         return self._conv_forward(x, standardized(self, (self.gain * self.scale).view(-1)), self.bias)
 
 
+def bit_conv(*args, **options):
+    import_torchvision()  # modeling_bit imports it
+    from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+
+    return WeightStandardizedConv2d(*args, **options)
+
+
 @named("timm.models.layers.conv2d_same.Conv2dSame")
 class OldConv2dSame(Conv2dSame):
     """Where timm had it before 0.9."""
@@ -104,9 +110,9 @@ CASES = {
     "ScaledStdConv2dSame": (Convolved, lambda: ScaledStdConv2dSame(4, 6, 3, stride=2), (8, 4, 7, 6)),
     "static": (Convolved, lambda: ScaledStdConv2dSame(4, 6, 3, padding=1, same_pad=False), (8, 4, 7, 6)),
     "before timm 0.9": (Convolved, lambda: OldConv2dSame(4, 6, 3, stride=2), (8, 4, 8, 7)),
-    "BiT": (Convolved, lambda: WeightStandardizedConv2d(4, 6, 3, stride=2), (8, 4, 8, 7)),
-    "BiT static": (Convolved, lambda: WeightStandardizedConv2d(4, 6, 3, padding="SAME", bias=True), (8, 4, 8, 7)),
-    "BiT symmetric": (Convolved, lambda: WeightStandardizedConv2d(4, 6, 3, 2, padding=None), (8, 4, 8, 7)),
+    "BiT": (Convolved, lambda: bit_conv(4, 6, 3, stride=2), (8, 4, 8, 7)),
+    "BiT static": (Convolved, lambda: bit_conv(4, 6, 3, padding="SAME", bias=True), (8, 4, 8, 7)),
+    "BiT symmetric": (Convolved, lambda: bit_conv(4, 6, 3, 2, padding=None), (8, 4, 8, 7)),
     "Renamed": (Convolved, lambda: Renamed(4, 6, 3, padding=1), (8, 4, 5, 5)),
     "video": (Convolved, lambda: import_torchvision().models.video.resnet.Conv3DSimple(4, 6), (8, 4, 3, 5, 5)),
 }

@@ -87,7 +87,8 @@ def export_onnx(
         model: a network from :func:`~gaqat_optim.quantize_model`, or one from :func:`~gaqat_optim.convert`. It is not
             changed.
         sample: an input, with the batch on axis 0; any device, and any batch size but 0. Several inputs are a tuple, of
-            positional ones, or a mapping of keywords.
+            positional ones, or a mapping of keywords. Its other sizes are those of the file: onnxruntime refuses, by
+            name, an input of another length, height or width.
         path: the file. It appears when it is complete: a failure leaves the file that was there before.
         storage: ``"auto"`` stores weights of up to 4 bits as INT4, others as INT8. ``"packed"`` stores weights of up to
             7 bits as bit planes, in no more than their bits. ``"int8"`` stores all as INT8. All give the same results,

@@ -112,7 +112,9 @@ class QuantizedModule(nn.Module):
     objects of the float layer under their old names, so that optimizers, tied weights and state dicts stay valid.
     """
 
-    quantizes_input: ClassVar[bool] = True  # False for indices, whose lookup is no product and needs no output quantizer
+    quantizes_input: ClassVar[bool] = (
+        True  # False for indices, whose lookup is no product and needs no output quantizer
+    )
     # How a class with a compute of its own is deployed: a DeployLayer. A class that inherits its compute needs none.
     deployed_as: ClassVar[type[nn.Module] | None] = None
     recompute_input: bool = False  # whether backward quantizes the input again (recompute_activations)
@@ -152,8 +154,8 @@ class QuantizedModule(nn.Module):
     def share_weight_quantizer(self, owner: QuantizedModule) -> None:
         """Quantize the weight, which is that of ``owner``, by the quantizer of ``owner``.
 
-        The owner holds it. Here it is a plain attribute, so that a state dict has its scale once, as ``save_pretrained``
-        of transformers needs it.
+        The owner holds it. Here it is a plain attribute, so that a state dict has its scale once, as transformers'
+        ``save_pretrained`` needs it.
         """
         self._modules.pop("weight_quantizer")
         vars(self)["weight_quantizer"] = owner.weight_quantizer
