@@ -35,6 +35,7 @@ from networks.parity import compare_layers
 from networks.registry import Network
 
 CONFIG = QuantConfig(4, 4)
+LARGE = 5_000_000  # parameters
 PRODUCTS = {"QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"}
 
 
@@ -73,7 +74,10 @@ def build(subject: Subject) -> dict[str, Any]:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     subject.original.eval()
-    return {"parameters": sum(p.numel() for p in subject.original.parameters())}
+    parameters = sum(p.numel() for p in subject.original.parameters())
+    if parameters > LARGE:  # without the search for the best scales, which takes the most time of all there
+        subject.config = replace(subject.config, init="lsq")
+    return {"parameters": parameters}
 
 
 def quantize(subject: Subject) -> dict[str, Any]:
