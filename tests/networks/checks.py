@@ -35,6 +35,8 @@ from networks.parity import compare_layers
 from networks.registry import Network
 
 CONFIG = QuantConfig(4, 4)
+LARGE = 5_000_000  # parameters
+ATTENTION_ERROR = 1e-5  # of float32 sums in another order, relative to the largest output
 PRODUCTS = {"QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"}
 
 
@@ -73,7 +75,10 @@ def build(subject: Subject) -> dict[str, Any]:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     subject.original.eval()
-    return {"parameters": sum(p.numel() for p in subject.original.parameters())}
+    parameters = sum(p.numel() for p in subject.original.parameters())
+    if parameters > LARGE:  # without the search for the best scales, which takes the most time of all there
+        subject.config = replace(subject.config, init="lsq")
+    return {"parameters": parameters}
 
 
 def quantize(subject: Subject) -> dict[str, Any]:
@@ -114,14 +119,18 @@ def shares(subject: Subject) -> dict[str, Any]:
 
 
 def float_network(subject: Subject) -> dict[str, Any]:
-    """Without its quantizers it is the float network, to the bit."""
+    """Without its quantizers it is the float network, to the bit.
+
+    But for nn.MultiheadAttention, which torch computes in one kernel where it has no quantizers: in another order.
+    """
     expected = subject.evaluate(subject.original)
     with quantization_disabled(subject.quantized):
         found = subject.evaluate(subject.quantized)
     difference = _difference(expected, found)
-    if difference:
+    has_attention = any(isinstance(module, nn.MultiheadAttention) for module in subject.original.modules())
+    if difference > (ATTENTION_ERROR if has_attention else 0.0):
         raise WrongResult(f"without its quantizers it differs from the float network by {difference:.2g}")
-    return {}
+    return {"float_difference": difference}
 
 
 def training(subject: Subject) -> dict[str, Any]:

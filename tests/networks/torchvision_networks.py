@@ -29,15 +29,11 @@ CLASSIFICATION: dict[str, tuple[int, dict[str, Any]]] = {
     "regnet_y_400mf": (64, {}),
     "regnet_x_400mf": (64, {}),
     "convnext_tiny": (32, {}),
-    "vit_b_32": (64, {"image_size": 64}),
-    "swin_t": (64, {}),
-    "swin_v2_t": (64, {}),
 }
 VIDEO = {
     "r3d_18": (6, 32, {}),
     "mc3_18": (6, 32, {}),
     "r2plus1d_18": (6, 32, {}),
-    "swin3d_t": (4, 64, {}),
 }
 SEGMENTATION = {"fcn_resnet50": 32, "deeplabv3_mobilenet_v3_large": 64, "lraspp_mobilenet_v3_large": 64}
 SMALL = {"shufflenet_v2_x0_5", "squeezenet1_1", "mobilenet_v3_small"}
@@ -51,7 +47,7 @@ EXPORTED = {
     "convnext_tiny",
     "r3d_18",
 }
-TRANSFORMERS = {"vit_b_32", "swin_t", "swin_v2_t", "maxvit_t", "swin3d_t", "mvit_v1_b"}
+TRANSFORMERS = {"vit", "swin", "swin_v2", "maxvit", "swin3d", "mvit"}
 
 
 def networks() -> Iterator[Network]:
@@ -62,12 +58,14 @@ def networks() -> Iterator[Network]:
     for name, (size, arguments) in CLASSIFICATION.items():
         build = partial(_model, name, num_classes=10, **arguments)
         yield network(name, "classification", build, images(size))
-    yield network("maxvit_t", "classification", _maxvit, images(64))
+    for name, build in (("vit", _vit), ("swin", _swin), ("swin_v2", _swin_v2), ("maxvit", _maxvit)):
+        yield network(name, "classification", build, images(64))
     for name, (frames, size, arguments) in VIDEO.items():
         build = partial(_model, name, num_classes=10, **arguments)
         yield network(name, "video", build, partial(torch.randn, 2, 3, frames, size, size))
     yield network("s3d", "video", _s3d, partial(torch.randn, 2, 3, 16, 64, 64))
-    yield network("mvit_v1_b", "video", _mvit, partial(torch.randn, 2, 3, 4, 32, 32))
+    yield network("swin3d", "video", _swin3d, partial(torch.randn, 2, 3, 4, 64, 64))
+    yield network("mvit", "video", _mvit, partial(torch.randn, 2, 3, 4, 32, 32))
     for name, size in SEGMENTATION.items():
         build = partial(_model, name, num_classes=5, weights_backbone=None)
         yield network(name, "segmentation", build, images(size))
@@ -83,6 +81,40 @@ def _model(name: str, **arguments: Any) -> nn.Module:
 def _s3d() -> nn.Module:
     model = _model("s3d", num_classes=10)
     model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own wants 224 pixels
+    return model
+
+
+# Of these the classes, with few layers: the networks that torchvision builds of them are large.
+_WINDOWS: dict[str, Any] = {"embed_dim": 32, "depths": [1, 2], "num_heads": [2, 4], "num_classes": 10}
+
+
+def _vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    model: nn.Module = VisionTransformer(64, 16, 2, 2, 32, 64, num_classes=10)
+    nn.init.normal_(model.heads.head.weight, std=0.05)  # it is zero, and would let no gradient through
+    return model
+
+
+def _swin() -> nn.Module:
+    from torchvision.models import SwinTransformer
+
+    model: nn.Module = SwinTransformer([4, 4], window_size=[7, 7], **_WINDOWS)
+    return model
+
+
+def _swin_v2() -> nn.Module:
+    from torchvision.models import swin_transformer
+
+    blocks = {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+    model: nn.Module = swin_transformer.SwinTransformer([4, 4], window_size=[8, 8], **_WINDOWS, **blocks)
+    return model
+
+
+def _swin3d() -> nn.Module:
+    from torchvision.models.video import SwinTransformer3d
+
+    model: nn.Module = SwinTransformer3d([2, 4, 4], window_size=[8, 7, 7], **_WINDOWS)
     return model
 
 
