@@ -33,7 +33,7 @@ MOVES = {
     *(_aten.chunk, _aten.slice, _aten.select, _aten.t, _aten.view_as, _aten.reshape_as),
 }
 # Sizes of axes that are not known: no two are the same, and none is a usual number of channels.
-_SIZES = (2, 3, 5, 7)
+_SIZES = (2, 3, 5, 7, 11)
 
 
 def called(traced: Trace, node: torch.fx.Node) -> Any:
