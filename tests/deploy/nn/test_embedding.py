@@ -103,8 +103,8 @@ def test_a_file_gathers_codes_in_their_bits(bits, storage, tmp_path):
     assert report.bytes < 400 * 32 * SIZES[bits, storage] / 8 + 4 * 400 + 4000
     assert save_packed(model, tmp_path / "net.packed") < 400 * 32 * bits / 8 + 4 * 400 + 2000
     graph = onnx.load(tmp_path / "net.onnx").graph
-    gathered = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input"]
-    assert len(gathered) == 2  # codes and scales, by the indices of the input
+    rows = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input"]
+    assert [dict((p.key, p.value) for p in node.metadata_props)["gaqat.weight_bits"] for node in rows] == [str(bits)]
     largest = max(graph.initializer, key=lambda v: len(v.raw_data))
     assert largest.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
