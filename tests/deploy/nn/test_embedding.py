@@ -104,7 +104,7 @@ def test_a_file_gathers_codes_in_their_bits(bits, storage, tmp_path):
     assert save_packed(model, tmp_path / "net.packed") < 400 * 32 * bits / 8 + 4 * 400 + 2000
     graph = onnx.load(tmp_path / "net.onnx").graph
     rows = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input"]
-    assert [dict((p.key, p.value) for p in node.metadata_props)["gaqat.weight_bits"] for node in rows] == [str(bits)]
+    assert [{p.key: p.value for p in node.metadata_props}["gaqat.weight_bits"] for node in rows] == [str(bits)]
     largest = max(graph.initializer, key=lambda v: len(v.raw_data))
     assert largest.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
