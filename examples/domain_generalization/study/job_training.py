@@ -21,7 +21,7 @@ from .jobs import FLAT_START, START, Job, Study
 from .methods import METHODS
 from .ranks import Ranks
 from .report import Record, versions
-from .storage import read_tensors, write_json, write_tensors
+from .storage import StorageError, read_tensors, write_json, write_tensors
 from .training import Training, copy_state, evaluate, rounding
 
 AVERAGE_BATCHES = 50  # that set BatchNorm's statistics for averaged weights
@@ -53,7 +53,13 @@ def run_job(study: Study, job: Job, progress: Callable[[str], object] = lambda l
             select=is_method,
         )
         if state is not None:
-            training.load_state_dict(state)
+            try:
+                training.load_state_dict(state)
+            except Exception as error:  # whatever is missing or has another shape
+                raise StorageError(
+                    f"{checkpoint}: not a checkpoint of this training ({type(error).__name__}: {error}). Remove it, "
+                    "and the training begins anew."
+                ) from error
             del state
 
         def save() -> None:

@@ -58,10 +58,13 @@ class Settings:
     # Training
     steps: int = _setting(5001, "--steps", _STEPS, "steps of a method")
     fp32_steps: int = _setting(
-        AS_MANY_AS_STEPS, "--fp32-steps", _STEPS, "fp32 steps before all methods; 0: as many as --steps"
+        AS_MANY_AS_STEPS, "--fp32-steps", _number(int, 0), "fp32 steps before all methods; 0: as many as --steps"
     )
     flat_steps: int = _setting(
-        AS_MANY_AS_STEPS, "--flat-steps", _STEPS, "sharpness-aware fp32 steps of the flat start; 0: as many as --steps"
+        AS_MANY_AS_STEPS,
+        "--flat-steps",
+        _number(int, 0),
+        "sharpness-aware fp32 steps of the flat start; 0: as many as --steps",
     )
     every: int = _setting(100, "--eval-every", _STEPS, "steps between two source validations")
     batch_size: int = _setting(32, "--batch-size", _STEPS, "images per source domain and step")
