@@ -20,6 +20,7 @@ from torch import nn
 
 from domain_generalization.image_folder_study import ImageFolderData
 from domain_generalization.image_folders import PACS
+from domain_generalization.study.data import Draw, Fold, Source
 from domain_generalization.study.jobs import Job, Study
 from domain_generalization.study.program import run_program, study_parser
 from domain_generalization.study.settings import Settings, make_settings
@@ -39,10 +40,11 @@ SETTINGS = {
 
 
 class TinyData(ImageFolderData):
-    """PACS in small."""
+    """PACS in small, also in float64."""
 
-    def __init__(self, root: Path = Path(), cache: Path | None = None) -> None:
+    def __init__(self, root: Path = Path(), cache: Path | None = None, *, double: bool = False) -> None:
         super().__init__("pacs", root, cache=cache)
+        self.double = double
         self.presets = {"published": SETTINGS, "recommended": SETTINGS}
         self.defaults = {**self.defaults, "workers": 0, "seeds": (0,), "targets": ("sketch",), "device": "cpu"}
 
@@ -52,7 +54,7 @@ class TinyData(ImageFolderData):
     def network(self, seed: int, settings: Settings) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return nn.Sequential(
+            network = nn.Sequential(
                 nn.Conv2d(3, 4, 3, stride=2),
                 nn.BatchNorm2d(4),
                 nn.ReLU(),
@@ -63,6 +65,31 @@ class TinyData(ImageFolderData):
                 nn.Dropout(settings.dropout),
                 nn.Linear(8, 2),
             )
+        return network.double() if self.double else network
+
+    def fold(self, target: str, seed: int, settings: Settings) -> Fold:
+        fold = super().fold(target, seed, settings)
+        return replace(fold, **{part: _double(getattr(fold, part)) for part in vars(fold)}) if self.double else fold
+
+
+class DoubleSource:
+    """The images of another source in float64."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample(self, index: int, draw: Draw | None) -> tuple[torch.Tensor, int]:
+        image, label = self.source.sample(index, draw)
+        return image.double(), label
+
+
+def _double(sources: Any) -> Any:
+    if isinstance(sources, dict):
+        return {name: DoubleSource(source) for name, source in sources.items()}
+    return [DoubleSource(source) for source in sources]
 
 
 def write_tree(root: Path, count: int = 3) -> Path:
@@ -93,7 +120,7 @@ def job(method: str, bits: int | None = 3) -> Job:
 def environment() -> dict[str, str]:
     """For processes that run this file."""
     root = Path(__file__).resolve().parents[1]
-    folders = [root / "src", root / "examples", root / "tests"]
+    folders = [*sys.path, root / "src", root / "examples", root / "tests"]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
 
 
@@ -101,9 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The script."""
     parser = study_parser(TinyData(), "A tiny study.")
     parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--double", action="store_true")
 
     def make_data(options: argparse.Namespace) -> TinyData:
-        return TinyData(options.root, getattr(options, "cached", None))
+        return TinyData(options.root, getattr(options, "cached", None), double=options.double)
 
     return run_program(parser, make_data, argv)
 

@@ -60,5 +60,5 @@ def test_the_file_has_the_accuracy_of_the_trained_network(study, bits, method, t
 
 
 def test_weights_that_were_not_kept_are_asked_for(tiny_root, tmp_path):
-    with pytest.raises(StorageError, match="were not kept. Remove .* and run with --save-models or --export"):
+    with pytest.raises(StorageError, match=r"were not kept. Remove .* and run with --save-models or --export"):
         trained_network(tiny_study(tiny_root, tmp_path), job("lsq"))

@@ -50,6 +50,6 @@ def test_a_changed_folder_gets_a_new_file_and_a_broken_image_none(tmp_path: Path
     ImageFolder(home.parent, 8, tmp_path / "cache").sample(2, None)
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2
     (home / "1.png").write_bytes(b"no image")
-    with pytest.raises(FolderError, match="1.png: cannot be read as an image"):
+    with pytest.raises(FolderError, match=r"1.png: cannot be read as an image"):
         ImageFolder(home.parent, 8, tmp_path / "cache").sample(0, None)
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2

@@ -233,7 +233,7 @@ def comparisons(records: Sequence[Record], measure: str, layout: str = "simple")
                 "" if math.isnan(difference.sign_p_value) else f"{difference.sign_p_value:.2g}",
             ]
         )
-    headers = ["- LSQ, paired", "mean", "95 % interval", "t test", "cells won", "sign test"]
+    headers = ["- LSQ, paired", "mean", "95 % interval", "t test", "won", "sign test"]
     alignment = ("left", *["right"] * 5)
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=alignment, tablefmt=layout) if rows else ""
 

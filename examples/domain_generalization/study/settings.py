@@ -64,7 +64,7 @@ class Settings:
         AS_MANY_AS_STEPS,
         "--flat-steps",
         _number(int, 0),
-        "sharpness-aware fp32 steps of the flat start; 0: as many as --steps",
+        "fp32 steps with SAGM of the flat start; 0: as many as --steps",
     )
     every: int = _setting(100, "--eval-every", _STEPS, "steps between two source validations")
     batch_size: int = _setting(32, "--batch-size", _STEPS, "images per source domain and step")

@@ -30,10 +30,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        reason = str(error).splitlines()[0]
         part.unlink(missing_ok=True)
         raise StorageError(
-            f"{path}: cannot be written ({reason}). What was there before is unchanged. Make room or choose another "
+            f"{path}: cannot be written ({_first_line(error)}). What was there before is unchanged. Make room or choose another "
             "--out, then run the same command again: it goes on from the last checkpoint."
         ) from error
 
@@ -74,10 +73,13 @@ def read_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip, pickle or runtime error, by what is broken in the file
-        reason = str(error).splitlines()[0]
         raise StorageError(
-            f"{path}: cannot be read ({reason}). Remove it, and this training begins anew; everything else is kept."
+            f"{path}: cannot be read ({_first_line(error)}). Remove it, and this training begins anew; everything else is kept."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

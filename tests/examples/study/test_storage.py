@@ -40,7 +40,7 @@ def test_broken_files_say_what_to_do(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"broken.pt: cannot be read .*Remove it, and this training begins anew"):
         storage.read_tensors(tmp_path / "broken.pt")
     (tmp_path / "broken.json").write_bytes(content)
-    with pytest.raises(StorageError, match="broken.json: cannot be read"):
+    with pytest.raises(StorageError, match=r"broken.json: cannot be read"):
         storage.read_json(tmp_path / "broken.json")
 
 
