@@ -84,13 +84,17 @@ def show(finished: Finished) -> None:
 
 def _show_example(finished: Finished, job: Job) -> None:
     study, folder = finished.study, finished.study.out
-    weights = study.weights(job) or {}
+    weights = study.weights(job)
+    if weights is None:
+        print(f"No plot and no network file: {job.title} was trained before, without keeping them.")
+        print(f"Remove {study.folder(job)} to have it trained again.")
+        return
     if "recorder" in weights:
         recorder = ConflictRecorder()
         recorder.load_state_dict(weights["recorder"])
         save_conflict_plot(recorder, folder / "conflict.png", threshold=study.settings.threshold)
     else:
-        print("No conflict plot: it takes a method with two passes.")
+        print("No conflict plot: it takes a method with two passes, recorded from its first step on.")
     fp32 = trained_network(study, Job(job.target, job.seed, None, START))
     images, labels = load_once(job.seed)[job.target]
     print(deploy(trained_network(study, job), fp32, images, labels, folder / f"{job.method}.onnx"))

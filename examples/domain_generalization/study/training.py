@@ -201,8 +201,10 @@ class Training:
             self._scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(_to(state["average"], self.device))
-        if self.recorder is not None:
+        if self.recorder is not None and state["recorder"] is not None:
             self.recorder.load_state_dict(state["recorder"])
+        else:
+            self.recorder = None  # of a training that was begun without one
         for name in ("step", "best", "oracle", "seconds", "frozen", "_first_scales"):
             setattr(self, name, state[name])
         if self.ranks.rank == 0:  # the others' dropout goes on from their own seed
