@@ -46,9 +46,9 @@ class Deployment:
         return (
             f"{self.report}\n"
             f"the fp32 network as a file: {self.fp32_bytes:,} bytes, {larger:.1f} times as many\n"
-            f"onnxruntime on {self.images} held-out images:\n"
-            f"  {self.agreement:.2f} % the prediction of convert(model), "
-            f"{self.trained_agreement:.2f} % that of the trained network; {self.accuracy:.1f} % correct"
+            f"onnxruntime on {self.images} held-out images: {self.accuracy:.1f} % correct,\n"
+            f"  {self.agreement:.2f} % the prediction of convert(model),\n"
+            f"  {self.trained_agreement:.2f} % that of the trained network"
         )
 
 

@@ -116,7 +116,9 @@ def _start(study: Study, job: Job, fold: Fold, *, resumed: bool) -> nn.Module:
     if resumed or job.origin is None:
         return study.network(job)
     weights = study.weights(job.origin)
-    assert weights is not None, f"{job.origin.name} is not done"
+    if weights is None:
+        folder = study.folder(job.origin)
+        raise StorageError(f"{folder}: its weights (model.pt) are gone. Remove this folder to have it trained again.")
     model = study.network(job.origin, weights["last"])
     if not job.definition.quantized:
         return model

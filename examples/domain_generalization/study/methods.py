@@ -71,6 +71,7 @@ METHODS: Mapping[str, Method] = {
     "lsq+sagm-flat": Method("LSQ+SAGM, flat start", perturbation="sagm", flat_start=True),
     "lsq-x2": Method("LSQ, 2x steps", multiple=2),
     "lsq-x3": Method("LSQ, 3x steps", multiple=3),
+    "lsq-x4": Method("LSQ, 4x steps", multiple=4),
     "both": _control("freeze both parts", None, "both"),
     "smooth": _control("freeze g_smooth", None, "smooth"),
     "always": _control("always freeze", "always"),

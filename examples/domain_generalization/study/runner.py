@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -79,19 +80,34 @@ def prepare(study: Study) -> None:
 
 
 def attempt(study: Study, job: Job, failed: set[Job], progress: Progress) -> str:
-    """Train a job and before it what it starts from, unless it is done, or in the hands of another process."""
+    """Train a job and before it what it starts from, unless it is done, or in the hands of another process.
+
+    An error is written to the job's folder, and the job added to `failed`.
+    """
+    if job in failed:
+        return FAILED
+    try:
+        return _attempt(study, job, failed, progress)
+    except Exception as error:
+        known = isinstance(error, (DataError, StorageError))
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        _write_error(study, job, reason, "" if known else traceback.format_exc())
+        failed.add(job)
+        if study.ranks.world > 1:  # the others wait for this process: torchrun ends them
+            raise
+        return FAILED
+
+
+def _attempt(study: Study, job: Job, failed: set[Job], progress: Progress) -> str:
     ranks = study.ranks
     if ranks.from_first(study.result(job) is not None):
         return DONE
-    if job in failed:
-        return FAILED
     if job.origin is not None:
         outcome = attempt(study, job.origin, failed, progress)
         if outcome == FAILED:
-            _write_error(study, job, f"what it starts from, {job.origin.name}, failed")
-            failed.add(job)
-        if outcome != DONE:
-            return outcome
+            raise StorageError(f"what it starts from, {job.origin.name}, failed")
+        if outcome == BUSY:
+            return BUSY
     own_lock = lock(study.folder(job) / "lock")
     if not ranks.from_first(ranks.rank > 0 or _acquired(own_lock)):
         return BUSY
@@ -100,14 +116,6 @@ def attempt(study: Study, job: Job, failed: set[Job], progress: Progress) -> str
         if not ranks.from_first(study.result(job) is not None):
             run_job(study, job, lambda line: progress(job, line))
         return DONE
-    except Exception as error:
-        known = isinstance(error, (DataError, StorageError))
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
-        _write_error(study, job, reason, "" if known else traceback.format_exc())
-        failed.add(job)
-        if ranks.world > 1:  # the others wait for this process: torchrun ends them
-            raise
-        return FAILED
     finally:
         own_lock.release()
 
@@ -152,6 +160,8 @@ def _worker(study: Study, jobs: Sequence[Job], number: int, count: int) -> None:
 
 def work_in_processes(study: Study, jobs: Sequence[Job], count: int) -> list[str]:
     """`work` in so many processes, one per GPU where there are some. Returns a line for each that was killed."""
+    if study.threads is None and study.device == "cpu":
+        study = replace(study, threads=max(1, (os.cpu_count() or 1) // count))
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_worker, args=(study, jobs, number, count)) for number in range(count)]
     try:

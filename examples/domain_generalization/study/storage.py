@@ -32,8 +32,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         part.unlink(missing_ok=True)
         raise StorageError(
-            f"{path}: cannot be written ({_first_line(error)}). What was there before is unchanged. Make room or choose another "
-            "--out, then run the same command again: it goes on from the last checkpoint."
+            f"{path}: cannot be written ({_first_line(error)}). What was there before is unchanged. Make room or "
+            "choose another --out, then run the same command again: it goes on from the last checkpoint."
         ) from error
 
 
@@ -74,7 +74,8 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip, pickle or runtime error, by what is broken in the file
         raise StorageError(
-            f"{path}: cannot be read ({_first_line(error)}). Remove it, and this training begins anew; everything else is kept."
+            f"{path}: cannot be read ({_first_line(error)}). Remove it, and this training begins anew; "
+            "everything else is kept."
         ) from error
 
 

@@ -29,7 +29,7 @@ def reference(
     return sum(chosen) / len(chosen), start, end
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     losses=st.lists(st.floats(0.1, 4.0), min_size=0, max_size=14),
     every=st.integers(1, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_preempted_task_is_submitted_again(tiny_root: Path, tmp_path: Path) ->
 def test_without_submitit_the_extra_is_named(
     tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "submitit", None)
+    monkeypatch.setitem(sys.modules, "submitit", None)
     assert tiny_study.main(["--root", str(tiny_root), "--out", str(tmp_path), "--cluster", "slurm"]) == 2
     assert 'pip install ".[cluster]"' in capsys.readouterr().err
 

@@ -73,6 +73,19 @@ def test_a_failure_stops_no_other_job_and_is_listed(tiny_root: Path, tmp_path: P
     assert "Traceback" in (study.folder(job("lsq+sagm")) / "error.txt").read_text()
 
 
+def test_a_broken_result_is_named_and_stops_no_other_job(tiny_root: Path, tmp_path: Path) -> None:
+    study = tiny_study(tiny_root, tmp_path)
+    broken = study.folder(job("lsq")) / "done.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    with pytest.raises(StorageError, match=r"done.json: cannot be read .* Remove it to have this part computed anew"):
+        runner.work(study, [job("lsq"), job("lsq+sagm")])  # at its end, in results.json
+    assert study.result(job("lsq+sagm")) is not None
+    assert [line.partition(": ")[0] for line in runner.undone(study, [job("lsq"), job("lsq+sagm")])] == [
+        job("lsq").name
+    ]
+
+
 def test_jobs_of_another_process_are_waited_for(tiny_root: Path, tmp_path: Path) -> None:
     study = tiny_study(tiny_root, tmp_path)
     runner.work(study, [Job("sketch", 0, None, "start")])

@@ -61,18 +61,42 @@ def test_the_best_validation_is_kept_and_later_steps_do_not_touch_it() -> None:
 def test_a_step_that_overflows_in_float16_is_skipped(method: str) -> None:
     run = training(settings_with(amp="fp16", schedule="cosine"), method)
     before = copy.deepcopy(run.model.state_dict())
-    run._scaler.load_state_dict(run._scaler.state_dict() | {"scale": 2.0**40, "_growth_tracker": 0})
-    run.train_step(X, Y)
+    with_scale(run, 2.0**40).train_step(X, Y)
     assert run.step == 1
     assert all(torch.equal(value, before[name]) for name, value in run.model.named_parameters())
     assert run.state_dict()["scaler"]["scale"] == 2.0**39
     if isinstance(run.optimizer, GAQATOptimizer):
         assert run.optimizer.perturbed_steps == 0
-    run._scaler.load_state_dict(run._scaler.state_dict() | {"scale": 1024.0, "_growth_tracker": 0})
-    run.train_step(X, Y)
+    with_scale(run, 1024.0).train_step(X, Y)
     assert all(not torch.equal(value, before[name]) for name, value in run.model.named_parameters())
 
 
+def with_scale(run: Training, scale: float) -> Training:
+    run._scaler.load_state_dict(run._scaler.state_dict() | {"scale": scale, "_growth_tracker": 7})
+    return run
+
+
+def test_the_perturbation_does_not_depend_on_the_loss_scale() -> None:
+    """Powers of two, so that only what float16 rounds to zero differs: a part of 1e-4 of a step of 1e-2."""
+    weights = []
+    for scale in (16.0, 1024.0):
+        run = with_scale(training(settings_with(amp="fp16", alpha=0.3, rho=0.5)), scale)
+        run.train_step(X, Y)
+        run.train_step(X, Y)
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-3)
+
+
+def test_the_loss_scale_goes_on_where_it_was() -> None:
+    run = with_scale(training(settings_with(amp="fp16")), 512.0)
+    run.train_step(X, Y)
+    resumed = training(settings_with(amp="fp16"))
+    resumed.load_state_dict(run.state_dict())
+    assert resumed.state_dict()["scaler"] == run.state_dict()["scaler"]
+    assert run.state_dict()["scaler"]["scale"] == 512
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # when torch's compiler is imported
 def test_compiled_passes_are_those_of_the_same_network() -> None:
     run = training(settings_with(compile=True))
     assert isinstance(run._forward, torch._dynamo.OptimizedModule)
