@@ -92,6 +92,7 @@ wheel-test: $(VENV)/.dev ## build the wheel, install it in a clean environment e
 
 demo-test: $(VENV)/.dev ## the demo, as a command, on a tiny setting
 	$(call headline,demo on a tiny setting)
+	rm -rf runs/smoke
 	$(BIN)/python examples/digits.py --out runs/smoke --targets blended --seeds 1 --steps 4 --fp32-steps 6 --methods lsq gaqat
 
 unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARGS="-k name")

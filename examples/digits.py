@@ -12,109 +12,92 @@ fourth domain measures it:
     python examples/digits.py --out results
 
 The demo prints a table with standard errors and writes results.json, samples.png, conflict.png and the network as ONNX.
+What is done is kept in the output folder: the same command again goes on, or prints the table at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from domain_generalization.conflict import save_conflict_plot
-from domain_generalization.deployment import deploy
-from domain_generalization.digit_domains import DOMAINS, load_domains, save_samples
-from domain_generalization.digit_study import MEASURES, Cell, run_cell
-from domain_generalization.options import add_study_options, add_training_options, in_range, settings_from
-from domain_generalization.report import costs, save_results, table, verdict
-from domain_generalization.study import Settings, cell_steps
+from domain_generalization.conflict import ConflictRecorder, save_conflict_plot
+from domain_generalization.deployment import deploy, trained_network
+from domain_generalization.digit_domains import DOMAINS, save_samples
+from domain_generalization.digit_study import DigitData, load_once
+from domain_generalization.study.jobs import START, Job
+from domain_generalization.study.program import Finished, run_program, study_parser, wrapped
+from domain_generalization.study.report import costs, table, verdict
 
-DEFAULTS = {
-    "bits": 3,
-    "steps": 160,
-    "fp32_steps": 600,
-    "flat_steps": None,
-    "every": 20,
-    "batch_size": 16,
-    "learning_rate": 2e-3,
-    "rho": 0.5,
-    "alpha": 1e-3,
-    "window": 20,
-    "threshold": 0.3,
-}
+# The run of the first of these methods is plotted and exported.
+EXAMPLE_METHODS = ("gaqat", "gaqat-flat", "lsq+sagm", "lsq")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_study_options(parser, domains=DOMAINS, targets=("blended", "sketch"), first_seeds=(0, 1))
+    parser = study_parser(DigitData, summary, epilog=details)
     parser.add_argument("--full", action="store_true", help="hold out each of the four domains in turn")
-    add_training_options(parser, DEFAULTS)
-    parser.add_argument("--threads", type=in_range(int, 1), default=1, help="threads of torch (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/digits"), metavar="FOLDER", help="output folder (default: %(default)s)"
-    )
     return parser
+
+
+def example_of(jobs: Sequence[Job]) -> Job | None:
+    """The job of the first cell that is plotted and exported."""
+    in_first_cell = {
+        job.method: job for job in reversed(jobs) if (job.target, job.seed) == (jobs[0].target, jobs[0].seed)
+    }
+    return next((in_first_cell[name] for name in EXAMPLE_METHODS if name in in_first_cell), None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study that the command line describes."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: cannot make the folder {options.out}: {error.strerror}")
-    targets = list(DOMAINS) if options.full else options.targets
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        run_study(settings_from(options, cosine=True), targets, options.seeds, options.methods, options.out)
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+
+    def make_data(options: argparse.Namespace) -> DigitData:
+        options.targets = list(DOMAINS) if options.full else options.targets
+        return DigitData()
+
+    return run_program(build_parser(), make_data, argv, example=example_of, finish=show)
 
 
-def run_study(settings: Settings, targets: list[str], seeds: list[int], methods: list[str], folder: Path) -> None:
-    """Run every cell, then print the table and write the plots and the network of the first cell."""
-    start = time.perf_counter()
-    first: Cell | None = None
-    records = []
-    count = len(seeds) * len(targets)
-    with tqdm(total=count * cell_steps(settings, methods), unit="step", mininterval=0.5) as bar:
-        for seed in seeds:
-            domains = load_domains(seed)
-            if first is None:
-                save_samples(domains, folder / "samples.png")
-            for target in targets:
-                cell = run_cell(domains, target, seed, methods, settings, bar)
-                first = first or cell
-                records += cell.records
-                # After every cell, so that an interrupted run keeps its finished cells.
-                save_results(records, folder / "results.json")
-        bar.set_description("done")
-
+def show(finished: Finished) -> None:
+    """Print the table, and write the plots and the network of the first cell."""
+    study, records, folder = finished.study, finished.records, finished.study.out
+    settings = study.settings
+    bits = sorted({cell[2] for cell in finished.cells})
+    count = len({cell[:2] for cell in finished.cells})
+    widths = " and ".join(f"W{width}A{width}" for width in bits)
     print(
-        f"\nHeld-out accuracy at W{settings.bits}A{settings.bits} (first and last layer 8 bits), {len(seeds)} seed(s), "
-        f"standard errors over {count} cell(s):\n"
+        f"\nHeld-out accuracy in percent at {widths} (first and last layer {settings.first_last_bits} bits),\n"
+        f"{len({job.seed for job in finished.jobs})} seed(s), standard errors over {count} cell(s):\n"
     )
-    print(table(records, MEASURES))
-    print(f"\n{verdict(records)}\n{costs(records)}\n")
-    assert first is not None
-    if first.recorder is None:
-        print("No conflict plot: it takes a method with two passes.")
-    else:
-        save_conflict_plot(first.recorder, folder / "conflict.png", threshold=settings.threshold)
-    print(deploy(first.model, first.checkpoint, *first.target, folder / f"{first.example}.onnx"))
+    methods = {job.method for job in finished.jobs} | {record["method"] for record in records}
+    print(table(records, study.data.measures, methods=methods, cells=finished.cells))
+    print(f"\n{wrapped(verdict(records))}\n{wrapped(costs(records))}\n")
+    save_samples(load_once(finished.jobs[0].seed), folder / "samples.png")
+    if study.example is not None and study.result(study.example) is not None:
+        _show_example(finished, study.example)
     print(f"Written to the folder {folder}.")
-    print(f"{time.perf_counter() - start:.0f} seconds, {torch.get_num_threads()} thread(s).")
+    print(f"{finished.seconds:.0f} seconds, {torch.get_num_threads()} thread(s).")
+
+
+def _show_example(finished: Finished, job: Job) -> None:
+    study, folder = finished.study, finished.study.out
+    weights = study.weights(job)
+    if weights is None:
+        print(f"No plot and no network file: {job.title} was trained before, without keeping them.")
+        print(f"Remove {study.folder(job)} to have it trained again.")
+        return
+    if "recorder" in weights:
+        recorder = ConflictRecorder()
+        recorder.load_state_dict(weights["recorder"])
+        save_conflict_plot(recorder, folder / "conflict.png", threshold=study.settings.threshold)
+    else:
+        print("No conflict plot: it takes a method with two passes, recorded from its first step on.")
+    fp32 = trained_network(study, Job(job.target, job.seed, None, START))
+    images, labels = load_once(job.seed)[job.target]
+    print(deploy(trained_network(study, job), fp32, images, labels, folder / f"{job.method}.onnx"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GAQAT and its baselines on DomainNet: low-bit ResNet-50, leave one domain out, SAGM's published settings.
+"""GAQAT and its baselines on DomainNet: low-bit ResNet-50, leave one domain out, the published settings.
 
     python examples/domainnet.py --root DATA --bits 4
 
@@ -11,10 +11,8 @@ import sys
 from functools import partial
 
 from domain_generalization import image_folder_study
-from domain_generalization.image_folders import DOMAINNET
 
-BENCHMARK = image_folder_study.Benchmark(DOMAINNET, steps=15001, weight_decay=1e-6, alpha=5e-4)
-main = partial(image_folder_study.main, BENCHMARK)
+main = partial(image_folder_study.main, "domainnet")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,20 +1,20 @@
 """Where the two gradients of a scale disagree: a recorder of every step, and its plot.
 
-The recorder also shows the optimizer's explicit form. After the first backward pass `.grad` is the gradient of the
-task. Inside `optimizer.perturbed()`, after the second backward pass, it is the gradient at the perturbed parameters.
-When the block ends, the optimizer combines the two and freezes.
+The explicit form of the optimizer shows both. After the first backward pass `.grad` is the gradient of the task. Inside
+`optimizer.perturbed()`, after the second backward pass, it is the gradient at the perturbed parameters. When the block
+ends, the optimizer combines the two and freezes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 from gaqat_optim import GAQATOptimizer
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class ConflictRecorder:
-    """Both gradients of every scale in every step. Pass its `step` as the step of a training run with two passes.
+    """Both gradients of every scale in every step of a training run with two passes, which calls it at four points.
 
     Attributes:
         names: the scales, in the order of the columns below.
@@ -39,29 +39,40 @@ class ConflictRecorder:
     frozen: list[NDArray[np.bool_]] = field(default_factory=list)
     disorder_task: list[Floats] = field(default_factory=list)
     disorder_smooth: list[Floats] = field(default_factory=list)
+    _LISTS: ClassVar = ("task", "smooth", "frozen", "disorder_task", "disorder_smooth")
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-        """One optimizer step in the explicit form."""
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step: what the step changes is frozen from the next step on."""
         if not isinstance(optimizer, GAQATOptimizer):
             raise TypeError(f"conflict needs the two passes of a GAQATOptimizer, not {type(optimizer).__name__}")
-        # Read before the step: what the step changes is frozen from the next step on.
         report = optimizer.scale_report()
         self.names = [record.name for record in report]
         self.frozen.append(np.array([record.frozen > 0 for record in report]))
 
-        optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
-        loss.backward()
+    def first_pass(self, model: nn.Module) -> None:
+        """After the first backward pass, when `.grad` is the gradient of the task."""
         self.task.append(self._scale_gradients(model))
-        with optimizer.perturbed():
-            cross_entropy(model(x), y).backward()
-            self.smooth.append(self._scale_gradients(model))
-        optimizer.step()
 
+    def second_pass(self, model: nn.Module) -> None:
+        """After the second backward pass, inside `perturbed()`."""
+        self.smooth.append(self._scale_gradients(model))
+
+    def end(self, optimizer: torch.optim.Optimizer) -> None:
+        """After the step."""
+        assert isinstance(optimizer, GAQATOptimizer)
         report = optimizer.scale_report()
         self.disorder_task.append(np.array([float(record.disorder_task) for record in report]))
         self.disorder_smooth.append(np.array([float(record.disorder_smooth) for record in report]))
-        return loss.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything recorded, in tensors and strings."""
+        return {"names": self.names, **{name: torch.from_numpy(np.array(getattr(self, name))) for name in self._LISTS}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.names = list(state["names"])
+        for name in self._LISTS:
+            setattr(self, name, list(state[name].numpy()))
 
     def opposed(self) -> Floats:
         """For each scale, the fraction of steps in which its two gradients had opposite signs."""

@@ -1,4 +1,4 @@
-"""Image folders in DomainBed's layout, its augmentation, and mini-batches from several domains.
+"""Image folders in DomainBed's layout.
 
     root/PACS/art_painting/dog/pic_001.jpg
              /cartoon     /...
@@ -10,24 +10,22 @@ Domains and classes are numbered in sorted order. Errors say which folder, what 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
-from .study import Batch, endless_indices, split_indices
-from .torchvision_import import import_torchvision
+from .augmentation import augmented, normalized
+from .image_cache import ImageCache
+from .study.data import DataError, Draw
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-class FolderError(Exception):
+class FolderError(DataError):
     """An image folder does not have DomainBed's layout. The message is for users."""
 
 
@@ -47,6 +45,13 @@ class Collection:
 
 
 PACS = Collection("PACS", ("PACS",), ("art_painting", "cartoon", "photo", "sketch"))
+VLCS = Collection("VLCS", ("VLCS",), ("Caltech101", "LabelMe", "SUN09", "VOC2007"))
+OFFICEHOME = Collection("OfficeHome", ("office_home", "OfficeHome"), ("Art", "Clipart", "Product", "Real World"))
+TERRAINCOGNITA = Collection(
+    "TerraIncognita",
+    ("terra_incognita", "TerraIncognita"),
+    ("location_100", "location_38", "location_43", "location_46"),
+)
 DOMAINNET = Collection(
     "DomainNet",
     ("domain_net", "DomainNet"),
@@ -92,132 +97,57 @@ def find_domains(root: Path, collection: Collection) -> dict[str, Path]:
     return domains
 
 
-def image_transform(crop: int, *, augmented: bool) -> Any:
-    """DomainBed's augmentation for training, or its resize for evaluation."""
-    import_torchvision()
-    from torchvision import transforms
-
-    if augmented:
-        resizing = [
-            transforms.RandomResizedCrop(crop, scale=(0.7, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            transforms.RandomGrayscale(),
-        ]
-    else:
-        resizing = [transforms.Resize((crop, crop))]
-    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION)
-    return transforms.Compose([*resizing, transforms.ToTensor(), normalize])
-
-
-class DomainImages(Dataset[tuple[torch.Tensor, int]]):
-    """The images of one domain, as torchvision reads a folder.
-
-    It reads the folder on first use, in the process that needs it: a worker process unpickles this object before it
-    has imported torchvision.
+class ImageFolder:
+    """The images of one domain, as a source of a study: a folder for each class.
 
     Args:
-        folder: the domain's folder, with a folder for each class.
-        crop: side of the images in pixels.
-        augmented: augment as for training, otherwise only resize.
+        folder: the domain's folder.
+        size: width and height of the images in pixels.
+        cache: where decoded images are kept, if at all.
+
+    Attributes:
+        classes: the names of the classes, in sorted order.
+        files: the images, class by class, in sorted order.
+        labels: the number of the class of each.
     """
 
-    def __init__(self, folder: Path, crop: int, *, augmented: bool) -> None:
-        self._folder, self._crop, self._augmented = folder, crop, augmented
-        self._images: Any = None
-
-    @property
-    def images(self) -> Any:
-        """torchvision's ``ImageFolder``."""
-        if self._images is None:
-            transform = image_transform(self._crop, augmented=self._augmented)
-            from torchvision.datasets import ImageFolder
-
-            self._images = ImageFolder(str(self._folder), transform)
-        return self._images
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes, in sorted order."""
-        return list(self.images.classes)
+    def __init__(self, folder: Path, size: int, cache: Path | None = None) -> None:
+        self.folder, self.size = folder, size
+        self.classes = _subfolders(folder)
+        self.files: list[Path] = []
+        self.labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+            self.files += files
+            self.labels += [label] * len(files)
+        self._cache = None if cache is None else ImageCache(cache, folder, self.files)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.images[index]  # type: ignore[no-any-return]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_images": None}
-
-
-@dataclass(frozen=True)
-class Split:
-    """One domain: augmented images to train on, plain ones for model selection, and the whole domain, plain."""
-
-    training: Dataset[Any]
-    holdout: Dataset[Any]
-    whole: DomainImages
+    def sample(self, index: int, draw: Draw | None) -> tuple[Tensor, int]:
+        """The image, augmented as DomainBed does or only resized, and its label."""
+        image = read_image(self.files[index]) if self._cache is None else self._cache.read(index, read_image)
+        if draw is None:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        else:
+            image = augmented(image, self.size, np.random.default_rng(draw))
+        return normalized(image), self.labels[index]
 
 
-def load_split(folder: Path, *, holdout: float, seed: int, crop: int) -> Split:
-    """Read one domain and split it. The number of images and the seed decide the split."""
-    augmented, plain = DomainImages(folder, crop, augmented=True), DomainImages(folder, crop, augmented=False)
-    if len(plain) < 2:
-        raise FolderError(f"{folder}: {len(plain)} image cannot be split into a training part and a hold-out.")
-    training, held_out = split_indices(len(plain), holdout, seed)
-    return Split(Subset(augmented, training.tolist()), Subset(plain, held_out.tolist()), plain)
+def read_image(path: Path) -> Image.Image:
+    """An image as RGB.
 
-
-class _EndlessBatches(Sampler[list[int]]):
-    """Random batches of indices without end, for `DataLoader(batch_sampler=...)`."""
-
-    def __init__(self, count: int, batch_size: int, generator: torch.Generator) -> None:
-        self._arguments = (count, batch_size, generator)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (index.tolist() for index in endless_indices(*self._arguments))
-
-
-def endless_loader(
-    datasets: Sequence[Dataset[Any]], batch_size: int, *, seed: int, workers: int, device: torch.device
-) -> Iterator[Batch]:
-    """Mini-batches of `batch_size` images from each data set, concatenated. `seed` decides order and augmentation.
-
-    Augmentation and dropout draw from the same global generators. So the loader has its own state of them, and restores
-    the caller's after each batch: all methods see the same crops and colours, however many numbers each draws.
+    Raises:
+        FolderError: it is missing or damaged.
     """
-    loader_rng = _OwnGlobalRng(seed)
-    with loader_rng:
-        streams = []
-        for number, data in enumerate(datasets):
-            generator = torch.Generator().manual_seed(1000 * seed + number)
-            sampler = _EndlessBatches(len(data), batch_size, generator)  # type: ignore[arg-type]
-            loader = DataLoader(data, batch_sampler=sampler, num_workers=workers, generator=generator)
-            streams.append(iter(loader))
-    while True:
-        with loader_rng:
-            batches = [next(stream) for stream in streams]
-        yield torch.cat([x for x, _ in batches]).to(device), torch.cat([y for _, y in batches]).to(device)
-
-
-class _OwnGlobalRng:
-    """Its own state of torch's and Python's global generators inside the `with` block, continued in the next block."""
-
-    def __init__(self, seed: int) -> None:
-        self._inactive = (torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate())
-
-    def _swap(self) -> None:
-        active = (torch.get_rng_state(), random.getstate())
-        torch.set_rng_state(self._inactive[0])
-        random.setstate(self._inactive[1])
-        self._inactive = active
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for some damaged files
+        raise FolderError(
+            f"{path}: cannot be read as an image ({error}). Restore this file; the study goes on from there."
+        ) from error
 
 
 def _home(root: Path, collection: Collection) -> Path:

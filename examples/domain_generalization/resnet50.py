@@ -8,10 +8,11 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
+from .study.data import DataError
 from .torchvision_import import import_torchvision
 
 
-class WeightsError(Exception):
+class WeightsError(DataError):
     """The initial weights cannot be loaded. The message is for users."""
 
 
@@ -48,14 +49,6 @@ def resnet50(classes: int, *, weights: Path | None, pretrained: bool, dropout: f
                 _load_body(model, weights)
         model.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(model.fc.in_features, classes))
     return model
-
-
-def frozen_batchnorm_train(model: nn.Module) -> None:
-    """Training mode in which BatchNorm keeps its statistics, while its weights and biases are trained."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
 
 
 def _load_body(model: nn.Module, path: Path) -> None:

@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from domain_generalization import conflict, study
+from domain_generalization import conflict
+from domain_generalization.study.jobs import Job, Study
+from domain_generalization.study.runner import attempt
+from tiny_study import job, tiny_study
 
-MakeTrainer = Callable[..., study.Trainer]
+
+def finish(study: Study, method: str) -> dict[str, object]:
+    failed: set[Job] = set()
+    assert attempt(study, job(method), failed, lambda job, line: None) == "done", failed
+    weights = study.weights(job(method))
+    assert weights is not None
+    return weights
 
 
-def test_recording_both_gradients_changes_nothing(
-    tmp_path: Path, trainer: MakeTrainer, small_network: Callable[[], nn.Module], settings: study.Settings
-) -> None:
-    plain = trainer().quantized(small_network(), study.METHODS["gaqat"]).last
+def recorded(study: Study, method: str) -> conflict.ConflictRecorder:
     recorder = conflict.ConflictRecorder()
-    recorded = trainer().quantized(small_network(), study.METHODS["gaqat"], step=recorder.step).last
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), recorded.parameters(), strict=True))
+    recorder.load_state_dict(finish(replace(study, example=job(method)), method)["recorder"])  # type: ignore[arg-type]
+    return recorder
+
+
+def test_recording_both_gradients_changes_nothing(tiny_root: Path, tmp_path: Path) -> None:
+    changes = {"steps": 6, "threshold": 0.6}
+    plain = finish(tiny_study(tiny_root, tmp_path / "plain", save_models=True, **changes), "gaqat")["last"]
+    study = tiny_study(tiny_root, tmp_path / "recorded", **changes)
+    recorder = recorded(study, "gaqat")
+    last = study.weights(job("gaqat"))["last"]  # type: ignore[index]
+    assert all(torch.equal(value, last[name]) for name, value in plain.items())  # type: ignore[attr-defined]
 
     scales = len(recorder.names)
     assert scales == 6  # two quantizers in each of three layers
     for rows in (recorder.task, recorder.smooth, recorder.frozen, recorder.disorder_task, recorder.disorder_smooth):
-        assert [row.shape for row in rows] == [(scales,)] * settings.steps
+        assert [row.shape for row in rows] == [(scales,)] * 6
     assert any((first != second).any() for first, second in zip(recorder.task, recorder.smooth, strict=True))
-    assert not any(row.any() for row in recorder.frozen[: settings.window])  # nothing is frozen in the first window
+    assert not any(row.any() for row in recorder.frozen[:2])  # nothing is frozen in the first window
     assert len(set(recorder.most_conflicting(3))) == 3
-    conflict.save_conflict_plot(recorder, tmp_path / "conflict.png", threshold=settings.threshold)
+    conflict.save_conflict_plot(recorder, tmp_path / "conflict.png", threshold=0.6)
     assert (tmp_path / "conflict.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_recorded_gradients_are_those_of_the_two_passes(
-    trainer: MakeTrainer, small_network: Callable[[], nn.Module], settings: study.Settings
-) -> None:
-    model = small_network()
-    settings = replace(settings, rho=0.0, alpha=0.0)  # no perturbation: both passes are the same
-    recorder = conflict.ConflictRecorder()
-    run = trainer()
-    study.Trainer(settings, run.stream, run.validate).quantized(model, study.METHODS["gaqat"], step=recorder.step)
+def test_the_recorded_gradients_are_those_of_the_two_passes(tiny_root: Path, tmp_path: Path) -> None:
+    recorder = recorded(tiny_study(tiny_root, tmp_path, rho=0.0, alpha=0.0), "gaqat")  # both passes are the same
     for task, smooth in zip(recorder.task, recorder.smooth, strict=True):
         assert task.tolist() == smooth.tolist()
         assert task.any()
 
 
-def test_recording_needs_two_passes(trainer: MakeTrainer, small_network: Callable[[], nn.Module]) -> None:
+def test_recording_needs_two_passes() -> None:
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(TypeError, match="two passes of a GAQATOptimizer, not Adam"):
-        trainer().quantized(small_network(), study.METHODS["lsq"], step=conflict.ConflictRecorder().step)
+        conflict.ConflictRecorder().begin(optimizer)

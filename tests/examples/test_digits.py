@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import digits
-from domain_generalization.study import METHODS
+from domain_generalization.study.methods import METHODS
+
+DEMO = ("lsq", "lsq+sagm", "gaqat", "gaqat-flat")
 
 TINY = ["--steps", "4", "--fp32-steps", "4", "--flat-steps", "2", "--eval-every", "2", "--window", "2", "--seeds", "0"]
 
@@ -17,11 +19,14 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
     out = tmp_path / "new" / "folder"
     assert digits.main([*TINY, "--targets", "sketch", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
+        "study.json",
         "results.json",
         "samples.png",
         "conflict.png",
         "gaqat.onnx",
         "fp32.onnx",
+        "jobs",
+        "lock",
     }
     for name in ("samples.png", "conflict.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -30,18 +35,18 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
 
     records = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [(record["method"], record["target"], record["seed"], record["bits"]) for record in records] == [
-        (method, "sketch", 0, 3) for method in METHODS
+        (method, "sketch", 0, 3) for method in DEMO
     ]
     for record in records:
         for key in ("source_validation", "held_out", "last_step", "blurred", "noisy"):
             assert 0 <= record[f"{key}_accuracy"] <= 100
         assert record["seconds"] > 0
         assert record["settings"]["steps"] == 4
-        assert record["settings"]["weight_granularity"] == "tensor"
+        assert record["settings"]["granularity"] == "tensor"
         assert set(record["versions"]) == {"python", "torch", "numpy", "gaqat_optim"}
 
     text = capsys.readouterr().out
-    for piece in (*(method.title for method in METHODS.values()), "noisy copies", "n=1 paired cell", "W3A3"):
+    for piece in (*(METHODS[name].title for name in DEMO), "noisy copies", "n=1 paired cell", "W3A3"):
         assert piece in text
     assert "100.00 % the prediction of convert(model)" in text
 
@@ -49,7 +54,8 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
 def test_a_study_of_lsq_alone_has_no_conflict_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--targets", "printed", "--methods", "lsq", "--bits", "4", "--out", str(tmp_path)]
     assert digits.main(arguments) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples.png", "lsq.onnx", "fp32.onnx"}
+    written = {"study.json", "results.json", "samples.png", "lsq.onnx", "fp32.onnx", "jobs", "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == written
     text = capsys.readouterr().out
     assert "Nothing to compare" in text
     assert "No conflict plot" in text
@@ -62,8 +68,10 @@ def test_a_study_of_lsq_alone_has_no_conflict_to_show(tmp_path: Path, capsys: py
         (["--bits", "three"], "--bits: 'three' is not a whole number"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
         (["--targets", "photo"], "unknown target: photo (choose from handwritten, printed, blended, sketch)"),
-        (["--methods", "lsq", "sam"], "unknown method: sam (choose from lsq, lsq+sagm, gaqat, gaqat-flat)"),
+        (["--methods", "lsq", "sam"], "unknown method: sam (choose from fp32, fp32+sam, "),
         (["--seeds", "-1"], "--seeds"),
+        (["--cells", "3/2"], "--cells: must be i/n with i from 1 to n"),
+        (["--jobs", "0"], "--jobs: must be at least 1"),
         (["--threshold", "2"], "--threshold: must be from 0 to 1, got 2"),
         (["--lr", "nan"], "--lr: must be at least 0, got nan"),
     ],

@@ -1,4 +1,4 @@
-"""examples/pacs.py and examples/domainnet.py, end to end on small image trees."""
+"""The scripts on image folders, end to end on small image trees."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 import domainnet
+import folders
 import pacs
 from domain_generalization import image_folder_study
-from domain_generalization.image_folders import DOMAINNET, PACS
+from domain_generalization.image_folders import DOMAINNET, PACS, VLCS
 
 EXAMPLES = Path(pacs.__file__).parent
 Tree = Callable[..., Path]
 
-TINY = ["--no-pretrained", "--crop", "64", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
+TINY = ["--no-pretrained", "--size", "32", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
 TINY += ["--steps", "2", "--fp32-steps", "1", "--flat-steps", "1", "--eval-every", "1"]
 
 
@@ -27,6 +28,7 @@ def test_domainnet_as_a_command_with_a_worker(image_tree: Tree, tmp_path: Path) 
     """In a new process, so that no import by pytest helps."""
     root, out = image_tree("domain_net", DOMAINNET.domains, count=1), tmp_path / "results"
     arguments = ["--root", str(root), "--targets", "clipart", "--methods", "gaqat", "--out", str(out), *TINY]
+    arguments += ["--seeds", "0"]
     run = subprocess.run(
         [sys.executable, domainnet.__file__, *arguments, "--workers", "1"],
         cwd=tmp_path,
@@ -78,35 +80,31 @@ def test_a_torchvision_that_cannot_be_imported_ends_the_script_with_what_to_do(
 
 
 @pytest.mark.usefixtures("torchvision")
-def test_pacs_end_to_end(image_tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = image_tree("PACS", PACS.domains, count=2)
+def test_another_collection_end_to_end(image_tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = image_tree("VLCS", VLCS.domains, count=2)
     out = tmp_path / "results"
-    arguments = ["--root", str(root), "--targets", "sketch", "--bits", "3", "--window", "2", "--out", str(out), *TINY]
-    assert pacs.main(arguments) == 0
-    records = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert [record["method"] for record in records] == ["lsq", "lsq+sagm", "gaqat", "gaqat-flat"]
-    for record in records:
-        assert (record["target"], record["seed"], record["bits"]) == ("sketch", 0, 3)
-        for key in ("source_validation_accuracy", "held_out_accuracy", "last_step_accuracy"):
-            assert 0 <= record[key] <= 100
-        assert record["settings"]["dropout"] == 0.5
-        assert record["settings"]["start"] == "random"
-    text = capsys.readouterr().out
-    assert "GAQAT, flat start" in text
-    assert "chosen by source validation" in text
+    arguments = ["--root", str(root), "--targets", "SUN09", "--bits", "3", "--seeds", "0", "--out", str(out), *TINY]
+    arguments += ["--methods", "lsq", "--preset", "recommended", "--cache", str(tmp_path / "cache")]
+    assert folders.main(["--collection", "vlcs", *arguments]) == 0
+    (record,) = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert (record["target"], record["seed"], record["bits"], record["method"]) == ("SUN09", 0, 3, "lsq")
+    for key in ("source_validation_accuracy", "held_out_accuracy", "last_step_accuracy"):
+        assert 0 <= record[key] <= 100
+    assert (record["settings"]["dropout"], record["settings"]["learning_rate"]) == (0.5, 1e-5)
+    assert record["settings"]["cached"] is True
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 4
+    assert json.loads((out / "study.json").read_text())["identity"]["start"] == "random"
+    assert "chosen by source validation" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "steps", "decay", "alpha"),
-    [(pacs.BENCHMARK, 5001, 1e-4, 1e-3), (domainnet.BENCHMARK, 15001, 1e-6, 5e-4)],
-)
-def test_the_published_settings_are_the_defaults(
-    benchmark: image_folder_study.Benchmark, steps: int, decay: float, alpha: float
-) -> None:
-    options = image_folder_study.build_parser(benchmark).parse_args(["--root", "data"])
-    assert (options.steps, options.weight_decay, options.alpha) == (steps, decay, alpha)
-    assert (options.learning_rate, options.rho, options.batch_size, options.every) == (3e-5, 0.05, 32, 100)
-    assert (options.dropout, options.holdout, options.crop) == (0.5, 0.2, 224)
+def test_collections_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        folders.main(["--collection", "cifar"])
+    assert "invalid choice: 'cifar'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        folders.main(["--collection", "vlcs", "--help"])
+    assert "ROOT/VLCS/<domain>/<class>/<image>" in " ".join(capsys.readouterr().out.split())
+    assert set(image_folder_study.PUBLISHED) == {"pacs", "vlcs", "officehome", "terraincognita", "domainnet"}
 
 
 def test_a_missing_domain_ends_the_script_with_the_reason(image_tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,7 +12,6 @@ import torch
 from domain_generalization import image_folders
 from domain_generalization.image_folders import DOMAINNET, PACS, FolderError, find_domains
 
-EXAMPLES = Path(image_folders.__file__).parents[1]
 Tree = Callable[..., Path]
 
 
@@ -90,68 +84,25 @@ def test_a_domain_without_classes(root: Path) -> None:
         find_domains(root, PACS)
 
 
-@pytest.mark.usefixtures("torchvision")
-def test_a_domain_is_split_by_its_seed_and_only_training_images_are_augmented(root: Path) -> None:
-    folder = find_domains(root, PACS)["photo"]
-    split = image_folders.load_split(folder, holdout=0.34, seed=0, crop=40)
-    assert split.whole.classes == ["dog", "house"]
-    assert (len(split.training), len(split.holdout), len(split.whole)) == (4, 2, 6)  # type: ignore[arg-type]
-    again = image_folders.load_split(folder, holdout=0.34, seed=0, crop=40)
-    assert split.holdout.indices == again.holdout.indices  # type: ignore[attr-defined]
-    assert not set(split.holdout.indices) & set(split.training.indices)  # type: ignore[attr-defined]
-    image, label = split.holdout[0]
+def test_images_and_labels_are_in_sorted_order_and_only_draws_are_augmented(root: Path) -> None:
+    folder = image_folders.ImageFolder(find_domains(root, PACS)["photo"], 40)
+    assert folder.classes == ["dog", "house"]
+    assert folder.labels == [0, 0, 0, 1, 1, 1]
+    assert [file.name for file in folder.files[:3]] == ["pic_000.jpg", "pic_001.jpg", "pic_002.jpg"]
+    image, label = folder.sample(4, None)
     assert image.shape == (3, 40, 40)
-    assert label in (0, 1)
-    assert torch.equal(image, split.holdout[0][0])
-    assert not torch.equal(split.training[0][0], split.training[0][0])
+    assert label == 1
+    assert torch.equal(image, folder.sample(4, None)[0])
+    drawn = folder.sample(4, (0, 1))[0]
+    assert torch.equal(drawn, folder.sample(4, (0, 1))[0])
+    assert not torch.equal(drawn, folder.sample(4, (0, 2))[0])
+    assert not torch.equal(drawn, image)
 
 
-@pytest.mark.usefixtures("torchvision")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_seed_decides_batches_and_augmentation_not_the_numbers_that_the_model_draws(
-    root: Path, workers: int
-) -> None:
-    def draw(seed: int, noise: int) -> torch.Tensor:
-        data = [
-            image_folders.load_split(folder, holdout=0.2, seed=0, crop=32).training
-            for folder in list(find_domains(root, PACS).values())[:2]
-        ]
-        stream = image_folders.endless_loader(data, 3, seed=seed, workers=workers, device=torch.device("cpu"))
-        images = []
-        for x, y in islice(stream, 3):
-            assert x.shape == (6, 3, 32, 32)
-            assert y.shape == (6,)
-            torch.rand(noise)  # as dropout would
-            images.append(x)
-        return torch.cat(images)
-
-    assert torch.equal(draw(seed=0, noise=0), draw(seed=0, noise=7))
-    assert not torch.equal(draw(seed=0, noise=0), draw(seed=1, noise=0))
-
-
-@pytest.mark.usefixtures("torchvision")
-def test_drawing_a_batch_leaves_the_global_generator_alone(root: Path) -> None:
-    split = image_folders.load_split(find_domains(root, PACS)["photo"], holdout=0.2, seed=0, crop=32)
-    torch.manual_seed(1)
-    expected = torch.rand(1)
-    torch.manual_seed(1)
-    next(image_folders.endless_loader([split.training], 2, seed=0, workers=0, device=torch.device("cpu")))
-    assert torch.equal(torch.rand(1), expected)
-
-
-def test_a_worker_that_starts_anew_reads_images(image_tree: Tree, tmp_path: Path) -> None:
-    """DataLoader's workers on Windows and macOS unpickle the data set before they import torchvision."""
-    root = image_tree("PACS", PACS.domains, count=3)
-    split = image_folders.load_split(find_domains(root, PACS)["photo"], holdout=0.3, seed=0, crop=32)
-    assert split.training[0][0].shape == (3, 32, 32)  # in this process it has read its folder
-    (tmp_path / "pickled").write_bytes(pickle.dumps((split.training, split.holdout, split.whole)))
-    program = "import pickle, sys; print([len(d) * d[0][0].numel() for d in pickle.load(open(sys.argv[1], 'rb'))])"
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "pickled")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str([len(d) * 3 * 32 * 32 for d in (split.training, split.holdout, split.whole)])
+def test_a_missing_or_damaged_image_is_named(root: Path) -> None:
+    folder = image_folders.ImageFolder(find_domains(root, PACS)["photo"], 40)
+    folder.files[0].unlink()
+    folder.files[1].write_bytes(folder.files[1].read_bytes()[:200])
+    for index in (0, 1):
+        with pytest.raises(FolderError, match=f"{folder.files[index].name}: cannot be read as an image"):
+            folder.sample(index, None)

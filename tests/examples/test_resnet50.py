@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from domain_generalization import resnet50
+from domain_generalization.study.settings import make_settings
+from domain_generalization.study.training import train_mode
 
 
 @pytest.mark.usefixtures("torchvision")
 def test_batchnorm_statistics_are_frozen_and_its_weights_are_trained() -> None:
     model = resnet50.resnet50(3, weights=None, pretrained=False, dropout=0.5, seed=0)
-    resnet50.frozen_batchnorm_train(model)
+    train_mode(model, make_settings("published", {}))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert not any(module.training for module in norms)

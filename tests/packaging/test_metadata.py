@@ -61,7 +61,17 @@ def test_the_core_needs_torch_numpy_and_typing_extensions_alone():
 
 def test_the_extras():
     extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra")
-    assert set(extras) == {"onnx", "packed", "plot", "examples", "vision", "integrations", "docs", "dev"}
+    assert set(extras) == {
+        "onnx",
+        "packed",
+        "plot",
+        "examples",
+        "cluster",
+        "vision",
+        "integrations",
+        "docs",
+        "dev",
+    }
 
 
 def test_importing_the_package_imports_no_extra():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from domain_generalization import report
+from domain_generalization.study import report
 
 
 def record(method: str, target: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
@@ -116,20 +114,69 @@ def test_costs_are_ratios_within_cells() -> None:
     assert report.costs(records[:2]) == report.costs(records[2:]) == ""
 
 
+def words(line: str) -> str:
+    return " ".join(line.split())
+
+
 def test_the_table_has_means_errors_and_paired_differences() -> None:
     start = {"last_step_accuracy": 30.0}
-    lines = report.table([r | {"fp32": start} for r in PAIRED], {"last_step_accuracy": "last step"}).splitlines()
-    headers = "accuracy in percent method blended sketch mean - LSQ, paired"
-    assert lines[0].split() == headers.split()
-    fp32, lsq, gaqat = (" ".join(line.split()) for line in lines[2:])
-    assert fp32 == "last step fp32 start 30.0 30.0 30.0 +- 0.0"
+    title, _, head, _, *rows = report.table(
+        [r | {"fp32": start} for r in PAIRED], {"last_step_accuracy": "last step"}
+    ).splitlines()
+    assert (title, words(head)) == ("last step", "method blended sketch mean - LSQ, paired")
+    fp32, lsq, gaqat = map(words, rows)
+    assert fp32 == "fp32 start 30.0 30.0 30.0 +- 0.0"
     assert lsq == "LSQ 42.0 52.0 47.0 +- 3.1"
     assert gaqat == "GAQAT 45.0 53.0 49.0 +- 2.6 +2.0 +- 0.8"
 
 
-def test_results_are_a_json_list(tmp_path: Path) -> None:
-    report.save_results(PAIRED, tmp_path / "results.json")
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == PAIRED
+def test_no_cell_is_dropped_from_the_table() -> None:
+    cells = [*report.all_cells(PAIRED), ("photo", 0, 3)]
+    text = report.table(PAIRED[:-1], {"last_step_accuracy": "last"}, methods=["lsq", "gaqat", "lsq+sagm"], cells=cells)
+    rows = [words(line) for line in text.splitlines()]
+    assert "LSQ 42.0 52.0 missing 47.0 +- 3.1*" in rows
+    assert "GAQAT 45.0 56.0* missing 48.7 +- 3.7* +2.7 +- 0.7" in rows
+    assert "LSQ+SAGM missing missing missing missing" in rows
+    assert "* LSQ lacks photo seed 0" in rows
+    assert "* GAQAT lacks sketch seed 0, photo seed 0" in rows
+    assert "* LSQ+SAGM lacks blended seed 0, blended seed 1, sketch seed 0, sketch seed 1, photo seed 0" in rows
+
+
+def test_many_targets_stay_within_a_terminal() -> None:
+    targets = ["clipart", "infograph", "painting", "quickdraw", "real", "sketch", "a_rather_long_domain"]
+    records = [record(m, t, s, 40.0 + s) for m in ("lsq", "lsq+sagm-flat") for t in targets for s in (0, 1)]
+    text = report.table(records, {"last_step_accuracy": "last step"})
+    assert max(map(len, text.splitlines())) <= 79
+    for target in targets:
+        assert sum(target in line.split() for line in text.splitlines()) == 1
+    assert max(map(len, report.comparisons(records, "last_step_accuracy").splitlines())) <= 79
+
+
+def test_fp32_methods_are_in_the_cells_of_every_width() -> None:
+    records = [*PAIRED, *(r | {"bits": 4} for r in PAIRED), record("fp32", "sketch", 0, 60.0) | {"bits": 32}]
+    assert report.values_by_cell(records, "fp32", "last_step_accuracy") == {("sketch", 0, 3): 60, ("sketch", 0, 4): 60}
+    assert report.paired_difference(records, "fp32", "last_step_accuracy").mean == 10  # type: ignore[union-attr]
+    text = report.table(records, {"last_step_accuracy": "last"})
+    assert text.index("W3A3, last") < text.index("W4A4, last")
+
+
+def test_averaged_weights_are_rows_behind_their_methods() -> None:
+    records = [*PAIRED, *(r | {"method": "lsq+swad"} for r in PAIRED[:4])]
+    assert report.in_order({"gaqat", "lsq+swad", "lsq", "lsq+sagm"}) == ["lsq", "lsq+swad", "lsq+sagm", "gaqat"]
+    assert "LSQ (SWAD)" in report.table(records, {"last_step_accuracy": "last"})
+
+
+def test_comparisons_have_an_interval_and_a_sign_test() -> None:
+    (*_, row) = report.comparisons(PAIRED, "last_step_accuracy").splitlines()
+    # 2 +- 3.182 * 0.816; three cells better, one equal: the sign test of 3 in 3 is 2 / 8.
+    assert words(row) == "GAQAT +2.00 -0.6 to +4.6 0.092 3 of 4 0.25"
+
+
+@pytest.mark.parametrize(("layout", "piece"), [("github", "| LSQ "), ("latex_booktabs", r"\toprule")])
+def test_other_layouts(layout: str, piece: str) -> None:
+    text = report.table(PAIRED, {"last_step_accuracy": "last step"}, layout=layout)
+    assert piece in text
+    assert "49.0 ± 2.6" in text
 
 
 def test_versions_name_what_a_result_depends_on() -> None:
