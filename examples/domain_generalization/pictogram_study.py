@@ -60,10 +60,11 @@ class PictogramData(DataSet):
             "schedule": "cosine",
             "window": 20,
             "holdout": 0.1,
+            "batchnorm": "train",  # ImageNet's statistics are of larger images: frozen, the loss falls half as far
             "dropout": 0.2,
             "size": 64,
         },
-        "published": {"batch_size": 16, "holdout": 0.1, "size": 64},
+        "published": {"batch_size": 16, "holdout": 0.1, "size": 64, "batchnorm": "train"},
     }
     defaults: ClassVar = {
         "preset": "recommended",
