@@ -210,4 +210,4 @@ def save_contact_sheet(home: Path, path: Path, columns: int = 3) -> None:
     axes.set_yticks([SIZE * (number + 0.5) for number in range(len(labels))], labels)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=7)
     axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -60,7 +60,7 @@ class PictogramData(DataSet):
             "schedule": "cosine",
             "window": 20,
             "holdout": 0.1,
-            "batchnorm": "train",  # ImageNet's statistics are of larger images: frozen, the loss falls half as far
+            "batchnorm": "train",  # ImageNet's statistics are of larger images: frozen, a pilot's loss fell half as far
             "dropout": 0.2,
             "size": 64,
         },

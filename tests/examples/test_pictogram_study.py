@@ -22,7 +22,7 @@ from domain_generalization.pictogram_study import PICTOGRAMS, Drawings, Pictogra
 from domain_generalization.study.data import DataError
 from domain_generalization.study.settings import Settings, make_settings
 
-EACH = 6  # pictograms of a class
+EACH = 4  # pictograms of a class
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 picture = rng.integers(200 + 10 * style, 205 + 10 * style, size=(96, 96, 3), dtype=np.uint8)
                 top, left = 16 * (number // 6), 16 * (number % 6)
                 picture[top : top + 16, left : left + 16] = 0
-                Image.fromarray(picture).save(folder / f"{0x1000 * (number + 1) + name:x}.png")
+                Image.fromarray(picture).save(folder / f"{0x1000 * (number + 1) + name:x}.png", compress_level=0)
     return root
 
 
