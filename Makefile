@@ -1,12 +1,13 @@
 # Every target sets up what it needs in .venv, once, and again when pyproject.toml or constraints.txt change.
 #
 #   make demo          the leave-one-domain-out study on digits (a few minutes)
+#   make pictograms    the same on drawings of five styles, with a pretrained network (hours; needs npm)
 #   make test          everything that has to hold before a change is accepted
 #   make test-oldest   the tests with the lowest versions that pyproject.toml admits
 #   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
 #   make sweep         networks of timm, torchvision, transformers and others, each through everything
 #
-# PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo
+# PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo, PICTOGRAMS_ARGS of the other
 # PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
 
 PYTHON ?= python3
@@ -16,6 +17,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_PYTHON ?= python3.10
 JOBS ?= 2
 DEMO_ARGS ?=
+PICTOGRAMS_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SWEEP_ARGS ?=
@@ -33,7 +35,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak sweep bench bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak sweep bench bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -64,6 +66,21 @@ setup: $(VENV)/.dev ## the development environment, in .venv
 demo: $(VENV)/.demo ## the digits study: table, pictures and ONNX file in runs/digits (DEMO_ARGS="--full ...")
 	$(call headline,demo)
 	$(BIN)/python examples/digits.py --out runs/digits $(DEMO_ARGS)
+
+# The three packages and their hashes are pinned in the file itself, so pip's constraints stay out of it.
+PICTOGRAM_PACKAGES := examples/domain_generalization/pictogram_requirements.txt
+
+$(VENV)/.pictograms: $(VENV)/.demo $(PICTOGRAM_PACKAGES)
+	$(call headline,installing what the pictograms need from PyPI)
+	$(BIN)/python $(PIP_INSTALL) --no-deps --require-hashes -r $(PICTOGRAM_PACKAGES)
+	@touch $@
+
+npm:
+	@test -d runs/data/pictograms || command -v npm >/dev/null || { echo 'npm is not found: the pictograms are in npm packages, so install Node.js with its npm' >&2; exit 1; }
+
+pictograms: npm $(VENV)/.pictograms ## draw the pictograms from npm and PyPI packages, and run a small study (PICTOGRAMS_ARGS="--classes all ...")
+	$(call headline,pictograms)
+	$(BIN)/python examples/pictograms.py --out runs/pictograms $(PICTOGRAMS_ARGS)
 
 # ------------------------------------------------------------------------------------------------------------- tests
 
