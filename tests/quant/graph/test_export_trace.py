@@ -180,7 +180,7 @@ def test_a_failed_quantization_leaves_no_recorded_inputs():
         quantize_model(net, calibration=[{**BATCH, "pixels": X / 0}], inplace=True)
     assert set(vars(net)) == before
     quantize_model(net, calibration=[BATCH], inplace=True)
-    assert set(vars(net)) - before == {"_calibration_inputs", "quant_config"}
+    assert set(vars(net)) - before == {"_calibration_inputs", "_float_layers", "quant_config"}
 
 
 def test_a_cache_that_forward_fills_is_emptied_again():
