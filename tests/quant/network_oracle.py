@@ -110,14 +110,17 @@ def recompute(original, quantized, x, cotangent):
         original: the float network that ``quantized`` was made from, with the same parameters.
     """
     network = copy.deepcopy(original).double().train(quantized.training)
-    scales, names = {}, {}
+    scales, names, of_quantizer = {}, {}, {}
     for name, module in quantized.named_modules():
         if isinstance(module, LSQQuantizer):
-            scales[name] = Scale(module)
+            scales[name] = of_quantizer[module] = Scale(module)
             ((parameter, _),) = module.named_parameters()
             names[name] = f"{name}.{parameter}"
     for name, layer in list(network.named_modules()):
         own = {key.rpartition(".")[2]: scale for key, scale in scales.items() if key.rpartition(".")[0] == name}
+        shared = getattr(quantized.get_submodule(name), "weight_quantizer", None)
+        if shared is not None:  # of a weight that another layer holds, too
+            own["weight_quantizer"] = of_quantizer[shared]
         if own.keys() == {"output_quantizer"} and not isinstance(quantized.get_submodule(name), QuantizedModule):
             # Behind a module that is no quantized layer: a norm, an activation, a block.
             layer.register_forward_hook(
