@@ -109,9 +109,10 @@ class OneNorm(nn.Module):
 )
 def test_what_the_warning_says_helps_before_a_norm(net, tmp_path):
     x = images(32)
-    report, (warned,) = export_with_warnings(quantized(copy.deepcopy(net), x), x, tmp_path / "without.onnx")
+    report, warned = export_with_warnings(quantized(copy.deepcopy(net), x), x, tmp_path / "without.onnx")
     layers = [operator.name for operator in report.float_operators if operator.setting == "output_bits"]
-    assert f"Set output_bits for {', '.join(layers)}: " in warned
+    assert f"Set output_bits for {', '.join(layers)}: " in warned[-1]
+    assert all("BatchNorms that follow quantized layers" in text for text in warned[:-1])  # of `convert`
     overrides = {name: {"output_bits": 8} for name in layers}
     model = quantized(net, x, QuantConfig(4, 4, first_last_bits="same", overrides=overrides))
     report, warned = export_with_warnings(model, x, tmp_path / "with.onnx")

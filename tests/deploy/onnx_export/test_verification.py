@@ -57,9 +57,8 @@ def test_both_optimization_levels_are_compared(resnet, tmp_path):
         fields = (alone.max_abs_diff, alone.code_flip_rate, alone.top1_agreement)
         names = ("max_abs_diff", "code_flip_rate", "top1_agreement")
         assert tuple(getattr(report, name + suffix) for name in names) == fields
-    # Where onnxruntime goes from one sum to the next code in one step, it rounds in another order.
-    assert report.max_abs_diff_unoptimized != report.max_abs_diff
-    assert 0 < report.max_abs_diff_unoptimized < 1e-4
+    # How far they differ depends on the order in which the processor adds: one sum between two codes may move a code.
+    assert max(report.code_flip_rate, report.code_flip_rate_unoptimized) < 1e-3
     assert report.max_abs_diff_unoptimized == max(
         float((run(report.path, v, "as written") - run_torch(convert(model), v)).abs().max())
         for (v,) in out_of_range_inputs(x)

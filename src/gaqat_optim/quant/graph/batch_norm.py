@@ -76,6 +76,8 @@ def fold_norms(traced: Trace) -> tuple[dict[_Node, tuple[Norm, list[_Node]]], di
             _check_readers(traced, [*layers, *moves], call)
             parts, calls = _fold(traced, layers, module, value, call)
         except NotFoldableError as reason:
+            if any(traced.modules[layer].output_quantizer is not None for layer in layers):
+                continue  # the layers have integer kernels without it
             # Other arithmetic with tensors of a module's own need not be a normalization.
             if isinstance(module, _BatchNorm) or is_batch_norm_call(call) or has_channel_tensors(module.buffers()):
                 left[module] = str(reason)
