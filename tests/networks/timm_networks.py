@@ -14,7 +14,7 @@ from networks.registry import Network, images
 CONVOLUTIONAL: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
     "convolutional": {
         "test_resnet": (64, {}),
-        "vgg11_bn": (32, {"num_features": 64}),
+        "vgg11_bn": (32, {"mlp_ratio": 0.02}),
         "test_efficientnet": (64, {}),
         "test_byobnet": (64, {}),
         "test_convnext": (64, {}),
