@@ -78,6 +78,9 @@ def by_family(records: Mapping[str, Record], networks: Iterable[Network]) -> str
 
 
 def _cells(records: list[Record]) -> Iterable[str]:
+    if not records:  # nothing is not the same as 0
+        yield from [""] * 6
+        return
     figures = [record["figures"] for record in records]
     yield _least_and_median([f["layer_mac_share"] for f in figures if "layer_mac_share" in f])
     yield "; ".join(
@@ -91,7 +94,7 @@ def _cells(records: list[Record]) -> Iterable[str]:
     yield f"{sum(equal)} of {len(records)}"
     exported = [record["figures"] for record in records if record["figures"].get("exported")]
     yield _least_and_median([f.get("integer_share") for f in exported])
-    yield f"{sum('code_flip_rate' in f for f in exported)} of {len(exported)}"
+    yield f"{sum('code_flip_rate' in f for f in exported)} of {len(exported)}" if exported else ""
 
 
 def write_page(records: Mapping[str, Record], networks: Iterable[Network], page: Path = PAGE) -> None:
