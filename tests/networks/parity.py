@@ -39,7 +39,9 @@ def compare_layers(
     handles = []
     for name, of_layer in calls.items():
         pending = iter(of_layer)
-        hook = _forcer(name, pending, differences)
+        quantizer = trained.get_submodule(name).input_quantizer
+        step = 0.0 if quantizer is None else float(quantizer.scale.detach().max())
+        hook = _forcer(name, pending, differences, step)
         handles.append(deployed.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
     found = evaluate(deployed)
     for handle in handles:
@@ -55,24 +57,25 @@ def _recorder(calls: list[Call]) -> Callable[..., None]:
     return record
 
 
-def _forcer(name: str, calls: Any, differences: list[tuple[float, str]]) -> Callable[..., Call]:
+def _forcer(name: str, calls: Any, differences: list[tuple[float, str]], step: float) -> Callable[..., Call]:
     def force(module: nn.Module, args: Any, kwargs: Any) -> Call:
         expected = next(calls, None)
         if expected is None:
             raise WrongResult(f"{name} is called more often than in training")
         for a, b in zip(tree_leaves(expected), tree_leaves((args, kwargs)), strict=True):
             if isinstance(a, Tensor) and a.is_floating_point():
-                differences.append((_relative(a, b), name))
+                differences.append((_relative(a, b, step), name))
         return expected
 
     return force
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def _relative(a: Tensor, b: Tensor, step: float = 0.0) -> float:
+    """The largest difference beside the largest value, or beside ``step``, of which a quantizer sees no less."""
     if a.shape != b.shape:
         raise WrongResult(f"shapes {tuple(a.shape)} and {tuple(b.shape)}")
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):
         return 0.0
-    largest = a[a.isfinite()].abs().max().clamp(min=torch.finfo(a.dtype).tiny)
+    largest = a[a.isfinite()].abs().max().clamp(min=max(step, torch.finfo(a.dtype).tiny))
     return float(((a - b).abs() / largest)[~same].max())
