@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gaqat_optim import quantize_model
+from gaqat_optim import LSQQuantizer, quantize_model
 from gaqat_optim.quant.inputs import run_batch, taken_keywords, tensors_in, to_device
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
@@ -82,4 +82,6 @@ def test_nested_tensors_move_and_types_stay():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_move_to_the_model_s_device():
-    quantize_model(TwoInputs().cuda(), calibration=[{"left": X, "right": X}, {"left": X}])
+    model = quantize_model(TwoInputs().cuda(), calibration=[{"left": X, "right": X}, {"left": X}])
+    quantizers = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
+    assert all(quantizer.is_initialized and quantizer.scale.is_cuda for quantizer in quantizers)

@@ -95,7 +95,11 @@ def test_other_settings_are_a_warning_and_each_has_a_quantizer(settings, said):
 
 
 def test_a_layer_that_the_user_leaves_out_is_no_warning():
-    quantize_model(Language(), QuantConfig(4, 8, exclude=("head",)), calibration=tokens())
+    model = quantize_model(
+        Language(), QuantConfig(4, 8, exclude=("head",)), calibration=tokens()
+    )  # warnings are errors
+    assert type(model.head) is nn.Linear
+    assert model.head.weight is model.words.weight
 
 
 def test_the_weight_of_a_first_layer_has_its_bits_everywhere():

@@ -70,17 +70,14 @@ def convert(model: nn.Module) -> nn.Module:
         A network of the same class, in evaluation mode and without gradients: the numeric specification of an export.
         It keeps ``quant_config``.
 
-    Warns:
-        UserWarning: BatchNorms that follow layers could not be folded, or the network could not be traced.
-
     Raises:
         TypeError: ``model`` is no module.
         ValueError: nothing is quantized; the model is converted already; a layer has no deployed form; a quantizer is
             switched off or has no scale yet; or a scale, a weight or a value of a BatchNorm is not finite.
 
     Warns:
-        UserWarning: layers in floating point that came after ``quantize_model``, as by ``reparameterize`` or ``fuse``;
-            or a network whose BatchNorms cannot be folded because it cannot be traced.
+        UserWarning: BatchNorms that follow layers could not be folded, or the network could not be traced for them; or
+            layers in floating point came after ``quantize_model``, as by ``reparameterize`` or ``fuse``.
 
     Example:
         >>> from gaqat_optim import QuantConfig, quantize_model
