@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..quant.float_weights import warn_of_new_float_layers
+from ..quant.graph.forward_around import ForwardAround
 from ..quant.graph.norm import Norm
 from ..quant.graph.output_hook import modules_with_output_quantizer
 from ..quant.lsq.quantizer import LSQQuantizer
@@ -113,7 +114,7 @@ def convert(model: nn.Module) -> nn.Module:
             layer = _deployed_class(name, module).from_quantized(name, module, norms.get(module))
             if isinstance(layer, DeployLayer) and module.weight_quantizer is not None:
                 by_quantizer.setdefault(module.weight_quantizer, []).append(layer)
-            return layer
+            return layer if module.inner_class is None else ForwardAround.of(module, layer)
         if module in folded:
             return without_norms(module, folded[module])
         if isinstance(module, LSQQuantizer) and module in output_quantizers:

@@ -42,9 +42,11 @@ def quantize_model(
     The layers are ``nn.Linear``, ``nn.Conv1d`` to ``Conv3d``, ``nn.ConvTranspose1d`` to ``ConvTranspose3d``, the
     projections of ``nn.MultiheadAttention`` (and so torch's transformer layers, whose fast paths past the quantizers
     are turned off) and, with quantized weights alone, ``nn.Embedding`` and ``nn.EmbeddingBag``. They are matched by
-    what they compute: a subclass that inherits its forward unchanged is swapped like its base. One with a forward of
-    its own keeps it, in floating point, unless it is registered (``gaqat_optim.register_quantized``), or known by name:
-    timm's ``Linear``, its convolutions with "same" padding and with standardized weights, and transformers' ``Conv1D``.
+    what they compute: a subclass that inherits its forward is swapped like its base. So is one whose own forward calls
+    ``super().forward`` and reaches the weight in no other way: what it computes before and behind stays. Any other
+    forward stays in floating point, unless its class is registered (``gaqat_optim.register_quantized``), or known by
+    name: timm's ``Linear``, its convolutions with "same" padding and with standardized weights, and transformers'
+    ``Conv1D``.
     Every other module, every hook and every key of the state dict stays; only the keys of the quantizers are new. A
     forward that calls ``F.linear`` with the weight of a quantized linear layer, as window attention does, calls the
     layer.
@@ -77,7 +79,7 @@ def quantize_model(
 
     Warns:
         UserWarning: more than a tenth of the weights of linear and convolutional layers stays in floating point, and
-            ``config`` does not say so: layers with a forward of their own, or parameters that a forward multiplies.
+            ``config`` does not say so: layers that compute in another way, or parameters that a forward multiplies.
 
     Example:
         >>> import torch
@@ -120,7 +122,8 @@ def quantize_model(
         for name, module, layer in layer_configs:
             if module not in replacements:
                 replacements[module] = _quantized_layer(name, module, layer)
-        for parent in list(model.modules()):
+        # A layer with a forward of its own may have children that are layers.
+        for parent in [*model.modules(), *replacements.values()]:
             for slot, child in list(parent._modules.items()):
                 if child in replacements:
                     undo.callback(parent._modules.__setitem__, slot, child)
@@ -174,7 +177,7 @@ def _layer_configs(
         types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(
             f"nothing to quantize: {type(model).__name__} has no {', '.join(t.__name__ for t in QUANTIZED)} "
-            f"(a subclass with a forward of its own is left alone). "
+            f"(a subclass is left alone if its own forward does not only wrap super().forward). "
             f"Its modules with parameters: {', '.join(types) or 'none'}"
         )
     layer_configs = []

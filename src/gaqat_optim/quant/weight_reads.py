@@ -50,7 +50,8 @@ def refuse_weight_reads(model: nn.Module, exclude: Iterable[str] = ()) -> Iterat
 
     Such a use, as in ``x @ self.words.weight.T``, trains in floating point what the summary says has bits. A torch
     function mode sees every use of every parameter. The Python stack tells whose it is: the use is legitimate in a
-    method of a module that holds the parameter itself, as the layer does and each layer that shares it. A call of
+    method of a module that holds the parameter itself, as the layer does and each layer that shares it; a layer with a
+    forward of its own, inside of the quantized one that it wraps. A call of
     ``F.linear`` that is routed to the layer (:mod:`~gaqat_optim.quant.nn.functional_calls`) is the layer's own.
 
     Raises:
@@ -98,12 +99,15 @@ class _Observer(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _note(self, parameter: torch.Tensor, layers: Iterable[nn.Module]) -> None:
-        reader, place = None, ""
+        reader, place, quantizing = None, "", None
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
-                if _holds(module, parameter):
+                if frame.f_code is QuantizedModule.forward.__code__:
+                    quantizing = module
+                wraps = isinstance(module, QuantizedModule) and module.inner_class is not None
+                if _holds(module, parameter) and (not wraps or module is quantizing):
                     return
                 reader = reader or module
             path = Path(frame.f_code.co_filename)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ...quant.graph.norm import Norm
-from ...quant.nn.base import QuantizedModule
+from ...quant.nn.base import QuantizedModule, inner_class
 
 D = TypeVar("D", bound="type[DeployedModule]")
 
@@ -29,6 +29,8 @@ _PLAIN = (int, float, str, tuple, torch.dtype, type(None))
 class DeployedModule(nn.Module):
     """Base class of the modules that take the place of quantized layers. They keep the hooks and plain attributes.
 
+    Around a layer whose class has a forward of its own, a :class:`.ForwardAround` keeps them.
+
     Args:
         source: the layer to replace, quantized or float.
     """
@@ -37,12 +39,13 @@ class DeployedModule(nn.Module):
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        for attribute, value in vars(source).items():  # that a forward may read, as kernel_size and in_features
+        kept = {} if inner_class(type(source)) is not None else vars(source)
+        for attribute, value in kept.items():  # that a forward may read, as kernel_size and in_features
             own = attribute.startswith("_") or attribute.endswith("_quantizer") or hasattr(self, attribute)
             if isinstance(value, _PLAIN) and not own:
                 setattr(self, attribute, value)
         self.copy_hyperparameters(source)
-        for attribute, value in vars(source).items():
+        for attribute, value in kept.items():
             if attribute.startswith("_forward_"):  # the registries of hooks
                 setattr(self, attribute, value)
 
@@ -85,8 +88,10 @@ def deploys(*types: type[nn.Module]) -> Callable[[D], D]:
 def deployed_class(quantized: type[QuantizedModule]) -> type[DeployedModule] | None:
     """The deployed form of a quantized class, or ``None``.
 
-    It is the class's own ``deployed_as``, or the form of the nearest base class that computes the same.
+    It is the class's own ``deployed_as``, or the form of the nearest base class that computes the same; of a class with
+    a forward of its own, the form of what that wraps.
     """
+    quantized = quantized.inner_class or quantized
     for base in quantized.__mro__:
         deployed: Any = vars(base).get("deployed_as") or DEPLOYED.get(base)
         if deployed is not None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ...quant.graph.forward_around import CHILD, ForwardAround
 from ...quant.graph.norm import computes_norm, is_batch_norm
 from ...quant.graph.output_hook import attach, detach, modules_with_output_quantizer
 from ...quant.nn.attention import disable_fast_paths
-from ...quant.nn.base import QuantizedModule, float_class, quantized_class
+from ...quant.nn.base import QuantizedModule, float_class, inner_class, quantized_class
 from ..atomic_write import file_path
 from ..forward_without_norm import ForwardWithoutNorm
 from ..module_tree import join, replace_modules, shared_tensors
@@ -80,7 +81,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     built: dict[str, nn.Module] = {}  # by first name in the file, where two layers of the network can be one
 
     def deployed(name: str, module: nn.Module) -> nn.Module:
-        entry = entry_of.get(name)
+        entry = None if isinstance(module, DeployedModule) else entry_of.get(name)
         if entry is None:
             return _float_layer(module) if isinstance(module, QuantizedModule) else module
         if entry["kind"] == "Identity":
@@ -89,6 +90,18 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if entry["kind"] == "ForwardWithoutNorm":
             with refuse_foreign(path):
                 return built.setdefault(first, ForwardWithoutNorm(module, entry["positions"]))
+        is_around = inner_class(type(module)) is not None
+        if is_around != (entry["kind"] == "ForwardAround"):
+            _require_equal(name, "is", f"a {type(module).__name__}", f"a {entry['kind']}")
+        if is_around:
+            child_name = join(name, CHILD)
+            with refuse_foreign(path):
+                child_entry = entry_of[child_name]
+            return built.setdefault(first, ForwardAround.of(module, layer(child_name, module, child_entry)))
+        return layer(name, module, entry)
+
+    def layer(name: str, module: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        first = entry["names"][0]
         prefix = join(first, "")
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         _check_layer(name, module, entry, own)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...quant.graph.forward_around import ForwardAround
 from ...quant.nn.base import QuantizedModule
 from ..bit_planes import pack_bits, unpack_bits
 from ..forward_without_norm import ForwardWithoutNorm
@@ -37,7 +38,9 @@ _DTYPES = (
 
 
 def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
-    """The entries of deployed modules, identities, output quantizers of other modules, and forwards without norms."""
+    """The entries of deployed modules and the forwards around them, identities, output quantizers of other modules, and
+    forwards without norms.
+    """
     names: dict[nn.Module, list[str]] = {}
     for name, module in deployed.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedModule):
@@ -54,6 +57,8 @@ def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
             entries.append({"names": module_names, "kind": type(module).__name__, **module.to_dict()})
         elif isinstance(module, QuantDequant):
             entries.append({"names": module_names, "kind": "QuantDequant", **module.quantizer.to_dict()})
+        elif isinstance(module, ForwardAround):
+            entries.append({"names": module_names, "kind": "ForwardAround"})
         elif isinstance(module, ForwardWithoutNorm):
             entries.append({"names": module_names, "kind": "ForwardWithoutNorm", "positions": list(module.positions)})
     identities = [name for module in names if type(module) is nn.Identity for name in names[module]]

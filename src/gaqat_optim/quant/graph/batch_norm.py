@@ -16,6 +16,7 @@ from ..nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from ..nn.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from ..nn.library_layers import QuantConvSame, QuantTransposedLinear
 from ..nn.linear import QuantLinear
+from .forward_around import passes_output
 from .forward_graph import forward_graph
 from .fx_trace import Trace
 from .moves import channel_numbers, moves_values
@@ -179,6 +180,8 @@ def _kind(traced: Trace, node: _Node) -> type[nn.Module]:
     kinds = [kind for kind in _AXES if isinstance(layer, kind) and type(layer).compute is kind.compute]  # type: ignore[attr-defined]
     if not kinds:
         raise NotFoldableError(f"{name}, a {type(layer).__name__}, cannot contain one")
+    if not passes_output(layer):
+        raise NotFoldableError(f"{name} has a forward of its own, which may change its output")
     if traced.uses[layer] != 1:
         raise NotFoldableError(f"{name} is called, or its parameters are read, more than once")
     if any(hook is not quantize_output for hook in layer._forward_hooks.values()):

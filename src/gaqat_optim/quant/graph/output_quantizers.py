@@ -15,6 +15,7 @@ from torch import nn
 from ..lsq.quantizer import LSQQuantizer
 from ..nn.base import QuantizedModule
 from .batch_norm import fold_norms
+from .forward_around import passes_input, passes_output
 from .fx_trace import Trace, admit_child
 from .moves import IDENTITIES, MOVES, called
 from .network_trace import trace
@@ -78,7 +79,8 @@ class _Placement:
     def place_all(self) -> None:
         templates: dict[torch.fx.Node, LSQQuantizer] = {}
         for node, layer in self.traced.modules.items():
-            if isinstance(layer, QuantizedModule) and self.traced.uses[layer] == 1:
+            # Behind a forward of its own that changes the value, no kernel could take a quantizer in.
+            if isinstance(layer, QuantizedModule) and self.traced.uses[layer] == 1 and passes_output(layer):
                 quantizer = layer._modules.get("output_quantizer")
                 if isinstance(quantizer, LSQQuantizer):
                     templates[node] = quantizer
@@ -136,7 +138,8 @@ class _Placement:
         for user in node.users:
             layer = self.traced.modules.get(user)
             if isinstance(layer, QuantizedModule):
-                layers.add(layer if layer._modules.get("input_quantizer") is not None else None)
+                is_quantized = layer._modules.get("input_quantizer") is not None and passes_input(layer)
+                layers.add(layer if is_quantized else None)
             elif called(self.traced, user) in _VALUE_PRESERVING | _CLIPPING:
                 layers |= self._users(user)
             else:

@@ -27,6 +27,7 @@ class QuantMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     becomes a :class:`QuantLinear`. Scores, softmax and the sum over values stay in floating point.
     """
 
+    can_be_wrapped = False
     out_proj: QuantLinear  # type: ignore[assignment]
     in_proj_weight: nn.Parameter | None  # type: ignore[assignment]
     in_proj_bias: nn.Parameter | None  # type: ignore[assignment]

@@ -14,9 +14,10 @@ from typing_extensions import Self
 
 from ..config import LayerConfig
 from ..lsq.functional import lsq_quantize_unchecked
+from ..lsq.input_scale_gradient import with_scale_gradient
 from ..lsq.quantizer import LSQQuantizer, is_unmodified
 from ..summary import QuantRecord, storage_bytes
-from .input_scale_gradient import with_scale_gradient
+from .own_forward import wraps_forward
 
 Q = TypeVar("Q", bound="type[QuantizedModule]")
 
@@ -35,7 +36,7 @@ def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
     quantized input and weight.
 
     Args:
-        types: the types that the class replaces; their subclasses too, if they inherit forward unchanged.
+        types: the types that the class replaces; their subclasses too, if they inherit forward or wrap it.
 
     Example:
         >>> import torch.nn.functional as F
@@ -61,12 +62,16 @@ def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
 
 
 def quantized_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
-    """The quantized version of a module type: its own, or that of a base class whose forward it inherits unchanged.
+    """The quantized version of a module type: its own, or that of a base class whose forward it inherits or wraps.
 
-    >>> class Named(nn.Linear):
-    ...     pass
-    >>> quantized_class(Named).__name__
-    'QuantNamed'
+    A class with a forward of its own stands before the quantized one in the order of classes, so that what its
+    ``super().forward`` calls is quantized.
+
+    >>> class Scaled(nn.Linear):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> [cls.__name__ for cls in quantized_class(Scaled).__mro__[:3]]
+    ['QuantScaled', 'Scaled', 'QuantLinear']
     """
     # Attention reads the weight of the second; a lazy layer has no weight yet, and becomes another type.
     if issubclass(kind, (QuantizedModule, NonDynamicallyQuantizableLinear, LazyModuleMixin)):
@@ -74,10 +79,19 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
     for base in kind.__mro__:
         quantized = QUANTIZED.get(base) or BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if quantized is not None:
-            if any(getattr(kind, name, None) is not getattr(base, name, None) for name in _COMPUTATION):
-                return None
-            return quantized if kind in QUANTIZED else _with_base(quantized, kind)
+            changed = [name for name in _COMPUTATION if getattr(kind, name, None) is not getattr(base, name, None)]
+            if not changed:
+                return quantized if kind in QUANTIZED else _with_base(quantized, kind)
+            if changed == ["forward"] and quantized.can_be_wrapped and wraps_forward(kind, base, quantized):
+                return _with_base(quantized, kind, inner=quantized_class(base))
+            return None
     return None
+
+
+def inner_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
+    """Of a float or quantized type whose own forward wraps another: the quantized class that it wraps."""
+    quantized = kind if issubclass(kind, QuantizedModule) else quantized_class(kind)
+    return None if quantized is None else quantized.inner_class
 
 
 def float_class(quantized: type[QuantizedModule]) -> type[nn.Module]:
@@ -86,11 +100,14 @@ def float_class(quantized: type[QuantizedModule]) -> type[nn.Module]:
     return own or next(kind for kind, registered in QUANTIZED.items() if registered is quantized)
 
 
-def _with_base(quantized: type[QuantizedModule], kind: type[nn.Module]) -> type[QuantizedModule]:
-    """A class with the quantized computation, and all else of ``kind``."""
+def _with_base(
+    quantized: type[QuantizedModule], kind: type[nn.Module], inner: type[QuantizedModule] | None = None
+) -> type[QuantizedModule]:
+    """A class with the quantized computation, and all else of ``kind``: its forward too, if that wraps ``inner``."""
     if (quantized, kind) not in _WITH_BASE:
-        attributes = {"float_class": kind, "__reduce_ex__": _reduce, "__doc__": quantized.__doc__}
-        _WITH_BASE[quantized, kind] = type(f"Quant{kind.__name__}", (quantized, kind), attributes)
+        attributes = {"float_class": kind, "inner_class": inner, "__reduce_ex__": _reduce, "__doc__": quantized.__doc__}
+        bases: tuple[type, ...] = (quantized, kind) if inner is None else (kind, inner)
+        _WITH_BASE[quantized, kind] = type(f"Quant{kind.__name__}", bases, attributes)
     return _WITH_BASE[quantized, kind]
 
 
@@ -117,6 +134,8 @@ class QuantizedModule(nn.Module):
     )
     # How a class with a compute of its own is deployed: a DeployLayer. A class that inherits its compute needs none.
     deployed_as: ClassVar[type[nn.Module] | None] = None
+    can_be_wrapped: ClassVar[bool] = True  # whether weight and bias are all the parameters that it takes from a layer
+    inner_class: ClassVar[type[QuantizedModule] | None] = None  # what the own forward of the float class wraps
     recompute_input: bool = False  # whether backward quantizes the input again (recompute_activations)
 
     weight: Tensor

@@ -6,8 +6,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
-from types import CodeType, FunctionType, ModuleType
+from contextlib import ExitStack
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .base import QuantizedModule
 from .linear import QuantLinear
+from .own_forward import functions_of
 
 # What a subclass of QuantLinear must inherit to compute F.linear of its quantized operands.
 _COMPUTATION = ("forward", "compute", "float_weight", "channels_first", "from_channels_first")
@@ -135,43 +135,10 @@ def reads_weights(kind: Any) -> bool:
     (True, False)
     """
     reads = calls = False
-    waiting, seen = [kind.forward], set()
-    while waiting:
-        function = inspect.unwrap(waiting.pop())
-        if not isinstance(function, FunctionType) or function in seen or _is_torch_s(function.__module__):
-            continue
-        seen.add(function)
-        names = set(_names(function.__code__))
-        if any("checkpoint" in name for name in names):
+    for function in functions_of(kind.forward, [vars(owner) for owner in kind.__mro__]):
+        if any("checkpoint" in name for name in function.names):
             return False
-        values = [function.__globals__[name] for name in names if name in function.__globals__]
-        modules = [value for value in values if isinstance(value, ModuleType) and not _is_torch_s(value.__name__)]
-        reads |= "weight" in names
-        is_functional = "functional" in names or any(value is F for value in values)
-        calls |= ("linear" in names and is_functional) or any(value is F.linear for value in values)
-        for owner in (*kind.__mro__, *modules):
-            values += [vars(owner)[name] for name in names if name in vars(owner)]
-        for cell in function.__closure__ or ():
-            with suppress(ValueError):  # An empty cell.
-                values.append(cell.cell_contents)
-        waiting += [_function(value) for value in values]
+        reads |= "weight" in function.names
+        calls |= "linear" in function.names and function.is_functional
+        calls |= any(value is F.linear for value in function.values)
     return reads and calls
-
-
-def _is_torch_s(name: str | None) -> bool:
-    return name is not None and name.partition(".")[0] == "torch"
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """All names of attributes and globals in a function, with those of functions inside."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-def _function(value: Any) -> Any:
-    """The function in a method or property; any other value as it is."""
-    if isinstance(value, (classmethod, staticmethod)):
-        return value.__func__
-    return value.fget if isinstance(value, property) else value

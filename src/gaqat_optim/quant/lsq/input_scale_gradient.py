@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lsq.functional import RefuseDoubleBackward
-from ..lsq.quotient import compute_dtype, divide_by_scale
+from .functional import RefuseDoubleBackward
+from .quotient import compute_dtype, divide_by_scale
 
 
 def with_scale_gradient(
