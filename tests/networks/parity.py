@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gaqat_optim.deploy.nn.registry import DeployedModule
+from gaqat_optim.quant.graph.forward_around import ForwardAround
 from gaqat_optim.quant.nn.base import QuantizedModule
 from networks.outcomes import WrongResult
 
@@ -29,7 +30,7 @@ def compare_layers(
     handles = []
     for name, layer in trained.named_modules():
         if isinstance(layer, QuantizedModule):
-            if not isinstance(deployed.get_submodule(name), DeployedModule):
+            if not isinstance(deployed.get_submodule(name), (DeployedModule, ForwardAround)):
                 raise WrongResult(f"{name} was not converted")
             handles.append(layer.register_forward_pre_hook(_recorder(calls[name]), with_kwargs=True, prepend=True))
     expected = evaluate(trained)

@@ -205,6 +205,7 @@ NETWORKS: Mapping[str, Mapping[str, tuple[str, dict[str, Any], Callable[[], Any]
             dict(
                 **SEQUENCES,
                 max_position_embeddings=64,
+                scale_embedding=True,
             ),
             two_texts,
         ),

@@ -115,3 +115,20 @@ def test_an_error_of_the_network_s_own_comes_through():
         model(torch.rand(2, 8))
     assert not torch.overrides._get_current_function_mode_stack()
     assert not model._forward_hooks
+
+
+class Hides(nn.Linear):
+    """Its code names the weight nowhere, so that it is taken for one that only wraps ``super().forward``."""
+
+    def forward(self, x):
+        return super().forward(x) * getattr(self, "".join(["wei", "ght"])).norm()
+
+
+def test_a_layer_whose_own_forward_reads_its_weight_past_the_quantized_one():
+    model = nn.Sequential(nn.Linear(4, 4), Hides(4, 4))
+    with pytest.raises(
+        ValueError, match=r"'1' \(QuantHides\) by '1' \(QuantHides\), .*test_weight_reads\.py:\d+"
+    ) as error:
+        quantize_model(model, calibration=torch.rand(8, 4))
+    assert "exclude=('1',)" in str(error.value)
+    quantize_model(model, QuantConfig(exclude=("1",)), calibration=torch.rand(8, 4))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...quant.graph.forward_around import layer_name
 from ..nn.base import DeployLayer
 from .graph_cleanup import LAYER
 from .operators import MOVES, PRODUCTS
@@ -154,7 +155,8 @@ def _reason(layer: str | None, module: nn.Module | None, product: ir.Node) -> tu
     where = _obstacle(product.outputs[0])
     if where is None or module.output_quantizer is not None:
         return f"onnxruntime has no integer kernel for this {product.op_type}", None
-    how = f"overrides={{{layer!r}: {{'output_bits': 8}}}}" if layer else "QuantConfig(output_bits=8)"
+    name = layer_name(layer or "")
+    how = f"overrides={{{name!r}: {{'output_bits': 8}}}}" if name else "QuantConfig(output_bits=8)"
     return f"{where}: set output_bits for it ({how})", "output_bits"
 
 

@@ -38,9 +38,7 @@ _DTYPES = (
 
 
 def describe_modules(deployed: nn.Module) -> list[dict[str, Any]]:
-    """The entries of deployed modules and the forwards around them, identities, output quantizers of other modules, and
-    forwards without norms.
-    """
+    """The entries of deployed modules, forwards around or without one, identities, and other output quantizers."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in deployed.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedModule):

@@ -48,13 +48,19 @@ class ForwardAround(nn.Module):
     def weight(self) -> Tensor:
         """The weight of the child, in the dtype of the layer's."""
         weight: Tensor = self.wrapped_layer.weight
-        return weight.to(self.weight_type.dtype)
+        return weight.to(self._dtype)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of the child, or ``None``."""
         bias: Tensor | None = getattr(self.wrapped_layer, "bias", None)
-        return None if bias is None else bias.to(self.weight_type.dtype)
+        return None if bias is None else bias.to(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        weight_type = self._buffers["weight_type"]  # an attribute would be a symbol where a graph is traced
+        assert weight_type is not None
+        return weight_type.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.wrapped_layer(*args, **kwargs)
@@ -83,6 +89,16 @@ def _empty(kind: type[nn.Module]) -> ForwardAround:
     return _class_around(kind).__new__(_class_around(kind))
 
 
+def layer_name(name: str) -> str:
+    """The name of a layer before it was deployed: that of the forward around it, if there is one.
+
+    >>> layer_name("encoder.embed.wrapped_layer"), layer_name("wrapped_layer"), layer_name("fc")
+    ('encoder.embed', '', 'fc')
+    """
+    parent, _, last = name.rpartition(".")
+    return parent if last == CHILD else name
+
+
 def passes_input(layer: QuantizedModule) -> bool:
     """Whether a layer quantizes its first argument as it is, without a step of a forward of its own before."""
     if layer.inner_class is None:
@@ -105,13 +121,13 @@ def passes_output(layer: QuantizedModule) -> bool:
     if layer.inner_class is None:
         return True
     call = _wrapped_call(layer)
-    return call is not None and [user.op for user in call.users] == ["output"] and call.graph.output_node().args[0] is call
+    return call is not None and call.graph.output_node().args[0] is call and len(call.users) == 1
 
 
 def _wrapped_call(layer: QuantizedModule) -> torch.fx.Node | None:
     """The call of what a layer's own forward wraps; ``None`` if there is not exactly one, or no trace."""
     child = nn.Identity()
-    child.weight = layer.weight  # a forward may ask its dtype
+    vars(child).update(weight=layer.weight.detach(), bias=layer.bias)  # no parameters, which would become symbols
     graph = forward_graph(ForwardAround.of(layer, child))
     calls = [] if graph is None else [n for n in graph.nodes if n.op == "call_module" and n.target == CHILD]
     return calls[0] if len(calls) == 1 else None

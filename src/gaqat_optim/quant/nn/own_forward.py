@@ -140,9 +140,9 @@ def _reads_weight_or_multiplies(code: CodeType) -> bool:
         if "MATRIX_MULTIPLY" in instruction.opname or instruction.argrepr in ("@", "@="):
             return True
         is_variable = "FAST" in instruction.opname or "DEREF" in instruction.opname
-        if instruction.argval == "weight" and not is_variable:
-            if after is None or not after.opname.startswith("LOAD_") or after.argval not in _METADATA:
-                return True
+        asks = after is not None and after.opname.startswith("LOAD_") and after.argval in _METADATA
+        if instruction.argval == "weight" and not (is_variable or asks):
+            return True
     return False
 
 
