@@ -95,6 +95,27 @@ def test_a_norm_is_folded_where_the_forward_returns_what_the_layer_computes(outp
         assert torch.allclose(deployed(x), quantized(x), atol=1e-5)
 
 
+class Normalized(nn.Conv1d):
+    """Has the BatchNorm in its own forward."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = nn.BatchNorm1d(self.out_channels)
+
+    def forward(self, x):
+        return self.norm(super().forward(x)).relu()
+
+
+@pytest.mark.parametrize(("wrap", "name"), [(lambda layer: layer, "norm"), (nn.Sequential, r"0\.norm")])
+def test_a_norm_in_the_forward_itself_stays_with_a_reason(wrap, name):
+    x = torch.randn(8, 2, 6)
+    quantized = quantize_model(wrap(Normalized(2, 3, 3)), calibration=x).eval()
+    with pytest.warns(UserWarning, match=rf"1 BatchNorms .*\n  {name}: the forward of its layer calls it"):
+        deployed = convert(quantized)
+    with rounded_biases(quantized):
+        assert torch.allclose(deployed(x), quantized(x), atol=1e-5)
+
+
 def test_an_output_quantizer_stands_where_a_kernel_can_take_it_in(tmp_path):
     x = torch.randn(32, 2, 8)
     quantized = quantize_model(causal_network(), QuantConfig(4, 4, output_bits=8), calibration=x).eval()

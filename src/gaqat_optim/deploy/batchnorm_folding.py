@@ -66,11 +66,20 @@ def following_norms(model: nn.Module) -> tuple[dict[QuantizedModule, Norm], dict
 
     In a network that cannot be traced there are none, and a warning says why.
     """
-    if isinstance(model, QuantizedModule) or not any(map(_may_normalize, model.modules())):
+    if not any(map(_may_normalize, model.modules())):
         return {}, {}
+    inside = {
+        norm: "the forward of its layer calls it"
+        for layer in model.modules()
+        if isinstance(layer, QuantizedModule)
+        for norm in layer.modules()
+        if isinstance(norm, _BatchNorm) or (norm is not layer and computes_norm(norm))
+    }
+    if isinstance(model, QuantizedModule):
+        return {}, inside
     traced = trace(model, "its BatchNorms stay separate layers in floating point: correct, but slower")
     if traced is None:
-        return {}, {}
+        return {}, inside
     folded, left = fold_norms(traced)
     read = {layer for _, layer in routed_layers(model)}  # a forward may call them with another bias
     norms: dict[QuantizedModule, Norm] = {}
@@ -81,7 +90,7 @@ def following_norms(model: nn.Module) -> tuple[dict[QuantizedModule, Norm], dict
             left[norm.module] = "a forward calls F.linear with the weight of its layer"
         else:
             norms[layer] = norm
-    return norms, left
+    return norms, {**left, **inside}
 
 
 def _may_normalize(module: nn.Module) -> bool:

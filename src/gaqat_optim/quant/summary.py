@@ -204,7 +204,12 @@ def quantization_summary(
             records.append(replace(module.quant_record(name), macs=macs))
             if macs == 0 and getattr(module, "quantizes_input", True):  # An embedding looks up.
                 never_called.append(name or "the model")
-        elif weights := [p for p in module.parameters(recurse=False) if p.dim() >= 2]:
+            if getattr(module, "inner_class", None) is None:
+                continue
+        # A layer with a forward of its own may have other weights there.
+        named = [(key, p) for key, p in module.named_parameters(recurse=False) if p.dim() >= 2]
+        weights = [p for key, p in named if key != "weight" or not isinstance(module, Summarizable)]
+        if weights:
             left_in_float.append(f"{name or 'the model'} ({type(module).__name__})")
             float_weights |= {id(weight): weight.numel() for weight in weights}
     macs_of_bits = None if counts is None else macs_by_bits(model, counts)

@@ -50,9 +50,9 @@ def refuse_weight_reads(model: nn.Module, exclude: Iterable[str] = ()) -> Iterat
 
     Such a use, as in ``x @ self.words.weight.T``, trains in floating point what the summary says has bits. A torch
     function mode sees every use of every parameter. The Python stack tells whose it is: the use is legitimate in a
-    method of a module that holds the parameter itself, as the layer does and each layer that shares it; a layer with a
-    forward of its own, inside of the quantized one that it wraps. A call of
-    ``F.linear`` that is routed to the layer (:mod:`~gaqat_optim.quant.nn.functional_calls`) is the layer's own.
+    method of a module that holds the parameter itself, as the layer does and each layer that shares it; where the layer
+    has a forward of its own, inside of the one that this wraps. A call of ``F.linear`` that is routed to the layer
+    (:mod:`~gaqat_optim.quant.nn.functional_calls`) is the layer's own.
 
     Raises:
         ValueError: names all such layers, where each is read, and the ``exclude`` that leaves them out.
@@ -84,8 +84,9 @@ class _Observer(TorchFunctionMode):
         self._layers: dict[int, list[nn.Module]] = {}  # by the parameter, which tied layers share
         for layer in model.modules():
             if isinstance(layer, QuantizedModule):
-                for parameter in layer.parameters(recurse=False):
-                    if parameter.dim() > 1:
+                for name, parameter in layer.named_parameters(recurse=False):
+                    # A forward of its own may use parameters of its own.
+                    if parameter.dim() > 1 and (name == "weight" or layer.inner_class is None):
                         self._layers.setdefault(id(parameter), []).append(layer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.quant.graph.first_last import first_and_last
 from gaqat_optim.quant.nn.base import QUANTIZED, QuantizedModule
+from quant.nn.own_forwards import LowRank
 
 
 class Network(nn.Module):
@@ -77,6 +78,10 @@ CASES = {
         ),
         {"a", "one", "two"},
     ),
+    "a layer with layers in its own forward": (
+        Network(lambda m, x: m.c(m.b(m.a(x))), a=LowRank(4, 4), b=linear(), c=LowRank(4, 4)),
+        {f"{name}{child}" for name in "ac" for child in ("", ".down", ".up")},
+    ),
     "what reads a shape alone": (
         Network(lambda m, x: m.b(m.a(x)).reshape(m.c(x).shape), a=linear(), b=linear(), c=linear()),
         {"a", "b", "c"},
@@ -104,7 +109,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_first_and_last(case):
     model, expected = CASES[case]
-    layers = {name: module for name, module in model.named_modules() if type(module) in QUANTIZED}
+    layers = {name: module for name, module in model.named_modules() if type(module) in (*QUANTIZED, LowRank)}
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     untraceable = (
         pytest.warns(UserWarning, match="by the order of its layers: a and c") if "decides" in case else nullcontext()

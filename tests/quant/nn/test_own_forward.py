@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gaqat_optim import QuantConfig, quantization_disabled, quantization_summary, quantize_model
+from gaqat_optim import QuantConfig, convert, quantization_disabled, quantization_summary, quantize_model
 from gaqat_optim.quant.nn.base import QuantizedModule, quantized_class
 from gaqat_optim.quant.nn.own_forward import functions_of
 from quant.nn.own_forwards import WRAPPING, Block, Causal, Dropped, Levels, Middle, Twice, other_ways
@@ -118,3 +118,22 @@ def test_functions_are_followed_by_name_through_classes_and_modules():
     functions = list(functions_of(Levels.forward, [vars(cls) for cls in (Levels, Twice, Middle)]))
     assert len(functions) == 2  # of the mixin and of the middle class
     assert all("super" in function.names for function in functions)
+
+
+class Table(nn.Linear):
+    """Adds a table of its own, which no quantizer sees."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.table = nn.Parameter(torch.rand(5, 3))
+
+    def forward(self, x):
+        return super().forward(x) + self.table[: len(x)]
+
+
+def test_other_weights_of_the_layer_are_listed_in_floating_point():
+    model = quantize_model(nn.Sequential(Table()), calibration=torch.rand(2, 4))
+    for network in (model, convert(model)):
+        summary = quantization_summary(network, torch.rand(2, 4))
+        assert [entry.partition(" ")[0] for entry in summary.left_in_float] == ["0"]
+        assert str(summary).splitlines()[-1] == "quantized: 44.4 % of the weights, 100.0 % of the MACs"

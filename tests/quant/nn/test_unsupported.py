@@ -18,6 +18,16 @@ def weight_normed():
         return nn.utils.weight_norm(nn.Linear(2, 2))
 
 
+def test_a_forward_on_the_instance_is_refused():
+    layer = nn.Linear(2, 2)
+    layer.forward = layer.forward  # as accelerate does it: bound to the layer in floating point
+    with pytest.raises(
+        ValueError, match=r"'0' cannot be quantized\. Linear has a forward that was put on the instance"
+    ):
+        quantize_model(nn.Sequential(layer, nn.Linear(2, 2)))
+    assert quantize_model(nn.Sequential(layer, nn.Linear(2, 2)), QuantConfig(exclude=("0",)))[0].forward
+
+
 def test_computed_weights_are_refused():
     hooked = attention()
     with pytest.warns(FutureWarning, match="weight_norm"):

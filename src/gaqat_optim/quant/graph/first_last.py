@@ -52,12 +52,14 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[s
     for name, module in layers.items():
         names.setdefault(module, name)
     inside: dict[torch.fx.Node, list[str]] = {}  # of each call with a weight, the layers
+    whole: set[torch.fx.Node] = set()  # the calls of layers with layers inside, in a forward of their own
     for node in traced.nodes:
         if node in traced.modules:
             module = traced.modules[node]
             own = [names[child] for child in module.modules() if child in names]
             if own or _has_weight(module):
                 inside[node] = own
+                whole |= {node} if module in names else set()
         elif called(traced, node) in _PRODUCTS:
             holders = [model.get_submodule(_holder(operand)) for operand in node.all_input_nodes if _holder(operand)]
             inside[node] = [names[holder] for holder in holders if holder in names][:1]
@@ -72,13 +74,13 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[s
     for node in reversed(traced.nodes):
         if any(user in inside or user in to_layer for user in node.users if not reads_shape(user)):
             to_layer.add(node)
-    first = {
-        own[0]
-        for node, own in inside.items()
-        if own and _reads(node, from_input) and not _reads(node, from_layer | set(inside))
-    }
-    last = {own[-1] for node, own in inside.items() if own and node not in to_layer}
-    return first | last, traced.by_shapes and first | last != set(by_order)
+    ends: set[str] = set()
+    for node, own in inside.items():
+        if _reads(node, from_input) and not _reads(node, from_layer | set(inside)):
+            ends.update(own if node in whole else own[:1])
+        if node not in to_layer:
+            ends.update(own if node in whole else own[-1:])
+    return ends, traced.by_shapes and ends != set(by_order)
 
 
 def _reads(node: torch.fx.Node, values: set[torch.fx.Node]) -> bool:

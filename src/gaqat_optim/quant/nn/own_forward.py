@@ -82,7 +82,7 @@ def functions_of(start: Any, namespaces: Iterable[Mapping[str, Any]]) -> Iterato
 
 
 @functools.cache
-def wraps_forward(kind: type, base: type, replacement: type) -> bool:
+def wraps_forward(kind: Any, base: Any, replacement: Any) -> bool:
     """Whether ``kind`` computes what its base class does, with more before and behind it, by its forward's code.
 
     Each forward between the two calls ``super().forward``. It has no other way to the weight, of which it may ask the

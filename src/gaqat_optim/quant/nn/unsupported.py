@@ -30,6 +30,8 @@ def unsupported_reason(module: nn.Module) -> str | None:
         return f"{kind} computes its weight: fold that in with torch.nn.utils.parametrize.remove_parametrizations"
     if quantized_class(type(module)) is None:
         return None
+    if "forward" in vars(module):  # which would be that of the float layer
+        return f"{kind} has a forward that was put on the instance, as by accelerate's hooks: remove it first"
     if "weight" in vars(module):
         return f"{kind} computes its weight in a hook: fold that in with remove_weight_norm or remove_spectral_norm"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
