@@ -82,7 +82,8 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
             changed = [name for name in _COMPUTATION if getattr(kind, name, None) is not getattr(base, name, None)]
             if not changed:
                 return quantized if kind in QUANTIZED else _with_base(quantized, kind)
-            if changed == ["forward"] and quantized.can_be_wrapped and wraps_forward(kind, base, quantized):
+            classes: Any = kind, base, quantized  # hashable, which mypy does not see
+            if changed == ["forward"] and quantized.can_be_wrapped and wraps_forward(*classes):
                 return _with_base(quantized, kind, inner=quantized_class(base))
             return None
     return None
