@@ -121,3 +121,22 @@ def test_the_weight_of_a_first_layer_has_its_bits_everywhere():
     model = quantize_model(Encoder(), QuantConfig(4, 4), calibration=tokens())
     assert [m.weight_quantizer.bits for m in (model.words[0], model.body, model.head, model.again)] == [8, 4, 8, 8]
     assert len({m.weight_quantizer for m in (model.words[0], model.head, model.again)}) == 1
+
+
+class Attends(nn.Module):
+    """The head has the weight of the attention's out-projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention, self.head = nn.Linear(4, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+        self.head.weight = self.attention.out_proj.weight
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head(self.attention(h, h, h)[0])
+
+
+def test_the_out_projection_of_an_attention_has_the_bits_of_a_last_layer_with_its_weight():
+    model = quantize_model(Attends(), QuantConfig(4, 4), calibration=torch.rand(5, 2, 4))
+    assert model.attention.out_proj.weight_quantizer is model.head.weight_quantizer
+    assert [q.bits for q in (model.head.weight_quantizer, model.attention.query_weight_quantizer)] == [8, 8]

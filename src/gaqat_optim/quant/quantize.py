@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..scale_names import is_scale_name
 from .calibration import calibrate, check_batches, record_inputs
@@ -196,9 +197,14 @@ def _layer_configs(
 
 def _with_tied(names: set[str], layers: Mapping[str, nn.Module]) -> set[str]:
     """The names and those of other ``layers`` with one of their weights, whose codes should be the same."""
-    weights = [layers[name]._parameters.get("weight") for name in names]
-    shared = {id(weight) for weight in weights if weight is not None}
-    return names | {name for name, layer in layers.items() if id(layer._parameters.get("weight")) in shared}
+
+    def weights(layer: nn.Module) -> set[int]:
+        # An attention quantizes the out-projection that it holds.
+        holders = [layer, *(m for m in layer.children() if isinstance(m, NonDynamicallyQuantizableLinear))]
+        return {id(m._parameters["weight"]) for m in holders if m._parameters.get("weight") is not None}
+
+    shared = {weight for name in names for weight in weights(layers[name])}
+    return names | {name for name, layer in layers.items() if weights(layer) & shared}
 
 
 def _quantized_class(module: nn.Module) -> type[QuantizedModule]:
