@@ -1,6 +1,7 @@
 """Version, changelog and citation agree.
 
-With TAG set, as in publishing, the tag must name the version, and no URL may be a placeholder. Run by `make release-check`.
+With TAG set, as in publishing, the tag must name the version, and no URL may be a placeholder. Run by
+`make release-check`.
 """
 
 from __future__ import annotations

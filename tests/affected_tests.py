@@ -23,7 +23,7 @@ PREFIXES = {
 }
 
 
-def tests_of(file: str, root: Path) -> list[str]:
+def mirror_of(file: str, root: Path) -> list[str]:
     """The tests of a file, itself where it has doctests; none if nothing mirrors it."""
     path = PurePosixPath(file)
     if file == "README.md":
@@ -66,7 +66,7 @@ def _git(*arguments: str) -> list[str]:
 
 def main() -> None:
     changed = changed_files()
-    tests = {file: tests_of(file, ROOT) for file in changed}
+    tests = {file: mirror_of(file, ROOT) for file in changed}
     without = [file for file in changed if not tests[file]]
     selection = sorted({test for found in tests.values() for test in found})
     print(f"{len(changed)} files differ from main, and {len(selection)} test files or doctests mirror them")
