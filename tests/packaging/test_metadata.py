@@ -110,11 +110,9 @@ def test_the_version_is_a_normalized_one_and_no_public_name():
 
 
 def test_no_other_file_repeats_the_version():
-    """The build, the documentation and the studies read gaqat_optim.__version__; release/tag.py compares the two others."""
-    text = {
-        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "pyproject.toml", ROOT / "docs" / "conf.py")
-    }
-    assert [name for name, content in text.items() if gaqat_optim.__version__ in content] == []
+    """Build, documentation and studies read gaqat_optim.__version__. release/tag.py compares changelog and citation."""
+    files = (ROOT / "pyproject.toml", ROOT / "docs" / "conf.py")
+    assert [file.name for file in files if gaqat_optim.__version__ in file.read_text(encoding="utf-8")] == []
 
 
 def test_torch_in_the_middle_lies_between_the_oldest_and_the_newest():

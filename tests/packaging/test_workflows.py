@@ -1,4 +1,4 @@
-"""The workflows run targets of the Makefile that are also run here, on the Pythons and torches that the project names."""
+"""The workflows run targets of the Makefile that are also run here, and the Pythons of the classifiers."""
 
 import importlib.metadata
 import re
