@@ -53,15 +53,17 @@ def _aspects(root: Path, folder: PurePosixPath, stem: str) -> Iterable[PurePosix
 
 def changed_files() -> list[str]:
     """The files that differ from main: committed, in the working tree, or new."""
+    if not (ROOT / ".git").exists():
+        sys.exit("this copy is no git repository, so nothing tells what a change touches: run make test")
     forks = (_git("merge-base", "HEAD", branch) for branch in ("origin/main", "main"))
     (base,) = next(filter(None, forks), ["HEAD"])
     return sorted({*_git("diff", "--name-only", base), *_git("ls-files", "--others", "--exclude-standard")})
 
 
 def _git(*arguments: str) -> list[str]:
-    return subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.splitlines()
+    """The lines that git prints; none where it fails, as for a branch that is not there."""
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return result.stdout.splitlines()
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def direct_requirements() -> list[Requirement]:
     return [requirement for requirement in requirements if requirement.name != DISTRIBUTION]
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_every_direct_requirement_is_pinned_within_its_range(python):
     pins = constraints(python)
     for requirement in direct_requirements():
