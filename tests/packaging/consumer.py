@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import platform
 import sys
 from pathlib import Path
 
@@ -23,6 +25,8 @@ def main() -> None:
     )
 
     assert Path(gaqat_optim.__file__).is_relative_to(sys.prefix), f"not the wheel's package: {gaqat_optim.__file__}"
+    version = importlib.metadata.version("gaqat-optim")
+    assert version == gaqat_optim.__version__, f"the wheel is {version}, its __version__ {gaqat_optim.__version__}"
     for name in ("onnx", "onnxscript", "onnxruntime", "safetensors", "matplotlib", "pytest"):
         assert importlib.util.find_spec(name) is None, f"{name} is installed: this environment is not clean"
 
@@ -55,7 +59,10 @@ def main() -> None:
     message = missing_extra(lambda: plot_conflict(optimizer))
     assert 'pip install "gaqat-optim[plot]"' in message, message
 
-    print(f"trained with the wheel alone: loss {losses[0]:.3f} to {losses[-1]:.3f}; missing extras are named")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, gaqat-optim {version}"
+    print(
+        f"{versions}: trained with the wheel alone: loss {losses[0]:.3f} to {losses[-1]:.3f}; missing extras are named"
+    )
 
 
 def missing_extra(call) -> str:

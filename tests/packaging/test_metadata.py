@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.resources
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def direct_requirements() -> list[Requirement]:
     return [requirement for requirement in requirements if requirement.name != DISTRIBUTION]
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_every_direct_requirement_is_pinned_within_its_range(python):
     pins = constraints(python)
     for requirement in direct_requirements():
@@ -103,8 +104,30 @@ def test_the_package_is_marked_as_typed():
     assert importlib.resources.files(gaqat_optim).joinpath("py.typed").is_file()
 
 
-def test_the_changelog_has_the_version():
-    assert importlib.metadata.version(DISTRIBUTION) in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_version_is_a_normalized_one_and_no_public_name():
+    assert str(Version(gaqat_optim.__version__)) == gaqat_optim.__version__
+    assert "__version__" not in gaqat_optim.__all__
+
+
+def test_no_other_file_repeats_the_version():
+    """Build, documentation and studies read gaqat_optim.__version__. release/tag.py compares changelog and citation."""
+    files = (ROOT / "pyproject.toml", ROOT / "docs" / "conf.py")
+    assert [file.name for file in files if gaqat_optim.__version__ in file.read_text(encoding="utf-8")] == []
+
+
+def test_torch_in_the_middle_lies_between_the_oldest_and_the_newest():
+    files = ("constraints-oldest.txt", "constraints-middle.txt", "constraints.txt")
+    oldest, middle, newest = (Version(str(constraints("3.11", file)["torch"].specifier)[2:]) for file in files)
+    assert oldest < middle < newest
+    assert set(constraints("3.11", "constraints-middle.txt")) == {"torch", "torchvision"}
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    for target, torch in (("test", newest), ("test-middle", middle), ("test-oldest", oldest)):
+        assert f"`make {target}` with torch {torch.major}.{torch.minor}" in " ".join(page.split())
+
+
+def test_the_documentation_reads_the_projects_urls_from_pyproject():
+    urls = importlib.metadata.metadata(DISTRIBUTION).get_all("Project-URL")
+    assert runpy.run_path(str(ROOT / "docs" / "conf.py"))["project_urls"] == dict(url.split(", ") for url in urls)
 
 
 def test_the_pages_document_every_public_name_once_and_no_other():

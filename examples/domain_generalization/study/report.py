@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from scipy import stats
 from tabulate import tabulate
+
+import gaqat_optim
 
 from .methods import ERM, METHODS
 
@@ -32,15 +33,11 @@ WIDTH = 79
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    try:
-        own_version = version("gaqat-optim")
-    except PackageNotFoundError:  # run from the source folder, without an installation
-        own_version = "not installed"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "gaqat_optim": own_version,
+        "gaqat_optim": gaqat_optim.__version__,
     }
 
 

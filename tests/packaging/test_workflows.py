@@ -1,0 +1,84 @@
+"""The workflows run targets of the Makefile that are also run here, and the Pythons of the classifiers."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github/workflows").glob("*.yml")
+}
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def prerequisites(target: str) -> set[str]:
+    """A target of the Makefile and what it makes before, conditional prerequisites included."""
+    (line,) = re.findall(rf"^{target}:([^\n#=]*)", MAKEFILE, re.MULTILINE)
+    direct = set(re.findall(r"(?<![\w/.$(-])[a-z][a-z-]+(?=[\s)]|$)", line)) & TARGETS
+    return {target}.union(*map(prerequisites, direct))
+
+
+TARGETS = set(re.findall(r"^([a-z][a-z-]+):", MAKEFILE, re.MULTILINE))
+RUN_HERE = prerequisites("test") | prerequisites("release-check")
+
+
+def steps(workflow: dict) -> list[tuple[str, dict, dict]]:
+    return [(name, job, step) for name, job in workflow["jobs"].items() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_command_is_a_target_that_test_or_release_check_runs(name):
+    for job_name, job, step in steps(WORKFLOWS[name]):
+        if "run" not in step or job_name == "windows":
+            continue
+        program, *arguments = step["run"].replace("${{ matrix.target }}", "MATRIX").split()
+        targets = {argument for argument in arguments if "=" not in argument}
+        if "MATRIX" in targets:
+            targets = targets - {"MATRIX"} | set(job["strategy"]["matrix"]["target"])
+        assert program == "make"
+        assert targets <= RUN_HERE, f"{targets - RUN_HERE} of the job {job_name}"
+
+
+def test_targets_are_found():
+    assert {"lint", "unit", "docs", "wheel-test", "dist", "test-oldest", "test-middle", "workflows"} <= RUN_HERE
+    assert not {"bench", "pictograms", "help"} & RUN_HERE
+
+
+@pytest.mark.parametrize("job", ["tests", "windows"])
+def test_each_python_has_a_classifier_or_may_fail(job):
+    job = WORKFLOWS["checks"]["jobs"][job]
+    classifiers = importlib.metadata.metadata("gaqat-optim").get_all("Classifier")
+    tested = {c.rpartition(" ")[2] for c in classifiers if re.search(r"Python :: 3\.\d+$", c)}
+    tried = set(job["strategy"]["matrix"]["python"])
+    assert tested <= tried
+    assert (
+        job["continue-on-error"]
+        == "${{ " + " || ".join(f"matrix.python == '{p}'" for p in sorted(tried - tested)) + " }}"
+    )
+
+
+def test_the_other_jobs_use_a_python_with_a_classifier():
+    classifiers = importlib.metadata.metadata("gaqat-optim").get_all("Classifier")
+    for workflow in WORKFLOWS.values():
+        for _, _, step in steps(workflow):
+            versions = str(step.get("with", {}).get("python-version", ""))
+            for version in versions.split() if "$" not in versions else ():
+                assert f"Programming Language :: Python :: {version}" in classifiers
+
+
+def test_every_job_that_does_not_publish_has_no_right_to_write():
+    for workflow in WORKFLOWS.values():
+        assert workflow["permissions"] == {"contents": "read"}
+        writing = {name for name, job in workflow["jobs"].items() if "permissions" in job}
+        assert writing <= {"publish"}
+
+
+def test_actions_alone_publish_and_no_token_is_named():
+    (job,) = (job for workflow in WORKFLOWS.values() for job in workflow["jobs"].values() if "permissions" in job)
+    assert job["permissions"] == {"id-token": "write"}
+    assert job["environment"]
+    assert not [step for step in job["steps"] if "run" in step]
+    assert "secrets." not in "".join(map(str, WORKFLOWS.values()))
