@@ -20,6 +20,8 @@ DEMO_ARGS ?=
 PICTOGRAMS_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
+DEVICE ?= cuda
 SWEEP_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -35,7 +37,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo pictograms npm test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak sweep bench bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test setup lint types docs docs-test wheel-test demo-test unit test-oldest soak sweep bench gpu bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -149,6 +151,11 @@ $(BENCH_VENV)/.created: pyproject.toml constraints.txt benchmarks/requirements.t
 bench: $(BENCH_VENV)/.created ## training against fp32 and against its peers, in an environment of its own (BENCH_ARGS="--parts step --json ratios.json")
 	$(call headline,training)
 	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+# No environment: the interpreter that is given, whose torch sees the GPU. Nothing is installed.
+gpu: ## tests and speed on a GPU, with the interpreter that is given: runs/gpu/report.md (DEVICE=cpu tries the command)
+	$(call headline,gpu)
+	PYTHONPATH=src:benchmarks PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m gpu --device $(DEVICE) --out runs/gpu $(GPU_ARGS)
 
 bench-deploy: $(BENCH_VENV)/.created ## latency of deployed ResNets against float32 and static int8 (BENCH_ARGS="--runs 100 --json ratios.json")
 	$(call headline,latency)

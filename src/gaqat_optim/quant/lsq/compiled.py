@@ -61,7 +61,8 @@ def _compiled(function: Any) -> Any:
 
 def _memory_order(v: Tensor, channel_axis: int | None) -> list[int]:
     """The axes of ``v``, that of the channels first, the others as they lie in memory."""
-    return sorted(range(v.dim()), key=lambda axis: (axis != channel_axis, -v.stride(axis), axis))
+    strides = v.stride()
+    return sorted(range(v.dim()), key=lambda axis: (axis != channel_axis, -strides[axis], axis))
 
 
 def _rows(v: Tensor, order: list[int], scale: Tensor) -> Tensor:

@@ -39,7 +39,23 @@ def lsq_gradients(
 def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
     """Inner product of ``a`` and ``b``: shape ``()``, or ``(channels,)`` along ``channel_axis``."""
     if channel_axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
+        # A compiler reads both in one loop, and needs no guards on their strides.
+        return torch.dot(a.reshape(-1), b.reshape(-1)) if torch.compiler.is_compiling() else inner_product(a, b)
     # Not linalg.vecdot, which autocast would run in half precision.
     others = [axis for axis in range(a.dim()) if axis != channel_axis]
     return (a * b).sum(others) if others else a * b
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of all products, without a copy where ``a`` and ``b`` lie alike in memory: channels last, say."""
+    flat_a, flat_b = (_flat_view(a), _flat_view(b)) if a.stride() == b.stride() else (None, None)
+    if flat_a is None or flat_b is None:
+        flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    return torch.dot(flat_a, flat_b)
+
+
+def _flat_view(x: Tensor) -> Tensor | None:
+    """A view of ``x`` as a vector, in the order of its memory (channels last, say); ``None`` where it has gaps."""
+    if not x.is_contiguous():
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    return x.view(-1) if x.is_contiguous() else None
