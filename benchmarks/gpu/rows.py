@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from memory import bytes_held
 from peers import OURS, PEERS, missing_peers
 from timing import Ratio, Times, ratio, silence_other_packages
 
@@ -131,6 +130,8 @@ def absent() -> dict[str, Ratio | str]:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most memory that a run holds beyond what was held before."""
     if device.type != "cuda":
+        from memory import bytes_held
+
         return max(bytes_held(run))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
