@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv, once, and again when pyproject.toml or constraints.txt change.
+# Every target but gpu sets up what it needs in .venv, once, and again when pyproject.toml or constraints.txt change.
 #
 #   make demo          the leave-one-domain-out study on digits (a few minutes)
 #   make pictograms    the same on drawings of five styles, with a pretrained network (hours; needs npm)
@@ -6,6 +6,7 @@
 #   make test-oldest   the tests with the lowest versions that pyproject.toml admits
 #   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
 #   make sweep         networks of timm, torchvision, transformers and others, each through everything
+#   make gpu           tests and speed on a GPU, with the torch of PYTHON; DEVICE=cpu tries the command
 #
 # PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo, PICTOGRAMS_ARGS of the other
 # PYTEST_ARGS="-k x"  options of pytest          JOBS=4                pytest processes
@@ -155,7 +156,7 @@ bench: $(BENCH_VENV)/.created ## training against fp32 and against its peers, in
 # No environment: the interpreter that is given, whose torch sees the GPU. Nothing is installed.
 gpu: ## tests and speed on a GPU, with the interpreter that is given: runs/gpu/report.md (DEVICE=cpu tries the command)
 	$(call headline,gpu)
-	PYTHONPATH=src:benchmarks PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m gpu --device $(DEVICE) --out runs/gpu $(GPU_ARGS)
+	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m gpu --device $(DEVICE) --out runs/gpu $(GPU_ARGS)
 
 bench-deploy: $(BENCH_VENV)/.created ## latency of deployed ResNets against float32 and static int8 (BENCH_ARGS="--runs 100 --json ratios.json")
 	$(call headline,latency)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -31,6 +32,7 @@ TEST_SECONDS = {"cuda": 150, "cpu": 20}
 HOUR = 3600
 PARTS = {"quantizer": 70, "network_step": 90, "gaqat_step": 45, "compiled_step": 120}
 
+ENVIRONMENT = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # silences the profiler
 ADVICE = "Give that of a torch that does, make gpu PYTHON=..., or try the command on a CPU: make gpu DEVICE=cpu"
 
 
@@ -78,7 +80,8 @@ def add_part(report: Report, part: str, seconds: float, left: float, options: ar
     arguments = ["--device", options.device, "--seconds", str(seconds), "--json", file, *["--full"][: options.full]]
     command = [sys.executable, "-m", f"gpu.{part}", *arguments]
     try:
-        status = subprocess.run(command, timeout=None if left == float("inf") else left, check=False).returncode
+        timeout = None if left == float("inf") else left
+        status = subprocess.run(command, timeout=timeout, check=False, env=ENVIRONMENT).returncode
     except subprocess.TimeoutExpired:
         report.left_out.append(f"the rest of {part}, ended by force")
         status = 0

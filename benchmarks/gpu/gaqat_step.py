@@ -27,9 +27,10 @@ def measure(what: str, name: str, sizes: Sizes) -> list[Row]:
     model, x, y = network_and_batch(name, "bf16", sizes)
     model = w4a4(model, x)
     candidates: dict[str, Callable[[], object]] = {}
+    networks: dict[str, torch.nn.Module] = {}
 
     def add(label: str, make: Callable[..., Callable[[], object]]) -> None:
-        network = copy.deepcopy(model)
+        network = networks[label] = copy.deepcopy(model)
         candidates[label] = make(network, closure_of(network, x, y, torch.bfloat16))
 
     def adam(network: torch.nn.Module) -> torch.optim.Optimizer:
@@ -55,7 +56,7 @@ def measure(what: str, name: str, sizes: Sizes) -> list[Row]:
         add(SAM_PEER, lambda network, closure: partial(peer_step, peer(network), closure))
     candidates, failed = usable(candidates, needed=(PLAIN, "SAGM", "SAM"))
     times = interleaved(candidates, sizes.runs)
-    peaks = {name: peak_bytes(run, sizes.device) for name, run in candidates.items()}
+    peaks = {name: peak_bytes(run, networks[name], sizes.device) for name, run in candidates.items()}
     rows = []
     for label in ("SAGM", "SAM"):
         columns = {label: OURS, **({SAM_PEER: SAM_PEER} if label == "SAM" else {})}

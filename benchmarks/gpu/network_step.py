@@ -76,7 +76,8 @@ def measure(what: str, name: str, precision: str, sizes: Sizes, is_compiled: boo
     against = f"floating point, {'compiled' if is_compiled else 'eager'}"
     rows = [Row(f"step: {what}", against, x.device.type, {**missing, **failed, **ratios(times, FLOAT)})]
     if not is_compiled:  # CUDA graphs keep their memory in pools of their own
-        peaks = {label: peak_bytes(run, sizes.device) for label, run in candidates.items()}
+        modules[SWITCHED] = modules[OURS]
+        peaks = {label: peak_bytes(run, modules[label], sizes.device) for label, run in candidates.items()}
         cells = {label: Ratio(peak / peaks[FLOAT], None) for label, peak in peaks.items() if label != FLOAT}
         rows.append(Row(f"peak memory: {what}", against, x.device.type, {**missing, **failed, **cells}))
     return rows

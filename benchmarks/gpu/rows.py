@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from peers import OURS, PEERS, missing_peers
 from timing import Ratio, Times, ratio, silence_other_packages
@@ -127,8 +128,9 @@ def absent() -> dict[str, Ratio | str]:
     return {name: f"not installed: {reason}" for name, reason in missing_peers().items()}
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory that a run holds beyond what was held before."""
+def peak_bytes(run: Callable[[], object], network: nn.Module, device: torch.device) -> int:
+    """The most memory that a run holds, gradients included, beyond what was held before."""
+    network.zero_grad(set_to_none=True)
     if device.type != "cuda":
         from memory import bytes_held
 
