@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv, once, and again when pyproject.toml or constraints.txt change.
+# Every target but gpu sets up what it needs in .venv, once, and again when pyproject.toml or constraints.txt change.
 #
 #   make demo          the leave-one-domain-out study on digits (a few minutes)
 #   make pictograms    the same on drawings of five styles, with a pretrained network (hours; needs npm)
@@ -8,6 +8,7 @@
 #   make release-check what is uploaded: files, metadata, README, links, versions, and both ends of the dependencies
 #   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
 #   make sweep         networks of timm, torchvision, transformers and others, each through everything
+#   make gpu           tests and speed on a GPU, with the torch of PYTHON; DEVICE=cpu tries the command
 #
 # RELEASE_TESTS=all   every test from the sdist, not a selection
 # PYTHON=python3.12   another interpreter        DEMO_ARGS="--full"    options of the demo, PICTOGRAMS_ARGS of the other
@@ -24,6 +25,8 @@ DEMO_ARGS ?=
 PICTOGRAMS_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
+DEVICE ?= cuda
 SWEEP_ARGS ?=
 RELEASE_TESTS ?= quick
 
@@ -41,7 +44,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo pictograms npm test setup check lint types docs docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test setup check lint types docs docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -217,6 +220,11 @@ $(BENCH_VENV)/.created: pyproject.toml constraints.txt benchmarks/requirements.t
 bench: $(BENCH_VENV)/.created ## training against fp32 and against its peers, in an environment of its own (BENCH_ARGS="--parts step --json ratios.json")
 	$(call headline,training)
 	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+# No environment: the interpreter that is given, whose torch sees the GPU. Nothing is installed.
+gpu: ## tests and speed on a GPU, with the interpreter that is given: runs/gpu/report.md (DEVICE=cpu tries the command)
+	$(call headline,gpu)
+	PYTHONPATH=src:benchmarks$${PYTHONPATH:+:$$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m gpu --device $(DEVICE) --out runs/gpu $(GPU_ARGS)
 
 bench-deploy: $(BENCH_VENV)/.created ## latency of deployed ResNets against float32 and static int8 (BENCH_ARGS="--runs 100 --json ratios.json")
 	$(call headline,latency)

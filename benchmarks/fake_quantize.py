@@ -15,7 +15,6 @@ kernels in CUDA graphs (mode "reduce-overhead").
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -47,38 +46,47 @@ def tables(runs: int) -> Iterator[Table]:
     compiled = Table("Fake quantization, compiled: multiples of the memory floor", ["", OURS, *PEERS])
     for label, shape, activation, signed, per_channel in CASES:
         v = torch.randn(shape) if signed else torch.randn(shape).relu()
-        quantizer = LSQQuantizer(
-            4,
-            signed=signed,
-            axis0_is_batch=activation,
-            channels=shape[0] if per_channel else None,
-            channel_axis=0 if per_channel else None,
-        )
-        quantizer.initialize(v)
-        quantizer.save_output_for_backward = True  # as in a layer
+        quantizer = ours(v, activation, signed, per_channel)
         modules: dict[str, nn.Module] = {OURS: quantizer}
         for name in PEERS:
             modules[name] = peer_quantizer(name, quantizer, v)
             assert_same_codes(name, modules[name], quantizer, v)
-        times = measure(modules, v, runs)
+        times = interleaved(runs_of(modules, v), runs)
         eager.rows.append([label, *multiples_of_floor(times)])
         faster.rows.append([label, *(ratio(times[name], times[OURS]) for name in PEERS)])
         torch.compiler.reset()
         mode = "reduce-overhead" if on_gpu() else None  # CUDA graphs
         modules = {name: torch.compile(module, mode=mode) for name, module in modules.items() if name != "Brevitas"}
-        times = measure(modules, v, runs)
+        times = interleaved(runs_of(modules, v), runs)
         compiled.rows.append([label, *multiples_of_floor(times)])
     yield from (eager, faster, compiled)
 
 
-def measure(modules: dict[str, nn.Module], v: Tensor, runs: int) -> dict[str, Times]:
-    count = max(1, TOTAL_ELEMENTS // v.numel())
+def ours(v: Tensor, activation: bool, signed: bool, per_channel: bool) -> LSQQuantizer:
+    quantizer = LSQQuantizer(
+        4,
+        signed=signed,
+        axis0_is_batch=activation,
+        channels=len(v) if per_channel else None,
+        channel_axis=0 if per_channel else None,
+    ).to(v.device)
+    quantizer.initialize(v)
+    quantizer.save_output_for_backward = True  # as in a layer
+    return quantizer
+
+
+def runs_of(
+    modules: dict[str, nn.Module], v: Tensor, total_elements: int = TOTAL_ELEMENTS
+) -> dict[str, Callable[[], object]]:
+    """A run of each module, forward and backward, and of a copy of the same tensors."""
+    count = max(1, total_elements // v.numel())
     inputs = [v.clone() for _ in range(count)]
     targets, output_grads = ([torch.randn_like(v) for _ in range(count)] for _ in range(2))
-    candidates = {"copy": lambda: [target.copy_(v) for target, v in zip(targets, inputs, strict=True)]}
+    copies = list(zip(targets, inputs, strict=True))
+    candidates: dict[str, Callable[[], object]] = {"copy": lambda: [target.copy_(v) for target, v in copies]}
     for name, module in modules.items():
         candidates[name] = forward_and_backward(module, inputs, output_grads)
-    return interleaved(candidates, runs)
+    return candidates
 
 
 def forward_and_backward(module: nn.Module, inputs: list[Tensor], output_grads: list[Tensor]) -> Callable[[], None]:
@@ -89,9 +97,6 @@ def forward_and_backward(module: nn.Module, inputs: list[Tensor], output_grads: 
         for v, output_grad in zip(inputs, output_grads, strict=True):
             torch.autograd.grad(module(v), [v, *parameters], output_grad)
 
-    with warnings.catch_warnings():  # of the compiler
-        warnings.simplefilter("ignore")
-        run()
     return run
 
 

@@ -83,13 +83,14 @@ def w4a4(model: nn.Module, x: Tensor, **config: object) -> nn.Module:
     return quantize_model(model, QuantConfig(4, 4, **config), calibration=x).train()
 
 
-def closure_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    """A closure that runs forward and backward."""
+def closure_of(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.dtype | None = None) -> Callable[[], Tensor]:
+    """A closure that runs forward and backward, the forward in ``autocast`` where a dtype is given."""
 
     def closure() -> Tensor:
         for p in model.parameters():
             p.grad = None
-        loss = F.cross_entropy(model(x), y)
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
         return loss
 

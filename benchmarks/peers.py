@@ -29,6 +29,7 @@ classes would only add to it.
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import warnings
 
@@ -137,6 +138,17 @@ class Composition(nn.Module):
 
 OURS = "ours"
 PEERS = ("built-in", "torchao", "Brevitas", "composition")
+
+
+def missing_peers() -> dict[str, str]:
+    """The peers that cannot be imported, with the reason."""
+    missing = {}
+    for name, package in (("torchao", "torchao.quantization.quant_primitives"), ("Brevitas", "brevitas.nn")):
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a package that is broken beside this torch is missing as well
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return missing
 
 
 def peer_quantizer(name: str, quantizer: LSQQuantizer, v: Tensor) -> nn.Module:

@@ -1,4 +1,4 @@
-"""All benchmarks of training, one after the other, each in its own process, on the CPU and, if there is one, on a GPU.
+"""All benchmarks of training, one after the other, each in its own process. `make gpu` is for GPUs.
 
 python benchmarks/run.py [--parts fake_quantize step] [--json FILE]
 """
@@ -6,7 +6,6 @@ python benchmarks/run.py [--parts fake_quantize step] [--json FILE]
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -14,8 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-import torch
 
 PARTS = ("fake_quantize", "step", "two_passes", "memory", "growth")
 
@@ -25,16 +22,15 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path, help="write all tables here as well")
     options = parser.parse_args()
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     results = {}
     environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # silences the profiler
     with tempfile.TemporaryDirectory() as folder:
-        for device, part in itertools.product(devices, options.parts):
+        for part in options.parts:
             start, file = time.monotonic(), Path(folder) / "part.json"
             script = Path(__file__).with_name(f"{part}.py")
-            subprocess.run([sys.executable, script, "--device", device, "--json", file], check=True, env=environment)
-            print(f"({part}.py ran for {(time.monotonic() - start) / 60:.1f} min on {device})", flush=True)
-            results[f"{part}, {device}"] = json.loads(file.read_text())
+            subprocess.run([sys.executable, script, "--json", file], check=True, env=environment)
+            print(f"({part}.py ran for {(time.monotonic() - start) / 60:.1f} min)", flush=True)
+            results[part] = json.loads(file.read_text())
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0

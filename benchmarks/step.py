@@ -12,8 +12,7 @@ network in floating point. Brevitas is left out there, since its graph breaks. O
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +51,12 @@ def tables(runs: int) -> Iterator[Table]:
     yield compiled
 
 
-def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
+def variants(model: nn.Module, x: Tensor, peer_names: Iterable[str] = PEERS) -> dict[str, nn.Module]:
     model = model.train()
     ours = w4a4(model, x)
     recomputed = copy.deepcopy(ours)
     recompute_activations(recomputed)
-    peers = {name: quantize_like(ours, model, name) for name in PEERS}
+    peers = {name: quantize_like(ours, model, name) for name in peer_names}
     return {FLOAT: model, OURS: ours, RECOMPUTED: recomputed, **peers}
 
 
@@ -69,9 +68,7 @@ def compiled_times(model: nn.Module, x: Tensor, y: Tensor, runs: int) -> dict[st
         candidates["eager " + name] = closure_of(networks[name], x, y)
         mode = "reduce-overhead" if on_gpu() else None
         candidates[name] = closure_of(torch.compile(networks[name], mode=mode), x, y)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            candidates[name]()
+        candidates[name]()
     return interleaved(candidates, runs)
 
 

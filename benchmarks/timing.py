@@ -22,12 +22,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 
 Times = list[float]
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**35)}
@@ -55,9 +55,16 @@ class Table:
     rows: list[list[str | Ratio | None]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        cells = [["-" if cell is None else str(cell) for cell in row] for row in self.rows]
-        text = tabulate(cells, self.columns, tablefmt="pipe", disable_numparse=True)
-        return f"\n{self.title}\n\n{text}\n"
+        return f"\n{self.title}\n\n{markdown(self.columns, self.rows)}\n"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown, in columns of equal width; "-" for ``None``."""
+    cells = [[*columns], *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join(":" + "-" * (width + 1) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 2) -> dict[str, Times]:
@@ -89,7 +96,8 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def on_gpu() -> bool:
-    return torch.get_default_device().type == "cuda"
+    """Whether this process has used a GPU."""
+    return torch.cuda.is_initialized()
 
 
 def ratio(times: Times, reference: Times, factor: float = 1.0, digits: int = 2) -> Ratio:
@@ -105,6 +113,11 @@ def setting() -> dict[str, object]:
     return {"torch": torch.__version__, "python": platform.python_version(), "machine": machine}
 
 
+def silence_other_packages() -> None:
+    logging.disable(logging.WARNING)  # of extensions that torchao could not load and the benchmarks do not use
+    warnings.simplefilter("ignore")  # of compilers and peers
+
+
 def command(tables: Callable[[int], Iterable[Table]], description: str, runs: int) -> None:
     """The command line of a benchmark. Prints each table when it is done."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
@@ -117,7 +130,7 @@ def command(tables: Callable[[int], Iterable[Table]], description: str, runs: in
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_default_device(options.device)
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # of extensions that torchao could not load and the benchmarks do not use
+    silence_other_packages()
     torch.manual_seed(0)
     results = []
     for table in tables(options.runs):

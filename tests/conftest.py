@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 import torch
 
+from devices import DEVICE
 from torchvision_import import import_torchvision
 
 hypothesis.settings.register_profile(
@@ -23,6 +24,12 @@ def _repeatable():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device of a test that runs on any. `make gpu` runs the tests that have this fixture."""
+    return DEVICE
 
 
 @pytest.fixture(scope="session")

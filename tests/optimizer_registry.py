@@ -8,12 +8,13 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from devices import DEVICE
 from gaqat_optim import (
     ASAM,
     GSAM,
@@ -128,7 +129,7 @@ START["extra.weight"][0] *= -1
 # Five batches that want different things, so that signs flip, by margins far above rounding.
 XS = torch.randn(5, 8, 3, generator=GENERATOR, dtype=torch.float64)
 YS = 1.5 * torch.randn(5, 8, generator=GENERATOR, dtype=torch.float64)
-BATCHES = list(zip(XS, YS, strict=True))
+BATCHES = list(zip(XS.to(DEVICE), YS.to(DEVICE), strict=True))
 FLOAT_BATCHES = list(zip(XS.tolist(), YS.tolist(), strict=True))
 
 
@@ -142,7 +143,7 @@ class Part(nn.Module):
 
 
 def parameter(name):
-    return nn.Parameter(torch.tensor(START[name], dtype=torch.float64).view(SHAPES[name]))
+    return nn.Parameter(torch.tensor(START[name], dtype=torch.float64, device=DEVICE).view(SHAPES[name]))
 
 
 class Net(nn.Module):
@@ -151,7 +152,7 @@ class Net(nn.Module):
     def __init__(self, extra=True):
         super().__init__()
         self.weight, self.bias, self.head = parameter("weight"), parameter("bias"), parameter("head")
-        self.norm = nn.BatchNorm1d(3, affine=False, dtype=torch.float64)
+        self.norm = nn.BatchNorm1d(3, affine=False, dtype=torch.float64, device=DEVICE)
         # Its place is here even if it comes later: new scales are then the first.
         self.register_module("extra", None)
         if extra:
@@ -191,7 +192,7 @@ def build(perturbation, policy, base, interval=1, extra=True):
     setting, radius = PERTURBATIONS[perturbation]
     groups = groups_of([n for n in SHAPES if extra or n not in EXTRA], radius)
     optimizer = wrap(make_base(base, tensor_groups(model, groups)), model, setting, policy, interval)
-    twin = Twin(START, groups, partial(make_slow_base, base), setting, POLICIES[policy], interval)
+    twin = Twin(START, groups, partial(make_slow_base, base), setting, POLICIES[policy], interval, DEVICE)
     return model, optimizer, twin
 
 
@@ -347,6 +348,13 @@ def covering_cases():
             cases.append(case)
             met |= pairs(case)
     return cases
+
+
+def cases_on_a_gpu():
+    """Each legal pair of perturbation and policy once, bases and protocols in turn: a GPU is slow on tiny networks."""
+    every = [case for case in product(PERTURBATIONS, POLICIES) if legal(*case)]
+    turns = zip(every, cycle(BASES), cycle(PROTOCOLS), strict=False)
+    return [(*case, base, protocol) for case, base, protocol in turns]
 
 
 def pairs(case):

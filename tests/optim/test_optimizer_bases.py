@@ -8,25 +8,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from devices import needs_cuda
 from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
 from training import RATES, X, Y, assert_same, build_base, linear, quantized_cnn, tensors, through_a_file, train
 
 # Muon takes matrices alone and has a test of its own, SparseAdam no dense gradients, LBFGS no wrapper.
 OTHERS = {"Muon", "SparseAdam", "LBFGS", "Optimizer"}
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="capturable bases need a device that can capture")
 
 
 def variants():
     """Every implementation that a base has: differentiable ones are for steps that are differentiated themselves."""
     for name, arguments in RATES.items():
         takes = inspect.signature(getattr(torch.optim, name)).parameters
-        yield pytest.param(name, arguments, "cpu", id=name)
-        yield pytest.param(name, {**arguments, "lr": "tensor", "foreach": False}, "cpu", id=f"{name} tensor lr")
+        yield pytest.param(name, arguments, id=name)
+        yield pytest.param(name, {**arguments, "lr": "tensor", "foreach": False}, id=f"{name} tensor lr")
         for flag in ("foreach", "fused", "maximize"):
             if flag in takes:
-                yield pytest.param(name, {**arguments, flag: True}, "cpu", id=f"{name} {flag}")
+                yield pytest.param(name, {**arguments, flag: True}, id=f"{name} {flag}")
         if "capturable" in takes:
-            yield pytest.param(name, {**arguments, "capturable": True}, "cuda", id=f"{name} capturable", marks=CUDA)
+            yield pytest.param(name, {**arguments, "capturable": True}, id=f"{name} capturable", marks=needs_cuda)
 
 
 def test_every_optimizer_of_torch_is_listed():
@@ -34,7 +34,7 @@ def test_every_optimizer_of_torch_is_listed():
     assert classes - OTHERS == RATES.keys()
 
 
-@pytest.mark.parametrize(("name", "arguments", "device"), list(variants()))
+@pytest.mark.parametrize(("name", "arguments"), list(variants()))
 def test_bases_make_their_own_step_and_resume_to_the_bit(name, arguments, device):
     x, y = X.to(device), Y.to(device)
     model = quantized_cnn().to(device)

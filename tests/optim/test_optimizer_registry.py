@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gaqat_optim
+from devices import DEVICE
 from gaqat_optim import SAGM, SAM, DisorderFreeze, GAQATOptimizer
 from optimizer_registry import (
     BASES,
@@ -19,6 +20,7 @@ from optimizer_registry import (
     assert_agree,
     assert_close,
     build,
+    cases_on_a_gpu,
     closure_form,
     covering_cases,
     groups_of,
@@ -36,7 +38,8 @@ every_base = pytest.mark.parametrize("base", BASES)
 every_perturbation = pytest.mark.parametrize("perturbation", PERTURBATIONS)
 
 
-@pytest.mark.parametrize("case", covering_cases(), ids="/".join)
+@pytest.mark.parametrize("case", covering_cases() if DEVICE.type == "cpu" else cases_on_a_gpu(), ids="/".join)
+@pytest.mark.usefixtures("device")
 def test_every_step_is_the_twin_s(case):
     perturbation, policy, base, protocol = case
     model, optimizer, twin = build(perturbation, policy, base, PROTOCOLS[protocol].interval)
@@ -70,6 +73,7 @@ def test_the_registry_knows_every_perturbation_and_policy_of_the_package(kind):
 
 
 @every_perturbation
+@pytest.mark.usefixtures("device")
 def test_the_perturbation_in_the_block_is_the_twin_s_and_undone_to_the_bit(perturbation):
     model, optimizer, twin = build(perturbation, "always", "sgd")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -108,6 +112,7 @@ NOTHING = {
 
 @pytest.mark.parametrize("perturbation", NOTHING.values(), ids=[kind.__name__ for kind in NOTHING])
 @every_base
+@pytest.mark.usefixtures("device")
 def test_without_radius_weight_and_freezing_it_is_the_base(base, perturbation):
     plain, wrapped = Net(), Net()
     a = make_base(base, plain.parameters())

@@ -61,14 +61,17 @@ def test_a_growing_loss_scale_with_clipping_trains_like_none(perturbation):
         assert (r.disorder_task, r.conflict, r.frozen) == (s.disorder_task, s.conflict, s.frozen)
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("overflow", [(1,), (2,), (1, 2)])
-def test_grad_scaler_skips_a_step_that_overflowed_in_either_pass(overflow):
-    model = quantized_cnn()
+def test_grad_scaler_skips_a_step_that_overflowed_in_either_pass(overflow, half, device):
+    model, x, y = quantized_cnn().to(device), X.to(device), Y.to(device)
     optimizer = GAQATOptimizer(BASES["adam"](model.parameters()), model, perturbation=SAGM(0.5))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8)
 
     def one_pass(number):
-        scaler.scale(F.cross_entropy(model(X), Y)).backward()
+        with torch.autocast(device.type, torch.float16, enabled=half):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
         if number in overflow:
             model[8].weight.grad[0, 0] = math.inf
 

@@ -208,12 +208,13 @@ class Twin:
         groups: parameter groups with ``"names"`` for ``"params"``.
         make_base: makes the base optimizer from groups of tensors.
         perturbation, policy, interval: the settings of the package.
+        device: where the base optimizer steps; everything else is in Python.
     """
 
-    def __init__(self, start, groups, make_base, perturbation, policy, interval=1):
+    def __init__(self, start, groups, make_base, perturbation, policy, interval=1, device="cpu"):
         self.tensors = {}
         self.counters, self.frozen, self.judged = {}, {}, {}
-        self.policy, self.interval = policy, interval
+        self.policy, self.interval, self.device = policy, interval, device
         self.perturb_by(perturbation)
         self.steps = self.perturbed_steps = self.windows = 0
         self.running_mean, self.running_var, self.batches_seen = [0.0] * 3, [1.0] * 3, 0
@@ -222,7 +223,8 @@ class Twin:
 
     def _taken_up(self, values, group):
         for name in group["names"]:
-            self.tensors[name] = torch.tensor(values[name], dtype=torch.float64).view(SHAPES[name])
+            tensor = torch.tensor(values[name], dtype=torch.float64, device=self.device)
+            self.tensors[name] = tensor.view(SHAPES[name])
             for i in range(len(values[name]) if is_scale(name) else 0):
                 self.counters[name, i] = SignCounter()
                 self.frozen[name, i] = self.policy.initially_frozen
@@ -335,7 +337,7 @@ class Twin:
         for name, tensor in self.tensors.items():
             tensor.grad = None
             if name in gradients:
-                tensor.grad = torch.tensor(gradients[name], dtype=torch.float64).view(SHAPES[name])
+                tensor.grad = tensor.new_tensor(gradients[name]).view(SHAPES[name])
         before = self.theta
         self.base.step()
         for (name, i), frozen in self.frozen.items():

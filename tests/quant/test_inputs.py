@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from devices import needs_cuda
 from gaqat_optim import LSQQuantizer, quantize_model
 from gaqat_optim.quant.inputs import run_batch, taken_keywords, tensors_in, to_device
 
@@ -80,8 +81,8 @@ def test_nested_tensors_move_and_types_stay():
     assert to_device(same, torch.device("cpu")) is same
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_move_to_the_model_s_device():
-    model = quantize_model(TwoInputs().cuda(), calibration=[{"left": X, "right": X}, {"left": X}])
+@needs_cuda
+def test_batches_move_to_the_model_s_device(device):
+    model = quantize_model(TwoInputs().to(device), calibration=[{"left": X, "right": X}, {"left": X}])
     quantizers = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
     assert all(quantizer.is_initialized and quantizer.scale.is_cuda for quantizer in quantizers)

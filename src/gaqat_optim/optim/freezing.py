@@ -212,7 +212,8 @@ class RandomFreeze(_PartPolicy):
     def judge(self, statistics: WindowStatistics, frozen: Tensor, windows: int) -> Tensor:
         # A seed for this window, of the 32 bits that every torch generator takes.
         (window_seed,) = np.random.SeedSequence([self.seed, windows]).generate_state(1)
-        order = torch.randperm(frozen.numel(), generator=torch.Generator().manual_seed(int(window_seed)))
+        generator = torch.Generator().manual_seed(int(window_seed))
+        order = torch.randperm(frozen.numel(), generator=generator, device="cpu")  # whatever torch's default device
         mask = order < round(self.fraction * frozen.numel())
         return mask.to(frozen.device, non_blocking=True)
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
+from devices import on_device
 from gaqat_optim import LSQQuantizer
 from gaqat_optim.quant.lsq import functional
 from gaqat_optim.quant.lsq.functional import integer_bounds
@@ -58,9 +59,10 @@ class Case(NamedTuple):
 
 def run(v, scale, grad, qmin, qmax, axis=None, grad_scale=1.0):
     """Forward and backward of the code under test, as (v_hat, dv, ds). No copy of v: its layout counts."""
-    v, scale = v.detach().requires_grad_(), scale.detach().requires_grad_()
+    v, scale = on_device(v).detach().requires_grad_(), on_device(scale).detach().requires_grad_()
     v_hat = lsq_quantize(v, scale, qmin, qmax, grad_scale=grad_scale, channel_axis=axis)
-    return v_hat.detach(), *torch.autograd.grad(v_hat, (v, scale), grad)
+    dv, ds = torch.autograd.grad(v_hat, (v, scale), on_device(grad))
+    return v_hat.detach().cpu(), dv.cpu(), ds.cpu()
 
 
 def same(got, want):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices import DEVICE, on_device
 from gaqat_optim import LSQQuantizer
 from gaqat_optim import lsq_quantize as public_lsq_quantize
 from gaqat_optim.quant.lsq.functional import integer_bounds, lsq_bound, zero_point_of
@@ -34,7 +35,7 @@ from quant.lsq.cases import (
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_both_gradients_against_the_oracle(dtype, content):
-    @settings(max_examples=60)
+    @settings(max_examples=60 if DEVICE.type == "cpu" else 15)
     @given(cases(dtype, content), st.sampled_from([1.0, 0.25, 0.01]))
     def check(case, grad_scale):
         assert_equals_oracle(case, exact=content == "ties and bounds", grad_scale=grad_scale)
@@ -101,7 +102,7 @@ def test_half_precision_sums_many_terms_in_float32(code, dtype, axis, seed):
 
 def quantized(case, v=None, scale=None):
     v, scale = case.v if v is None else v, case.scale if scale is None else scale
-    return lsq_quantize(v, scale, case.qmin, case.qmax, channel_axis=case.axis)
+    return lsq_quantize(on_device(v), on_device(scale), case.qmin, case.qmax, channel_axis=case.axis).cpu()
 
 
 @pytest.mark.usefixtures("with_and_without_output")
@@ -230,15 +231,17 @@ def test_gradients_are_linear_in_the_incoming_gradient(case, factor, seed):
 @pytest.mark.parametrize("through_module", [False, True])
 def test_second_derivatives_are_refused_instead_of_wrong(through_module, of, axis, depends):
     """Whether or not G depends on v and scale: d(ds)/dv = -G inside the bounds, which is not zero."""
-    v = torch.randn(3, 4, requires_grad=True)
+    v = torch.randn(3, 4, device=DEVICE, requires_grad=True)
     channels = None if axis is None else v.shape[axis]
     if through_module:
-        quantizer = LSQQuantizer(4, signed=True, channels=channels, channel_axis=axis, scale_domain="linear")
+        quantizer = LSQQuantizer(
+            4, signed=True, channels=channels, channel_axis=axis, scale_domain="linear", device=DEVICE
+        )
         quantizer.initialize(v, torch.full((channels or 1,), 0.25))
         quantizer.save_output_for_backward = SAVE_OUTPUT[0]
         y, scale = quantizer(v), quantizer.raw_scale
     else:
-        scale = torch.full((channels or 1,), 0.25, requires_grad=True)
+        scale = torch.full((channels or 1,), 0.25, device=DEVICE, requires_grad=True)
         y = lsq_quantize(v, scale, -8, 7, channel_axis=axis)
     y = y.square().sum() if depends else y.sum()
     (first,) = torch.autograd.grad(y, {"v": v, "scale": scale}[of], create_graph=True)
@@ -250,15 +253,15 @@ def test_second_derivatives_are_refused_instead_of_wrong(through_module, of, axi
 @pytest.mark.usefixtures("with_and_without_output")
 @pytest.mark.parametrize("axis", [None, 0])
 def test_torch_func_grad_is_autograd(axis):
-    v, s = torch.randn(3, 4), torch.full((1 if axis is None else 3,), 0.25)
+    v, s = torch.randn(3, 4, device=DEVICE), torch.full((1 if axis is None else 3,), 0.25, device=DEVICE)
 
     def loss(v, s):
         return lsq_quantize(v, s, -8, 7, channel_axis=axis).square().sum()
 
     _, dv, ds = run(v, s, 2 * lsq_quantize(v, s, -8, 7, channel_axis=axis), -8, 7, axis)
     got_dv, got_ds = torch.func.grad(loss, argnums=(0, 1))(v, s)
-    same(got_dv, dv)
-    same(got_ds, ds)
+    same(got_dv.cpu(), dv)
+    same(got_ds.cpu(), ds)
 
 
 @pytest.mark.usefixtures("with_and_without_output")
@@ -269,13 +272,15 @@ def test_torch_func_second_derivatives_are_refused(argument):
 
     first = torch.func.grad(loss, argnums=argument)
     with pytest.raises(RuntimeError, match="twice"):
-        torch.func.grad(lambda v, s: first(v, s).sum(), argnums=argument)(torch.randn(5), torch.tensor([0.5]))
+        torch.func.grad(lambda v, s: first(v, s).sum(), argnums=argument)(
+            torch.randn(5, device=DEVICE), torch.tensor([0.5], device=DEVICE)
+        )
 
 
 @pytest.mark.usefixtures("with_and_without_output")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, on the way to the error
 def test_torch_func_vmap_and_jvp_are_refused():
-    v, s = torch.randn(3, 5), torch.tensor([0.5])
+    v, s = torch.randn(3, 5, device=DEVICE), torch.tensor([0.5], device=DEVICE)
     with pytest.raises(RuntimeError, match="does not have vmap support"):
         torch.func.vmap(lambda row: lsq_quantize(row, s, -8, 7))(v)
     with pytest.raises(NotImplementedError, match="implement the jvp function"):
@@ -293,10 +298,10 @@ def test_scale_gradient_is_not_that_of_pytorch_s_own_operator():
     assert builtin_scale.grad.item() == pytest.approx(-0.3, abs=1e-6)
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_nothing(device):
     v, s, grad = torch.randn(6, 40), torch.rand(6) + 0.1, torch.randn(6, 40)
     plain = run(v, s, grad, -4, 3, axis=0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         under = run(v, s, grad, -4, 3, axis=0)
     for a, b in zip(plain, under, strict=True):
         assert torch.equal(a, b)

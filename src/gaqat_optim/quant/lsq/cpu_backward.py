@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .formulas import inner_product
 from .quotient import divide_by_scale
 
 
@@ -45,7 +46,7 @@ def lsq_gradients(
         else:
             grad_v = torch.ops.aten.hardtanh_backward(grad, v / s, qmin, qmax)
         # In Python's numbers, since an operator on one entry costs the time of its call.
-        total = (_dot(grad, v_hat).item() - _dot(grad_v, v).item()) / s
+        total = (inner_product(grad, v_hat).item() - inner_product(grad_v, v).item()) / s
         return (grad_v, scale.new_tensor(total)) if math.isfinite(total) else None
     u, _ = divide_by_scale(v, scale, channel_axis)
     grad_v = torch.ops.aten.hardtanh_backward.grad_input(grad, u, qmin, qmax, grad_input=u)
@@ -81,20 +82,6 @@ def _float32_at_least(x: float) -> float:
     digits = min(24, exponent + 149)  # fewer than 24 near the smallest float32, 2^-149
     rounded = math.ldexp(math.ceil(math.ldexp(mantissa, digits)), exponent - digits)
     return rounded if rounded < 2.0**128 else math.inf
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    flat_a, flat_b = (_flat_view(a), _flat_view(b)) if a.stride() == b.stride() else (None, None)
-    if flat_a is None or flat_b is None:
-        flat_a, flat_b = a.reshape(-1), b.reshape(-1)
-    return torch.dot(flat_a, flat_b)
-
-
-def _flat_view(x: Tensor) -> Tensor | None:
-    """A view of ``x`` as a vector, in the order of its memory (channels last, say); ``None`` where it has gaps."""
-    if not x.is_contiguous():
-        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
-    return x.view(-1) if x.is_contiguous() else None
 
 
 def _rowwise_dot(a: Tensor, b: Tensor, channel_axis: int, gamma: Tensor) -> Tensor:

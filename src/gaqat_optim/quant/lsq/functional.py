@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu_backward
-from .quotient import compute_dtype, divide_by_scale
+from . import compiled, cpu_backward, formulas
+from .quotient import divide_by_scale
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -191,7 +191,8 @@ class _LSQ(torch.autograd.Function):
     making 0 * inf.
 
     Eager CPU kernels are memory-bound. There, backward uses the saved v and v_hat instead of computing u and q again
-    (:mod:`gaqat_optim.quant.lsq.cpu_backward`). A compiler fuses the plain form into few passes.
+    (:mod:`gaqat_optim.quant.lsq.cpu_backward`). A compiler makes one pass of each of the plain formulas, for the whole
+    network or, where :mod:`gaqat_optim.quant.lsq.compiled` is switched on, for the quantizer alone.
     """
 
     @staticmethod
@@ -199,19 +200,17 @@ class _LSQ(torch.autograd.Function):
         # Without parameter names, since torch binds those in each call, which takes as long as the rest. From the end,
         # since Dynamo without gradients passes its context first.
         v, scale, qmin, qmax, _, channel_axis, _ = arguments[-7:]
-        u, s = divide_by_scale(v, scale, channel_axis)
-        result: Tensor
         if torch.compiler.is_compiling():
-            result = u.clamp(qmin, qmax).round() * s
-        else:
-            result = u.clamp_(qmin, qmax).round_().mul_(s)
-        # Dynamo of torch 2.11 makes every gradient zero behind a last operation that returns its own operand.
-        return result if result.dtype == v.dtype else result.to(v.dtype)
+            return formulas.quantized_values(v, scale, qmin, qmax, channel_axis)
+        if compiled.supports(v):
+            return compiled.quantized_values(v, scale, qmin, qmax, channel_axis)
+        u, s = divide_by_scale(v, scale, channel_axis)
+        return u.clamp_(qmin, qmax).round_().mul_(s).to(v.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         v, scale, ctx.qmin, ctx.qmax, ctx.grad_scale, ctx.channel_axis, save_output_for_backward = inputs
-        if save_output_for_backward and cpu_backward.supports(v, scale):
+        if save_output_for_backward and not compiled.supports(v) and cpu_backward.supports(v, scale):
             # The layer saves the output for its own backward: saving it here too takes no memory.
             ctx.save_for_backward(v, scale, output)
         else:
@@ -225,7 +224,9 @@ class _LSQ(torch.autograd.Function):
             gradients = None
             if output and cpu_backward.supports(grad, scale):
                 gradients = cpu_backward.lsq_gradients(grad, v, scale, output[0], *constants)
-            grad_v, total = gradients or _lsq_gradients(grad, v, scale, *constants)
+            elif compiled.supports(v) and compiled.supports(grad):
+                gradients = compiled.lsq_gradients(grad, v, scale, *constants)
+            grad_v, total = gradients or formulas.lsq_gradients(grad, v, scale, *constants)
             v_grad = grad_v.to(v.dtype) if ctx.needs_input_grad[0] else None
             scale_grad = None
             if ctx.needs_input_grad[1]:
@@ -234,23 +235,3 @@ class _LSQ(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True, or torch.func
             grads = [None if g is None else RefuseDoubleBackward.apply(g, grad, v, scale) for g in grads]  # type: ignore[no-untyped-call]
         return (*grads, *[None] * 5)
-
-
-def _lsq_gradients(
-    grad: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, channel_axis: int | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of v and of the scale (before LSQ's factor g), in the plain form."""
-    grad = grad.to(compute_dtype(v, scale))
-    u = divide_by_scale(v, scale, channel_axis)[0].clamp_(qmin, qmax)
-    # The derivative of hardtanh is zero at its bounds and beyond, as LSQ's strict inequalities ask.
-    grad_v = torch.ops.aten.hardtanh_backward(grad, u, qmin, qmax)
-    return grad_v, _dot(grad, u.round(), channel_axis) - _dot(grad_v, u, channel_axis)
-
-
-def _dot(a: Tensor, b: Tensor, channel_axis: int | None) -> Tensor:
-    """Inner product of ``a`` and ``b``: shape ``()``, or ``(channels,)`` along ``channel_axis``."""
-    if channel_axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
-    # Not linalg.vecdot, which autocast would run in half precision.
-    others = [axis for axis in range(a.dim()) if axis != channel_axis]
-    return (a * b).sum(others) if others else a * b
