@@ -15,7 +15,7 @@ from .jobs import Job
 from .report import WIDTH
 from .settings import Settings
 
-QUANTIZED_PASS = 1.5  # the time of a quantized pass in fp32 passes, as measured with the digits on one core
+QUANTIZED_PASS = 1.6  # the time of a quantized pass, with evaluations, in fp32 passes: digits on one core
 
 
 def terminal_width() -> int:
