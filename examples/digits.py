@@ -28,7 +28,8 @@ from domain_generalization.deployment import deploy, trained_network
 from domain_generalization.digit_domains import DOMAINS, save_samples
 from domain_generalization.digit_study import DigitData, load_once
 from domain_generalization.study.jobs import START, Job
-from domain_generalization.study.program import Finished, run_program, study_parser, wrapped
+from domain_generalization.study.program import Finished, run_program, study_parser
+from domain_generalization.study.progress import next_steps, wrapped
 from domain_generalization.study.report import costs, table, verdict
 
 # The run of the first of these methods is plotted and exported.
@@ -78,15 +79,22 @@ def show(finished: Finished) -> None:
     save_samples(load_once(finished.jobs[0].seed), folder / "samples.png")
     if study.example is not None and study.result(study.example) is not None:
         _show_example(finished, study.example)
-    print(f"Written to the folder {folder}.")
-    print(f"{finished.seconds:.0f} seconds, {torch.get_num_threads()} thread(s).")
+    print(f"\n{finished.seconds:.0f} seconds, {torch.get_num_threads()} thread(s). All files are in {folder}.\n")
+    name = "the .onnx file" if study.example is None else f"{study.example.method}.onnx"
+    print(
+        next_steps(
+            f"Look at {folder / 'samples.png'}, and at {folder / 'conflict.png'} if there is one.",
+            f"Run {name} in a program of yours, in Python or C++: docs/from_checkpoint_to_device.md.",
+            "Quantize your own network: the loop in README.md, explained in docs/quickstart.md.",
+        )
+    )
 
 
 def _show_example(finished: Finished, job: Job) -> None:
     study, folder = finished.study, finished.study.out
     weights = study.weights(job)
     if weights is None:
-        print(f"No plot and no network file: {job.title} was trained before, without keeping them.")
+        print(wrapped(f"No plot and no network file: {job.title} was trained before, without keeping them."))
         print(f"Remove {study.folder(job)} to have it trained again.")
         return
     if "recorder" in weights:
@@ -97,7 +105,9 @@ def _show_example(finished: Finished, job: Job) -> None:
         print("No conflict plot: it takes a method with two passes, recorded from its first step on.")
     fp32 = trained_network(study, Job(job.target, job.seed, None, START))
     images, labels = load_once(job.seed)[job.target]
-    print(deploy(trained_network(study, job), fp32, images, labels, folder / f"{job.method}.onnx"))
+    print("Writing the network as ONNX files, and comparing them in onnxruntime ...\n", flush=True)
+    report = deploy(trained_network(study, job), fp32, images, labels, folder / f"{job.method}.onnx")
+    print(wrapped(str(report), indent="  "))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -117,13 +120,25 @@ def export_quantized(model: nn.Module, sample: Tensor, path: Path) -> ExportRepo
 def export_fp32(model: nn.Module, sample: Tensor, path: Path) -> None:
     """Write the unquantized network by torch's own exporter, weights inside the file."""
     batch = {0: torch.export.Dim("batch")}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _errors_alone("torch.onnx"):
         warnings.simplefilter("ignore", FutureWarning)  # of torch's internals, by its own exporter
         program = torch.onnx.export(model.eval(), (sample,), dynamo=True, dynamic_shapes=(batch,), verbose=False)
     assert program is not None
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces with paths; `export_onnx` writes none either
     program.save(path, external_data=False)
+
+
+@contextmanager
+def _errors_alone(name: str) -> Iterator[None]:
+    """No log line below an error. torch's exporter has one for each operator of torchvision that is not installed."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def onnxruntime_predictions(path: Path, images: Tensor, batch_size: int = 200) -> Tensor:

@@ -49,6 +49,9 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
     for piece in (*(METHODS[name].title for name in DEMO), "noisy copies", "n=1 paired cell", "W3A3"):
         assert piece in text
     assert "100.00 % the prediction of convert(model)" in text
+    assert max(len(line) for line in text.splitlines() if str(out) not in line) <= 79
+    assert "What to do next:" in text
+    assert "gaqat.onnx in a program of yours" in " ".join(text.split())
 
 
 def test_a_study_of_lsq_alone_has_no_conflict_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .cluster import ClusterError, submit, wait
 from .data import DataError, DataSet
 from .jobs import Job, Study
 from .options import settings_from, study_parser
+from .progress import JobProgress, next_steps, wrapped
 from .ranks import end_ranks, start_ranks
-from .report import WIDTH, Cell, Record, all_cells, comparisons, costs, table, verdict
+from .report import Cell, Record, all_cells, comparisons, costs, table, verdict
 from .runner import (
     plan,
     prepare,
@@ -147,7 +146,7 @@ def _run(
     elif options.jobs > 1:
         problems = work_in_processes(study, jobs, options.jobs)
     else:
-        _work_with_bar(study, jobs)
+        _work_here(study, jobs)
     if ranks.rank > 0:
         return 0
     save_results(study)
@@ -178,27 +177,21 @@ def _announce(options: argparse.Namespace, study: Study, jobs: Sequence[Job]) ->
     if options.preset == "published":
         print("Preset published. What the papers leave open, and our reading of it:")
         for line in OUR_READING.values():
-            print(textwrap.fill("- " + line.format(**asdict(settings)), WIDTH, subsequent_indent="  "))
+            print(wrapped("- " + line.format(**asdict(settings)), indent="  "))
         print()
     done = sum(study.result(job) is not None for job in jobs)
+    left = [job for job in with_origins(jobs) if study.result(job) is None]
     if done:
         print(f"{done} of {len(jobs)} jobs were done before, in {study.out}.")
+    if left:
+        steps = sum(job.steps(settings) for job in left)
+        print(wrapped(f"Training {len(left)} networks, {steps:,} steps in all, on {study.data.name}."), flush=True)
 
 
-def _work_with_bar(study: Study, jobs: Sequence[Job]) -> None:
+def _work_here(study: Study, jobs: Sequence[Job]) -> None:
     left = [job for job in with_origins(jobs) if study.result(job) is None]
-    total = sum(job.steps(study.settings) for job in left)
-    with tqdm(total=total, unit="step", mininterval=0.5, disable=study.ranks.rank > 0) as bar:
-        current: list[Job] = []
-
-        def progress(job: Job, line: str) -> None:
-            if current != [job]:
-                current[:] = [job]
-                bar.set_description(job.title)
-            bar.update()
-
+    with JobProgress(left, study.settings, disable=study.ranks.rank > 0 or not left) as progress:
         work(study, jobs, progress)
-        bar.set_description("done")
 
 
 def _export(study: Study, jobs: Sequence[Job]) -> list[str]:
@@ -224,7 +217,19 @@ def print_results(finished: Finished) -> None:
         measures["oracle_accuracy"] = "oracle: best on the held-out domain, not a fair choice"
     methods = {job.method for job in finished.jobs} | {record["method"] for record in records}
     print_report(records, measures, methods=methods, cells=finished.cells, main=study.data.main_measure)
-    print(f"Written to {study.out / 'results.json'}")
+    out = study.out
+    print(f"\nWritten to {out / 'results.json'}.\n")
+    script = Path(sys.argv[0])
+    kept = f"The networks are in {out / 'jobs'}: model.pt, and last.onnx where --export was given."
+    print(
+        next_steps(
+            f"More certainty: python {script} --out {out} --seeds ... with further seeds. What is done is kept.",
+            f"A table for a paper: python {script.with_name('merge.py')} {out} --layout latex",
+            kept
+            if study.save_models
+            else "The networks as ONNX files: the same command in another --out, with --export.",
+        )
+    )
 
 
 def print_report(
@@ -239,8 +244,3 @@ def print_report(
     for text in (verdict(records, main, where=where), costs(records)):
         if text:
             print(wrapped(text))
-
-
-def wrapped(text: str) -> str:
-    """A sentence within the width of a terminal."""
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -200,7 +202,7 @@ def _torch_export(flat: FlatNetwork, inputs: FlatInputs, opset: int, outputs: li
     batch = torch.export.Dim("batch", min=2)  # torch 2.9 refuses a range with 1 in it
     shapes = (tuple({0: batch} if is_free else None for is_free in inputs.free),)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_about_torchvision():
             # The exporter uses one of torch's own structures in a way that torch warns about.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             # It calls the batch axis by one name where several inputs have it, as it should.
@@ -231,6 +233,21 @@ def _torch_export(flat: FlatNetwork, inputs: FlatInputs, opset: int, outputs: li
             "torch.export.export(convert(model), (sample,), strict=False) says what stops the other way"
         )
     return network
+
+
+@contextmanager
+def _quiet_about_torchvision() -> Iterator[None]:
+    """Without torchvision, torch logs a line for each of its operators in every export; no network can use them."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")  # torch has no public name for it
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("torchvision is not installed")
+
+    log.addFilter(keeps)
+    try:
+        yield
+    finally:
+        log.removeFilter(keeps)
 
 
 def _cause(error: BaseException) -> str:
