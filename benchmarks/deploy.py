@@ -140,6 +140,7 @@ def ratios(timings: dict[str, Any], sizes: dict[str, int]) -> dict[str, dict[str
             "faster than int8": peer_median / latency.median,
             "smaller": sizes["float32"] / sizes[label],
             "median ms": latency.median,
+            "fastest ms": latency.fastest,
             "spread": (high - low) / latency.median,
         }
     return rows

@@ -15,18 +15,18 @@ import datetime
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-IMAGES = ROOT / "docs" / "images"
+DATA, IMAGES = HERE / "data", ROOT / "docs" / "images"
+PACKAGES = ("torch", "onnx", "onnxruntime")  # whose versions a table names
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
@@ -55,6 +55,7 @@ STYLE = {
 }
 
 Row = dict[str, str]
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]  # by name
 
 
 def new_figure(height: float) -> Figure:
@@ -62,17 +63,18 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(7, height), dpi=100, layout="constrained")
 
 
-def read_table(name: str) -> list[Row]:
-    """The rows of docs/figures/data/NAME.csv, without the comment above them."""
-    with (HERE / "data" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+def read_table(path: Path) -> list[Row]:
+    """The rows of a table, without the comment above them."""
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def write_table(name: str, rows: Sequence[dict[str, Any]], packages: Sequence[str] = ("torch",)) -> None:
-    """Write docs/figures/data/NAME.csv, with where it comes from."""
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    with (HERE / "data" / f"{name}.csv").open("w", encoding="utf-8", newline="\n") as file:
-        file.write(f"# python docs/figures/{Path(sys.argv[0]).name} --run\n")
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], arguments: str) -> None:
+    """Write a table, with the command that made it, on which machine, with which packages, when."""
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(f"# python docs/figures/{Path(sys.argv[0]).name} {arguments}\n")
         file.write(f"# {processor()}; {versions}; {datetime.date.today().isoformat()}\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -97,44 +99,45 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def label_line(axes: Axes, x: float, y: float, text: str, colour: str, **options: Any) -> None:
-    """Write the name of a line beside it, in its colour."""
-    axes.annotate(text, (x, y), color=colour, fontweight="bold", annotation_clip=False, **options)
-
-
 def command(
     name: str,
     draw: Callable[[list[Row]], Figure],
-    run: Callable[[Path], None] | None = None,
+    run: Callable[[Path], Tables] | None = None,
     *,
     table: str | None = None,
     suffix: str = ".svg",
     argv: Sequence[str] | None = None,
 ) -> int:
-    """The command line of a script: draw docs/images/NAME from its table, after running the experiment if asked to.
+    """The command line of a script: draw a picture from its table, after running the experiment if asked to.
 
     Args:
         name: of the picture, without its suffix.
-        draw: makes the figure of the rows.
-        run: makes the table, in a folder that it may use and that is removed afterwards, or ``--keep`` names.
-        table: the name of the table, if it is another one; the script of that name runs the experiment.
+        draw: makes the figure of the rows of the table.
+        run: makes tables, in a folder for whatever it trains; None where another script makes the table.
+        table: the name of the table, if it is another one than the picture's with underscores.
         suffix: ".svg" for lines, ".png" for surfaces.
         argv: the command line, by default that of the process.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", action="store_true", help="run the experiment again; without it, draw its table")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the trained networks here, and go on there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what is trained here, and go on there")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="FOLDER", help="of the tables (%(default)s)")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="FOLDER", help="of the picture (%(default)s)")
     options = parser.parse_args(argv)
     if options.run and run is not None:
         with tempfile.TemporaryDirectory() as folder:
-            run(options.keep or Path(folder))
+            for key, rows in run(options.keep or Path(folder)).items():
+                write_table(options.data / f"{key}.csv", rows, "--run")
+    source = options.data / f"{table or name.replace('-', '_')}.csv"
+    if not source.exists():
+        print(f"{name}: not drawn, since there is no {source.name} yet. Its script says what makes it.")
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
-        figure = draw(read_table(table or name))
+        figure = draw(read_table(source))
         path = options.out / f"{name}{suffix}"
-        # Without a date, so that the same data give the same file.
+        # Without date and version, so that the same data give the same file.
         metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=200 if suffix == ".png" else 100, metadata=metadata)
-    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+        figure.savefig(path, dpi=120 if suffix == ".png" else 100, metadata=metadata)
+    print(f"{name}{suffix}: {path.stat().st_size / 1000:.0f} kB")
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gaqat_optim import GAQATOptimizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TASK, SMOOTH = "#0072b2", "#e69f00"  # colours that colour-blind people can tell apart, of Okabe and Ito
 Floats = NDArray[np.float64]
@@ -92,14 +95,16 @@ class ConflictRecorder:
         return np.array([0.0 if gradient is None else gradient.sum().item() for gradient in gradients])
 
 
-def save_conflict_plot(
-    recorder: ConflictRecorder, path: str | Path, *, threshold: float, window: int, count: int = 3
-) -> None:
+def save_conflict_plot(recorder: ConflictRecorder, path: str | Path, *, threshold: float, window: int) -> None:
+    """Write the figure of `conflict_figure` to a file."""
+    conflict_figure(recorder, threshold=threshold, window=window).savefig(path, dpi=120)
+
+
+def conflict_figure(recorder: ConflictRecorder, *, threshold: float, window: int, count: int = 3) -> Figure:
     """Plot the most conflicting scales, one a row: where both gradients pull it, and how often each turns round.
 
     Args:
         recorder: the recorder of a finished run.
-        path: the file of the plot.
         threshold: the disorder below which the run froze, drawn as a line.
         window: steps in a window.
         count: how many scales.
@@ -111,34 +116,38 @@ def save_conflict_plot(
     figure = Figure(figsize=(7, 1.9 + 1.7 * len(columns)), layout="constrained")
     panels = figure.subplots(len(columns), 2, sharex=True, squeeze=False)
     steps = np.arange(1, len(recorder.task) + 1)
+    judged = slice(window - 1, len(steps) - 1)  # from the first full window to the last that something followed on
     opposed = recorder.opposed()
     for (pull, turns), column in zip(panels, columns, strict=True):
         quantizer = recorder.names[column].rpartition(".")[0]
-        pull.set_title(f"{quantizer}: opposed in {opposed[column]:.0%} of the steps", fontsize=11, loc="left")
+        pull.set_title(quantizer, fontsize=11, loc="left")
+        turns.set_title(f"opposite signs in {opposed[column]:.0%} of all steps", fontsize=11, loc="left")
         for name, colour, gradient, disorder in (
             ("task gradient", TASK, recorder.task, recorder.disorder_task),
             ("flatness gradient", SMOOTH, recorder.smooth, recorder.disorder_smooth),
         ):
             pull.plot(steps, np.array(gradient)[:, column].cumsum(), color=colour, label=name)
-            turns.step(steps, np.array(disorder)[:, column], color=colour, where="post", label=name)
+            turns.step(steps[judged], np.array(disorder)[judged, column], color=colour, where="post", label=name)
         pull.axhline(0, color="0.4", linewidth=0.8)
         pull.set_yticks([0])
         turns.axhline(threshold, color="0.4", linewidth=0.8, linestyle="dashed")
         turns.set_ylim(-0.02, 1.02)
+        turns.set_yticks([0, 0.5, 1])
         turns.yaxis.set_major_formatter(PercentFormatter(1))
         shade_frozen(np.array(recorder.frozen)[:, column], pull, turns)
     for axes in panels[-1]:
         axes.set_xlabel("training step")
     figure.suptitle(
-        "The scales whose two gradients disagree most. Left: where they pull (lines that part: a conflict).\n"
-        f"Right: how often each turned round in the last {window} steps (50 %: no direction).\n"
-        f"Below the dashed line, a gradient that hardly turns, the next {window} steps are frozen (grey).",
+        "The scales whose two gradients disagree most\n"
+        "Left: how each gradient pulls, summed up; lines that part are a conflict.\n"
+        f"Right: how often each changed its sign in the last {window} steps. Where the task\n"
+        f"gradient hardly does (below the dashed line), it is frozen for {window} steps (grey).",
         fontsize=11,
         x=0.01,
         ha="left",
     )
     panels[0, 0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def shade_frozen(frozen: NDArray[np.bool_], *panels: Any) -> None:

@@ -72,8 +72,9 @@ def plot_conflict(optimizer_or_records: Any, ax: Axes | None = None) -> Axes:
         if record.frozen > 0:
             ax.axhspan(row - 0.5, row + 0.5, color="0.88", zorder=0)
     # Colours that colour-blind people can tell apart, of Okabe and Ito.
-    ax.plot([r.disorder_smooth for r in records], rows, "o", color="#e69f00", label="flatness gradient changes sign")
-    ax.plot([r.disorder_task for r in records], rows, "o", color="#0072b2", label="task gradient changes sign")
+    above, below = [row - 0.2 for row in rows], [row + 0.2 for row in rows]  # no marker hides another
+    ax.plot([r.disorder_smooth for r in records], below, "o", color="#e69f00", label="flatness gradient changes sign")
+    ax.plot([r.disorder_task for r in records], above, "o", color="#0072b2", label="task gradient changes sign")
     ax.plot([r.conflict for r in records], rows, "X", color="#d55e00", label="the two disagree: bad beyond 50 %")
     if any(r.frozen > 0 for r in records):
         ax.fill_between([], [], color="0.88", label="frozen now")
@@ -82,9 +83,9 @@ def plot_conflict(optimizer_or_records: Any, ax: Axes | None = None) -> Axes:
     ax.set_ylim(len(records) - 0.5, -0.5)
     ax.set_xlim(-0.03, 1.03)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.set_xlabel("share of the last window's steps (dashed: chance)")
+    ax.set_xlabel("steps of the last window (dashed: chance)")
     ax.set_title("Do the two gradients of each scale agree?", loc="left")
     ax.grid(axis="x", alpha=0.3)
-    below = ScaledTranslation(0, -0.55, ax.get_figure().dpi_scale_trans)  # in inches, under the label of the axis
-    ax.legend(loc="upper right", bbox_to_anchor=(1, 0), bbox_transform=ax.transAxes + below, frameon=False)
+    under = ScaledTranslation(0, -0.55, ax.get_figure().dpi_scale_trans)  # in inches, under the label of the axis
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0), bbox_transform=ax.transAxes + under, frameon=False)
     return ax
