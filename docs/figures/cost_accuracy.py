@@ -25,15 +25,13 @@ def run(folder: Path) -> Tables:
     """A row for each method and width of the study in the folder.
 
     Raises:
+        FileNotFoundError: the folder has no results.json.
         ValueError: the study has no LSQ, which costs are multiples of.
     """
     sys.path.insert(0, str(ROOT / "examples"))
     from domain_generalization.study import report
 
     results = folder / "results.json"
-    if not results.exists():
-        print(f"cost-accuracy: no {results.name} in the folder of --keep: its table stays as it is")
-        return {}
     records = json.loads(results.read_text(encoding="utf-8"))
     rows = []
     for bits in sorted({record["bits"] for record in records} - {report.UNQUANTIZED}):

@@ -126,7 +126,9 @@ def command(
     options = parser.parse_args(argv)
     if options.run and run is not None:
         with tempfile.TemporaryDirectory() as folder:
-            for key, rows in run(options.keep or Path(folder)).items():
+            place = options.keep or Path(folder)
+            place.mkdir(parents=True, exist_ok=True)
+            for key, rows in run(place).items():
                 write_table(options.data / f"{key}.csv", rows, "--run")
     source = options.data / f"{table or name.replace('-', '_')}.csv"
     if not source.exists():

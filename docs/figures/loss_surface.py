@@ -20,14 +20,14 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from figure_style import Row, Tables, command, new_figure, number
+from figure_style import BLUE, ORANGE, Row, Tables, command, new_figure, number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-METHODS = {"lsq": "LSQ", "lsq+sagm": "LSQ+SAGM (two passes)"}
+METHODS = {"lsq": ("one pass: LSQ", ORANGE), "lsq+sagm": ("two passes: LSQ+SAGM", BLUE)}
 REACH, POINTS = 0.5, 15
-LEVELS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+LEVELS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10)
 
 
 def run(folder: Path) -> Tables:
@@ -89,25 +89,35 @@ def losses(
 
 def draw(rows: list[Row]) -> Figure:
     """Both planes on one scale of colours, and below them the mean loss at each distance from the centre."""
-    figure = new_figure(6.9)
-    grid = figure.add_gridspec(2, 2, height_ratios=(1.25, 1))
+    figure = new_figure(8)
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1))
     below = figure.add_subplot(grid[1, :])
-    planes = {}
-    for column, (method, title) in enumerate(METHODS.items()):
+    planes = [figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])]
+    for axes, (method, (title, colour)) in zip(planes, METHODS.items(), strict=True):
         own = [row for row in rows if row["method"] == method]
         x, y, loss = (np.array([float(row[key]) for row in own]).reshape(POINTS, POINTS) for key in ("x", "y", "loss"))
-        axes = figure.add_subplot(grid[0, column])
-        planes[method] = axes.pcolormesh(x, y, loss, norm=LogNorm(LEVELS[0], LEVELS[-1]), cmap="cividis")
-        lines = axes.contour(x, y, loss, LEVELS, colors="white", linewidths=1)
-        axes.clabel(lines, fmt="%g", fontsize=11)
-        axes.plot(0, 0, "o", color="white", markeredgecolor="black")
+        filled = axes.contourf(x, y, loss, LEVELS, norm=LogNorm(LEVELS[0], LEVELS[-1]), cmap="cividis", extend="both")
+        axes.plot(0, 0, "o", color="white", markeredgecolor="black", markersize=8)
         axes.set_title(title)
         axes.set_aspect("equal")
-        axes.set_xlabel("direction 1")
+        axes.set_xticks([-REACH, 0, REACH])
+        axes.set_yticks([-REACH, 0, REACH])
+        axes.set_xlabel("random direction 1")
         distance = np.hypot(x, y)
         rings = np.linspace(0, REACH, POINTS // 2 + 1)
-        means = [np.exp(np.log(loss[np.abs(distance - ring) <= REACH / (POINTS - 1) + 1e-6]).mean()) for ring in rings]
-        below.plot(rings, means, label=title)
+        around = [loss[np.abs(distance - ring) <= rings[1] / 2 + 1e-3] for ring in rings]
+        below.plot(rings, [values.mean() for values in around], "o-", color=colour, label=title)
+        below.fill_between(rings, *zip(*((v.min(), v.max()) for v in around), strict=True), color=colour, alpha=0.2)
+    planes[0].set_ylabel("random direction 2")
+    bar = figure.colorbar(filled, ax=planes, orientation="horizontal", format="%g", ticks=LEVELS, aspect=40)
+    bar.set_label("loss on images of the training domains that were held out")
+    below.legend(loc="upper left")
+    below.set_yscale("log")
+    below.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    below.minorticks_off()
+    below.set_title("Mean loss at each distance (shaded: least to most)")
+    below.set_xlabel("how far the weights are moved, in lengths of the filters")
+    below.set_ylabel("loss")
     return figure
 
 

@@ -26,9 +26,13 @@ TEXTS = (
     (
         "GAQATOptimizer",
         "Every step takes two passes: at the weights, and\nat the worst weights nearby. Training ends in a\n"
-        "wide valley. Scales that the two passes pull in\nopposite directions can be frozen.",
+        "wider valley. Scales about which the two\npasses disagree can be frozen.",
     ),
-    ("convert", "The same computation in whole numbers,\nwith one scale for many of them."),
+    (
+        "convert",
+        "The same computation in whole numbers, with one\n"
+        "scale for many of them. Here 3 stands for\n3 × {scale:.4f} = {three:.4f}.",
+    ),
     (
         "export_onnx",
         "A small file that runs on the device. It is compared\nwith the trained network before you get it.",
@@ -75,7 +79,7 @@ def draw(rows: list[Row]) -> Figure:
     kernel = [row for row in rows if row["what"] == "weight"]
     weights = np.array([float(row["value"]) for row in kernel]).reshape(3, 3)
     codes = np.array([int(row["code"]) for row in kernel]).reshape(3, 3)
-    figure = new_figure(8.6)
+    figure = new_figure(8.4)
     figure.set_layout_engine("none")
     height = 1 / len(TEXTS)
     pictures = []
@@ -84,26 +88,26 @@ def draw(rows: list[Row]) -> Figure:
         pictures.append(figure.add_axes((0.03, bottom + 0.22 * height, 0.25, 0.74 * height)))
         font = {"family": "DejaVu Sans Mono"} if place else {}
         figure.text(0.33, bottom + 0.94 * height, name, fontsize=15, fontweight="bold", va="top", color=BLUE, **font)
+        text = text.format(scale=values["scale"], three=3 * values["scale"])
         figure.text(0.33, bottom + 0.74 * height, text, va="top", linespacing=1.35)
         if place:
             arrow = {"arrowstyle": "-|>", "color": GREY, "linewidth": 2, "mutation_scale": 18}
             pictures[place].annotate("", (0.5, 1.02), (0.5, 1.24), "axes fraction", arrowprops=arrow)
-    draw_grid(pictures[0], weights, [f"{weight:+.3f}" for weight in weights.flat])
+    draw_grid(pictures[0], weights, [f"{weight:+.2f}" for weight in weights.flat])
     draw_stairs(pictures[1], values["scale"])
     draw_valleys(pictures[2])
-    draw_grid(pictures[3], weights, [f"{code:+d}" if code else "0" for code in codes.flat], f"× {values['scale']:.4f}")
+    draw_grid(pictures[3], weights, [f"{code:+d}" if code else "0" for code in codes.flat])
     draw_sizes(pictures[4], values["float"], values["quantized"])
     return figure
 
 
-def draw_grid(axes: Axes, weights: np.ndarray, texts: list[str], below: str = "") -> None:
+def draw_grid(axes: Axes, weights: np.ndarray, texts: list[str]) -> None:
     """The kernel, the larger a weight the darker its cell."""
     axes.imshow(np.abs(weights), cmap="Blues", vmin=0, vmax=1.6 * np.abs(weights).max(), aspect="auto")
     for place, text in enumerate(texts):
         axes.text(place % 3, place // 3, text, ha="center", va="center", fontsize=12)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(below)
 
 
 def draw_stairs(axes: Axes, scale: float) -> None:
@@ -111,8 +115,11 @@ def draw_stairs(axes: Axes, scale: float) -> None:
     weights = np.linspace(-5.2 * scale, 4.2 * scale, 800)
     axes.plot(weights, weights, color=PALE)
     axes.plot(weights, np.clip(np.round(weights / scale), -4, 3) * scale, color=BLUE)
-    axes.annotate("", (-1.55 * scale, -scale), (-1.55 * scale, 0), arrowprops={"arrowstyle": "<->", "color": INK})
-    axes.text(-1.8 * scale, -0.1 * scale, "scale", ha="right", va="center")
+    left = -3.5 * scale
+    axes.hlines([0, scale], left, [-0.5 * scale, 0.5 * scale], color=GREY, linewidth=1, linestyles="dotted")
+    ends = {"arrowstyle": "|-|,widthA=0.3,widthB=0.3", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (left, 0), (left, scale), arrowprops=ends)
+    axes.text(left, 1.4 * scale, "scale", ha="center", va="bottom")
     axes.set_xticks([])
     axes.set_yticks([])
 
