@@ -72,11 +72,14 @@ def draw(rows: list[Row]) -> Figure:
             colour = GREY if is_lsq(row) else BLUE
             error = float(row["error"])
             axes.errorbar(x, y, yerr=None if np.isnan(error) else error, fmt="o", color=colour, markersize=8, capsize=4)
-            axes.annotate(row["title"], (x, y), (9, 5), textcoords="offset points", color=INK)
+            # LSQ's are below their points, in a row of their own.
+            place = {"xytext": (0, -20), "ha": "center"} if is_lsq(row) else {"xytext": (9, 5)}
+            low = y - np.nan_to_num(error) if is_lsq(row) else y
+            axes.annotate(row["title"], (x, low), textcoords="offset points", color=INK, **place)
         axes.set_title(f"{bits} bits: accuracy on a new domain, {max(int(row['cells']) for row in own)} runs a row")
         axes.set_ylabel("correct, in percent")
         axes.margins(0.15, 0.2)
-        axes.set_xlim(right=1.45 * max(float(row["cost"]) for row in rows))  # room for the last title
+        axes.set_xlim(right=1.3 * max(float(row["cost"]) for row in rows))  # room for the last title
     panels[-1].set_xlabel("training time, as a multiple of LSQ's")
     return figure
 

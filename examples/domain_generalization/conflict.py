@@ -113,7 +113,7 @@ def conflict_figure(recorder: ConflictRecorder, *, threshold: float, window: int
     from matplotlib.ticker import PercentFormatter
 
     columns = recorder.most_conflicting(count)
-    figure = Figure(figsize=(7, 1.9 + 1.7 * len(columns)), layout="constrained")
+    figure = Figure(figsize=(7, 2.1 + 1.7 * len(columns)), layout="constrained")
     panels = figure.subplots(len(columns), 2, sharex=True, squeeze=False)
     steps = np.arange(1, len(recorder.task) + 1)
     judged = slice(window - 1, len(steps) - 1)  # from the first full window to the last that something followed on
@@ -146,7 +146,7 @@ def conflict_figure(recorder: ConflictRecorder, *, threshold: float, window: int
         x=0.01,
         ha="left",
     )
-    panels[0, 0].legend(frameon=False)
+    figure.legend(*pull.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
