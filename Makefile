@@ -29,6 +29,7 @@ GPU_ARGS ?=
 DEVICE ?= cuda
 SWEEP_ARGS ?=
 RELEASE_TESTS ?= quick
+FIGURES_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip --disable-pip-version-check --no-input install -qq
@@ -44,7 +45,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo pictograms npm test setup check lint types docs docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test setup check lint types docs figures docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -119,6 +120,14 @@ types: $(VENV)/.dev ## mypy --strict on src
 docs: $(VENV)/.dev ## the HTML documentation, in docs/_build/html
 	$(call headline,Sphinx: HTML)
 	$(BIN)/sphinx-build -q -W -n --keep-going -b html docs docs/_build/html
+
+# In this order: overview.py draws a line of the loss surface, and scale_*.py what conflict.py has measured.
+FIGURES := conflict scale_training scale_report loss_surface overview size_accuracy latency
+
+figures: $(VENV)/.dev ## draw the pictures of the documentation from docs/figures/data (FIGURES_ARGS="--run --keep runs/figures" measures again)
+	$(call headline,pictures)
+	for figure in $(FIGURES); do OMP_NUM_THREADS=1 $(BIN)/python docs/figures/$$figure.py $(FIGURES_ARGS); done
+	$(BIN)/python docs/figures/cost_accuracy.py
 
 docs-test: $(VENV)/.dev ## run the code in the documentation
 	$(call headline,Sphinx: doctest)

@@ -19,7 +19,7 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def export_all(name: str, folder: Path) -> dict[str, Path]:
-    """Export one network in every form. The keys are the labels of the table."""
+def export_all(name: str, folder: Path, ours: Mapping[str, QuantConfig] = OURS) -> dict[str, Path]:
+    """Export one network in floating point, in our forms and in onnxruntime's. The keys are the labels of the table."""
     torch.manual_seed(0)
     model = from_torchvision(name, classes=1000)
     images = torch.randn(8, 3, SIZE, SIZE)
     with torch.no_grad():
         model.train()(images)  # BatchNorm takes its statistics from these images
     model.eval()
-    files = {label: folder / f"{label}.onnx" for label in ("float32", *OURS, *PEERS)}
+    files = {label: folder / f"{label}.onnx" for label in ("float32", *ours, *PEERS)}
     export_float32(model, images[:2], files["float32"])
-    for label, config in OURS.items():
+    for label, config in ours.items():
         report_progress(f"{name}: {label}")
         quantized = quantize_model(model, config, calibration=images)
         with torch.no_grad():

@@ -100,7 +100,8 @@ def _show_example(finished: Finished, job: Job) -> None:
     if "recorder" in weights:
         recorder = ConflictRecorder()
         recorder.load_state_dict(weights["recorder"])
-        save_conflict_plot(recorder, folder / "conflict.png", threshold=study.settings.threshold)
+        settings = study.settings
+        save_conflict_plot(recorder, folder / "conflict.png", threshold=settings.threshold, window=settings.window)
     else:
         print("No conflict plot: it takes a method with two passes, recorded from its first step on.")
     fp32 = trained_network(study, Job(job.target, job.seed, None, START))

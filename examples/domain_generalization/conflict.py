@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from torch import nn
 
 from gaqat_optim import GAQATOptimizer
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TASK, SMOOTH = "#0072b2", "#e69f00"  # colours that colour-blind people can tell apart, of Okabe and Ito
 Floats = NDArray[np.float64]
 
 
@@ -27,6 +31,7 @@ class ConflictRecorder:
 
     Attributes:
         names: the scales, in the order of the columns below.
+        value: for each step, the value of each scale before it (per-channel scales: their mean).
         task, smooth: for each step, the two gradients of each scale (per-channel scales: their sum).
         frozen: for each step, whether the scale or one of its channels was frozen.
         disorder_task, disorder_smooth: for each step, the disorder that the optimizer reported after it: of the last
@@ -34,12 +39,13 @@ class ConflictRecorder:
     """
 
     names: list[str] = field(default_factory=list)
+    value: list[Floats] = field(default_factory=list)
     task: list[Floats] = field(default_factory=list)
     smooth: list[Floats] = field(default_factory=list)
     frozen: list[NDArray[np.bool_]] = field(default_factory=list)
     disorder_task: list[Floats] = field(default_factory=list)
     disorder_smooth: list[Floats] = field(default_factory=list)
-    _LISTS: ClassVar = ("task", "smooth", "frozen", "disorder_task", "disorder_smooth")
+    _LISTS: ClassVar = ("value", "task", "smooth", "frozen", "disorder_task", "disorder_smooth")
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: what the step changes is frozen from the next step on."""
@@ -47,6 +53,7 @@ class ConflictRecorder:
             raise TypeError(f"conflict needs the two passes of a GAQATOptimizer, not {type(optimizer).__name__}")
         report = optimizer.scale_report()
         self.names = [record.name for record in report]
+        self.value.append(np.array([record.scale for record in report]))
         self.frozen.append(np.array([record.frozen > 0 for record in report]))
 
     def first_pass(self, model: nn.Module) -> None:
@@ -88,39 +95,64 @@ class ConflictRecorder:
         return np.array([0.0 if gradient is None else gradient.sum().item() for gradient in gradients])
 
 
-def save_conflict_plot(recorder: ConflictRecorder, path: str | Path, *, threshold: float, count: int = 3) -> None:
-    """Plot the most conflicting scales: cumulative gradients above, disorder below, frozen windows shaded.
+def save_conflict_plot(recorder: ConflictRecorder, path: str | Path, *, threshold: float, window: int) -> None:
+    """Write the figure of `conflict_figure` to a file."""
+    conflict_figure(recorder, threshold=threshold, window=window).savefig(path, dpi=120)
+
+
+def conflict_figure(recorder: ConflictRecorder, *, threshold: float, window: int, count: int = 3) -> Figure:
+    """Plot the most conflicting scales, one a row: where both gradients pull it, and how often each turns round.
 
     Args:
         recorder: the recorder of a finished run.
-        path: the file of the plot.
         threshold: the disorder below which the run froze, drawn as a line.
+        window: steps in a window.
         count: how many scales.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     columns = recorder.most_conflicting(count)
-    figure = Figure(figsize=(4.2 * len(columns), 5), layout="constrained")
-    panels = figure.subplots(2, len(columns), sharex=True, squeeze=False)
+    figure = Figure(figsize=(7, 2.1 + 1.7 * len(columns)), layout="constrained")
+    panels = figure.subplots(len(columns), 2, sharex=True, squeeze=False)
     steps = np.arange(1, len(recorder.task) + 1)
+    judged = slice(window - 1, len(steps) - 1)  # from the first full window to the last that something followed on
     opposed = recorder.opposed()
-    for (above, below), column in zip(panels.T, columns, strict=True):
+    for (pull, turns), column in zip(panels, columns, strict=True):
         quantizer = recorder.names[column].rpartition(".")[0]
-        above.set_title(f"{quantizer}\nopposed in {opposed[column]:.0%} of the steps", fontsize=8)
-        above.plot(steps, np.array(recorder.task)[:, column].cumsum(), label="g_task")
-        above.plot(steps, np.array(recorder.smooth)[:, column].cumsum(), label="g_smooth")
-        above.axhline(0, color="black", linewidth=0.5)
-        below.step(steps, np.array(recorder.disorder_task)[:, column], where="post", label="g_task")
-        below.step(steps, np.array(recorder.disorder_smooth)[:, column], where="post", label="g_smooth")
-        below.axhline(threshold, color="black", linewidth=0.5, linestyle="dashed")
-        below.set_ylim(-0.02, 1.02)
-        below.set_xlabel("step")
-        frozen = np.array(recorder.frozen)[:, column]
-        for axes in (above, below):
-            axes.fill_between(
-                steps, 0, 1, where=frozen, step="mid", transform=axes.get_xaxis_transform(), color="grey", alpha=0.2
-            )
-    panels[0, 0].set_ylabel("cumulative gradient of the scale")
-    panels[1, 0].set_ylabel("disorder of the last window")
-    panels[0, 0].legend(fontsize=8, title="shaded: g_task frozen", title_fontsize=8)
-    figure.savefig(path, dpi=120)
+        pull.set_title(quantizer, fontsize=11, loc="left")
+        turns.set_title(f"opposite signs in {opposed[column]:.0%} of all steps", fontsize=11, loc="left")
+        for name, colour, gradient, disorder in (
+            ("task gradient", TASK, recorder.task, recorder.disorder_task),
+            ("flatness gradient", SMOOTH, recorder.smooth, recorder.disorder_smooth),
+        ):
+            pull.plot(steps, np.array(gradient)[:, column].cumsum(), color=colour, label=name)
+            turns.step(steps[judged], np.array(disorder)[judged, column], color=colour, where="post", label=name)
+        pull.axhline(0, color="0.4", linewidth=0.8)
+        pull.set_yticks([0])
+        turns.axhline(threshold, color="0.4", linewidth=0.8, linestyle="dashed")
+        turns.set_ylim(-0.02, 1.02)
+        turns.set_yticks([0, 0.5, 1])
+        turns.yaxis.set_major_formatter(PercentFormatter(1))
+        shade_frozen(np.array(recorder.frozen)[:, column], pull, turns)
+    for axes in panels[-1]:
+        axes.set_xlabel("training step")
+    figure.suptitle(
+        "The scales whose two gradients disagree most\n"
+        "Left: how each gradient pulls, summed up; lines that part are a conflict.\n"
+        f"Right: how often each changed its sign in the last {window} steps. Where the task\n"
+        f"gradient hardly does (below the dashed line), it is frozen for {window} steps (grey).",
+        fontsize=11,
+        x=0.01,
+        ha="left",
+    )
+    figure.legend(*pull.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def shade_frozen(frozen: NDArray[np.bool_], *panels: Any) -> None:
+    """Shade the steps in which a scale is frozen."""
+    steps = np.arange(1, len(frozen) + 1)
+    for axes in panels:
+        where = axes.get_xaxis_transform()
+        axes.fill_between(steps, 0, 1, where=frozen, step="mid", transform=where, color="0.85", linewidth=0, zorder=0)

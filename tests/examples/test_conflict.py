@@ -38,12 +38,19 @@ def test_recording_both_gradients_changes_nothing(tiny_root: Path, tmp_path: Pat
 
     scales = len(recorder.names)
     assert scales == 6  # two quantizers in each of three layers
-    for rows in (recorder.task, recorder.smooth, recorder.frozen, recorder.disorder_task, recorder.disorder_smooth):
+    for rows in (
+        recorder.value,
+        recorder.task,
+        recorder.smooth,
+        recorder.frozen,
+        recorder.disorder_task,
+        recorder.disorder_smooth,
+    ):
         assert [row.shape for row in rows] == [(scales,)] * 6
     assert any((first != second).any() for first, second in zip(recorder.task, recorder.smooth, strict=True))
     assert not any(row.any() for row in recorder.frozen[:2])  # nothing is frozen in the first window
     assert len(set(recorder.most_conflicting(3))) == 3
-    conflict.save_conflict_plot(recorder, tmp_path / "conflict.png", threshold=0.6)
+    conflict.save_conflict_plot(recorder, tmp_path / "conflict.png", threshold=0.6, window=2)
     assert (tmp_path / "conflict.png").read_bytes().startswith(b"\x89PNG")
 
 

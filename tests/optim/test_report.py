@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 from torch.nn import functional as F
 
-from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, plot_conflict
+from gaqat_optim import SAGM, DisorderFreeze, GAQATOptimizer, ScaleRecord, plot_conflict
 from small_networks import cnn
 from training import BASES, X, Y, quantized_cnn, train
 
@@ -58,9 +60,33 @@ def test_plot_conflict_draws_every_scale_from_optimizer_or_records():
     assert [t.get_text() for t in axes.get_yticklabels()] == [r.name.rpartition(".")[0] for r in records]
     again = plot_conflict(records, ax=axes)
     assert again is axes
-    lines = {line.get_label(): line for line in axes.lines[:4]}
-    assert list(lines["disorder of g_task"].get_xdata()) == [r.disorder_task for r in records]
-    assert len(lines["frozen"].get_xdata()) == sum(r.frozen > 0 for r in records) > 0
+    lines = {line.get_label().partition(":")[0]: list(line.get_xdata()) for line in axes.lines[:3]}
+    assert lines == {
+        "flatness gradient changes sign": [r.disorder_smooth for r in records],
+        "task gradient changes sign": [r.disorder_task for r in records],
+        "the two disagree": [r.conflict for r in records],
+    }
+
+
+def test_plot_conflict_shades_the_rows_of_frozen_scales_and_says_so():
+    records = [ScaleRecord(name, 0.1, 0.2, 0.4, 0.6, 1.0, frozen) for name, frozen in (("a.s", 0), ("b.s", 0.5))]
+    axes = plot_conflict(records)
+    (shade,) = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert (shade.get_y(), shade.get_height()) == (0.5, 1.0)  # around row 1
+    assert "frozen now" in [text.get_text() for text in axes.get_legend().get_texts()]
+    free = plot_conflict(records[:1])
+    assert not free.patches
+    assert "frozen now" not in [text.get_text() for text in free.get_legend().get_texts()]
+
+
+def test_the_legend_of_plot_conflict_covers_no_scale_in_a_small_figure():
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    plot_conflict([ScaleRecord(f"layer{i}.s", 0.1, 0.2, 0.4, 0.6, 1.0, i % 2) for i in range(3)], ax=axes)
+    figure.canvas.draw()
+    legend, plot = axes.get_legend().get_window_extent(), axes.get_tightbbox().from_extents(axes.bbox.extents)
+    assert legend.y1 < plot.y0 - axes.xaxis.label.get_window_extent().height
+    assert legend.y0 >= 0
+    plt.close(figure)
 
 
 def test_repr_shows_both():

@@ -38,7 +38,11 @@ class ScaleRecord:
 
 
 def plot_conflict(optimizer_or_records: Any, ax: Axes | None = None) -> Axes:
-    """Draw the disorder of both gradients, and their conflict, scale by scale; frozen scales are marked.
+    """Draw, for each scale, how often its two gradients disagree and how often each of them turns round.
+
+    All three are percentages of the steps of the last window; 50 % is what two coins would give. Crosses far to the
+    right are bad: the two passes pull the scale in opposite directions. A dot far to the left is a gradient that
+    always pulls the same way. One near 50 % has no direction, and does no harm. Rows of frozen scales are shaded.
 
     Args:
         optimizer_or_records: a :class:`GAQATOptimizer`, or the records of its :meth:`~GAQATOptimizer.scale_report`.
@@ -53,6 +57,8 @@ def plot_conflict(optimizer_or_records: Any, ax: Axes | None = None) -> Axes:
     """
     try:
         from matplotlib import pyplot as plt
+        from matplotlib.ticker import PercentFormatter
+        from matplotlib.transforms import ScaledTranslation
     except ImportError as error:
         raise ImportError('plot_conflict needs matplotlib: pip install "gaqat-optim[plot]"') from error
     report = getattr(optimizer_or_records, "scale_report", None)
@@ -60,19 +66,26 @@ def plot_conflict(optimizer_or_records: Any, ax: Axes | None = None) -> Axes:
     if not records:
         raise ValueError("there are no scales to draw: was the model quantized before the optimizer was built?")
     if ax is None:
-        _, ax = plt.subplots(figsize=(7, 1.2 + 0.25 * len(records)), layout="constrained")
+        _, ax = plt.subplots(figsize=(7, 2.4 + 0.3 * len(records)), layout="constrained")
     rows = range(len(records))
-    ax.plot([r.conflict for r in records], rows, "x", color="tab:red", label="conflict")
-    ax.plot([r.disorder_smooth for r in records], rows, "o", color="tab:orange", label="disorder of g_smooth")
-    ax.plot([r.disorder_task for r in records], rows, "o", color="tab:blue", label="disorder of g_task")
-    frozen = [(r.disorder_task, row) for row, r in enumerate(records) if r.frozen > 0]
-    if frozen:
-        x, y = zip(*frozen, strict=True)
-        ax.plot(x, y, "o", color="tab:blue", markersize=12, fillstyle="none", label="frozen")
+    for row, record in enumerate(records):
+        if record.frozen > 0:
+            ax.axhspan(row - 0.5, row + 0.5, color="0.88", zorder=0)
+    # Colours that colour-blind people can tell apart, of Okabe and Ito.
+    above, below = [row - 0.2 for row in rows], [row + 0.2 for row in rows]  # no marker hides another
+    ax.plot([r.disorder_smooth for r in records], below, "o", color="#e69f00", label="flatness gradient changes sign")
+    ax.plot([r.disorder_task for r in records], above, "o", color="#0072b2", label="task gradient changes sign")
+    ax.plot([r.conflict for r in records], rows, "X", color="#d55e00", label="the two disagree: bad beyond 50 %")
+    if any(r.frozen > 0 for r in records):
+        ax.fill_between([], [], color="0.88", label="frozen now")
+    ax.axvline(0.5, color="0.4", linewidth=1, linestyle="dashed")
     ax.set_yticks(rows, [r.name.rpartition(".")[0] or r.name for r in records])
-    ax.invert_yaxis()
+    ax.set_ylim(len(records) - 0.5, -0.5)
     ax.set_xlim(-0.03, 1.03)
-    ax.set_xlabel("fraction of the steps in a window")
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_xlabel("steps of the last window (dashed: chance)")
+    ax.set_title("Do the two gradients of each scale agree?", loc="left")
     ax.grid(axis="x", alpha=0.3)
-    ax.legend(fontsize="small")
+    under = ScaledTranslation(0, -0.55, ax.get_figure().dpi_scale_trans)  # in inches, under the label of the axis
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0), bbox_transform=ax.transAxes + under, frameon=False)
     return ax

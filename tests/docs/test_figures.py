@@ -1,0 +1,127 @@
+"""The scripts of docs/figures draw every picture from the tables beside them, and measure what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cost_accuracy
+import figure_style
+import loss_surface
+from conflict import recorder_of, report_of
+from domain_generalization.study.report import title_of
+from domain_generalization.study.runner import attempt, save_results
+from gaqat_optim import QuantConfig, quantize_model
+from tiny_study import job, tiny_study
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = {
+    "conflict": "digits-conflict.png",
+    "latency": "latency.svg",
+    "loss_surface": "loss-surface.png",
+    "overview": "overview.svg",
+    "scale_report": "scale-report.svg",
+    "scale_training": "scale-training.svg",
+    "size_accuracy": "size-accuracy.svg",
+}
+LIMIT = 150_000  # bytes of a picture
+
+
+@pytest.mark.parametrize("script", PICTURES)
+def test_a_script_draws_its_picture_from_its_table(script: str, tmp_path: Path) -> None:
+    source = (ROOT / "docs" / "figures" / f"{script}.py").read_text(encoding="utf-8")
+    assert f"docs/images/{PICTURES[script]}" in source
+    command = source.partition("sys.exit(command(")[2].partition("))")[0]
+    name, _, suffix = PICTURES[script].partition(".")
+    assert command.startswith(f'"{name}"')
+    module = importlib.import_module(script)
+    table = script if (figure_style.DATA / f"{script}.csv").exists() else "conflict"
+    suffix = f".{suffix}"
+    assert figure_style.command(name, module.draw, table=table, suffix=suffix, argv=["--out", str(tmp_path)]) == 0
+    picture = tmp_path / PICTURES[script]
+    assert 5_000 < picture.stat().st_size < LIMIT
+    committed = ROOT / "docs" / "images" / PICTURES[script]
+    assert 5_000 < committed.stat().st_size < LIMIT
+
+
+@pytest.mark.parametrize("table", sorted(path.name for path in figure_style.DATA.glob("*.csv")))
+def test_a_table_says_how_where_and_when_it_was_made(table: str) -> None:
+    command, machine = (figure_style.DATA / table).read_text(encoding="utf-8").splitlines()[:2]
+    script = command.split()[2]
+    assert (ROOT / script).is_file()
+    assert "--run" in command
+    processor, versions, date = machine.removeprefix("# ").split("; ")
+    assert "VNNI" in processor
+    assert "torch" in versions
+    assert len(date) == len("2026-11-28")
+
+
+def test_a_script_without_its_table_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path)]
+    assert figure_style.command("cost-accuracy", cost_accuracy.draw, cost_accuracy.run, argv=arguments) == 0
+    assert "there is no cost_accuracy.csv yet" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_cost_and_accuracy_of_a_study(tiny_root: Path, tmp_path: Path) -> None:
+    study = tiny_study(tiny_root, tmp_path / "study")
+    for method in ("lsq", "lsq-x3", "lsq+sagm"):
+        assert attempt(study, job(method), set(), lambda job, line: None) == "done"
+    save_results(study)
+    records = {r["method"]: r for r in json.loads((tmp_path / "study" / "results.json").read_text(encoding="utf-8"))}
+
+    arguments = ["--run", "--keep", str(tmp_path / "study"), "--data", str(tmp_path), "--out", str(tmp_path)]
+    assert figure_style.command("cost-accuracy", cost_accuracy.draw, cost_accuracy.run, argv=arguments) == 0
+    rows = {row["method"]: row for row in figure_style.read_table(tmp_path / "cost_accuracy.csv")}
+    assert rows.keys() == records.keys()
+    for method, row in rows.items():
+        assert row["title"] == title_of(method)
+        assert (row["bits"], row["cells"]) == ("3", "1")
+        assert float(row["accuracy"]) == pytest.approx(records[method]["last_step_accuracy"], rel=1e-3)
+        assert float(row["cost"]) == pytest.approx(records[method]["seconds"] / records["lsq"]["seconds"], rel=1e-3)
+    assert (tmp_path / "cost-accuracy.svg").stat().st_size > 5_000
+
+
+def test_costs_without_lsq_have_no_unit(tmp_path: Path) -> None:
+    record = {"target": "sketch", "seed": 0, "bits": 3, "method": "gaqat", "seconds": 2.0, "last_step_accuracy": 50.0}
+    (tmp_path / "results.json").write_text(json.dumps([record]), encoding="utf-8")
+    with pytest.raises(ValueError, match="no row lsq at 3 bits"):
+        cost_accuracy.run(tmp_path)
+
+
+def test_a_direction_has_the_length_of_each_filter_and_no_other_parameter() -> None:
+    model = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)))
+    direction = loss_surface.filter_normalized(model, seed=1)
+    assert set(direction) == {"0.weight", "3.weight"}
+    for name, step in direction.items():
+        lengths = model.get_parameter(name).flatten(1).norm(dim=1)
+        torch.testing.assert_close(step.flatten(1).norm(dim=1), lengths)
+
+
+def test_the_plane_of_losses_has_the_network_itself_in_its_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_surface, "POINTS", 3)
+    images, labels = torch.randn(8, 6), torch.arange(8) % 2
+    model = quantize_model(nn.Sequential(nn.Linear(6, 2)), QuantConfig(3, 3), calibration=images).eval()
+    here = nn.functional.cross_entropy(model(images), labels).item()
+    directions = [loss_surface.filter_normalized(model, seed) for seed in (1, 2)]
+    plane = loss_surface.losses(model, directions, images, labels)
+    assert len(plane) == 9
+    assert plane[0.0, 0.0] == here
+    assert len(set(plane.values())) > 3
+
+
+def test_the_report_of_a_recorder_is_that_of_the_optimizer_then() -> None:
+    rows = figure_style.read_table(figure_style.DATA / "conflict.csv")
+    recorder = recorder_of(rows)
+    report = {row["name"]: row for row in report_of(recorder, window=20)}
+    committed = {row["name"]: row for row in figure_style.read_table(figure_style.DATA / "scale_report.csv")}
+    assert report.items() <= committed.items()
+    task = np.array(recorder.task)[119:140, 0]
+    changes = np.mean(np.sign(task[1:]) != np.sign(task[:-1]))
+    assert float(report[recorder.names[0]]["disorder_task"]) == pytest.approx(changes)
