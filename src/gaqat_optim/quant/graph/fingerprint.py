@@ -56,6 +56,7 @@ class _Description:
     def __init__(self) -> None:
         self.tokens: list[Any] = []
         self._numbers: dict[int, int] = {}
+        self._in_class = False
         self._alive: list[Any] = []  # so that no two objects have one id
 
     def add_model(self, model: nn.Module) -> None:
@@ -85,10 +86,13 @@ class _Description:
             if not value.is_meta and value.numel() <= _MOST_VALUES:
                 self.tokens.append(repr(value.tolist()))
         elif isinstance(value, nn.Module):
-            self._add_class(type(value))
+            if not self._in_class:
+                self._add_class(type(value))
             self._add_module(value)
         elif isinstance(value, _CONTAINERS):
             self._add_items(value)
+        elif self._in_class:
+            self.tokens.append(_Identity(value))
         elif isinstance(value, types.FunctionType):
             cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
             self._add_all(value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value))
@@ -146,7 +150,7 @@ class _Description:
         self.tokens += (tensor.dtype, tensor.device, tuple(tensor.shape), tensor.requires_grad, tensor.layout)
 
     def _add_class(self, kind: type) -> None:
-        """What may be changed in a class: its functions, by identity, and its other attributes."""
+        """What may be changed in a class: its attributes, and functions and other objects by identity."""
         if id(kind) in self._numbers:
             return
         self._numbers[id(kind)] = len(self._numbers)
@@ -156,10 +160,11 @@ class _Description:
                 continue
             for name, value in list(vars(base).items()):
                 self.tokens.append(name)
-                if isinstance(value, (*_PLAIN, *_CONTAINERS, Tensor, nn.Module)):
+                self._in_class = True
+                try:
                     self.add(value)
-                else:
-                    self.tokens.append(_Identity(value))
+                finally:
+                    self._in_class = False
 
 
 class _Identity:
