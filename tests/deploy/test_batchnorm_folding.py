@@ -2,13 +2,16 @@
 
 import copy
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from deploy.deploy_networks import ResNet, convert_and_warn, images, norms_in, quantized, randomize_norms, run
-from gaqat_optim import GAQATOptimizer, QuantConfig, load_packed, rounded_biases, save_packed
+from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT
+from deploy.onnx_runs import run as run_file
+from gaqat_optim import GAQATOptimizer, QuantConfig, export_onnx, load_packed, rounded_biases, save_packed
 from gaqat_optim.deploy.convert import convert
 from torchvision_import import import_torchvision
 
@@ -92,6 +95,28 @@ class Tokens(nn.Module):
         return self.norm2(self.layer2(y).transpose(1, 2))
 
 
+class ChannelsLast(nn.Module):
+    """A linear layer on the last axis of images, whose norm has the channels second."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.last(F.relu(self.norm(self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))))
+
+
+class Exchanged(nn.Module):
+    """The halves of a layer's channels change places before the norm, as in shuffled or rotary networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.last = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(F.relu(self.norm(torch.cat(self.layer(x).split([3, 5], dim=1)[::-1], 1))))
+
+
 class NormAct(nn.BatchNorm2d):
     def forward(self, x):
         y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
@@ -102,6 +127,8 @@ MOVED = {
     "cat": (lambda: Mixed(nn.BatchNorm2d(10)), (6, 8, 8)),
     "cat before a norm with an activation": (lambda: Mixed(NormAct(10)), (6, 8, 8)),
     "flatten": (Tokens, (5, 6)),
+    "permute": (ChannelsLast, (6, 8, 8)),
+    "split": (Exchanged, (6, 8, 8)),
 }
 
 
@@ -124,6 +151,28 @@ def test_a_batchnorm_is_folded_through_what_moves_channels(case, output_bits, tm
     assert difference.max() <= 0.03
     save_packed(model, tmp_path / "model.packed")
     assert torch.equal(run(load_packed(net, tmp_path / "model.packed"), x), run(deployed, x))
+
+
+@pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}")
+@pytest.mark.parametrize("output_bits", [None, 8])
+@pytest.mark.parametrize("case", MOVED)
+def test_a_file_computes_the_same_on_integer_kernels(case, output_bits, tmp_path):
+    torch.manual_seed(0)
+    make, shape = MOVED[case]
+    x = torch.rand(16, *shape)
+    model = quantized(randomize_norms(make()), x, QuantConfig(4, 4, output_bits=output_bits))
+    deployed = convert(model)
+    assert norms_in(deployed) == []
+    report = export_onnx(model, x, tmp_path / "net.onnx")
+    assert (report.top1_agreement, report.top1_agreement_unoptimized) == (1.0, 1.0)
+    assert output_bits is None or [o.name for o in report.float_operators if o.has_integers] == []
+    proto = onnx.load(tmp_path / "net.onnx")
+    assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
+    expected = run(deployed, x)
+    for level in LEVELS:
+        difference = (run_file(tmp_path / "net.onnx", x, level) - expected).abs() / expected.abs().max()
+        assert (difference <= 1e-5).float().mean() > 0.95  # as above
+        assert difference.max() <= 0.03
 
 
 def test_what_was_folded_through_a_flatten_refuses_other_shapes():

@@ -1,4 +1,6 @@
-"""An expert that gets no token keeps waiting, and trains when its first one comes."""
+"""An expert without a token keeps waiting, and no compiled forward may be the first."""
+
+import copy
 
 import pytest
 import torch
@@ -82,3 +84,58 @@ def test_an_idle_expert_waits_for_its_first_token(skips, calibrated):
     assert not torch.equal(scale, taken)
     assert torch.isfinite(model(batch(0, 0))).all()  # an initialized expert without a token
     convert(model)
+
+
+def compiled_step(compiled, x):
+    compiled(x).sum().backward()
+    stats, breaks = torch._dynamo.utils.counters["stats"], torch._dynamo.utils.counters["graph_break"]
+    return stats["unique_graphs"], sum(breaks.values())
+
+
+@pytest.fixture
+def network():
+    """Without calibration, and in training mode."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layers = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+    return quantize_model(nn.Sequential(*layers), QuantConfig(4, 4, init="lsq", first_last_bits="same"))
+
+
+dynamo_warnings = pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning",
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
+)
+
+
+@dynamo_warnings
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_first_forward_is_refused_and_later_ones_have_one_graph(network, fullgraph):
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=fullgraph)
+    kind, text = (torch._dynamo.exc.Unsupported, "run the model once") if fullgraph else (ValueError, "then compile")
+    with pytest.raises(kind, match=text):
+        compiled(batch(0, 1))
+    assert waiting(network) == ["0.input_quantizer", "2.input_quantizer"]
+    network(batch(0, 1))
+    assert not network._forward_pre_hooks
+    torch._dynamo.reset()  # Where the refusal was, the program that has caught it would break its graphs.
+    torch._dynamo.utils.counters.clear()
+    assert [compiled_step(compiled, batch(0, 1)) for _ in range(3)] == [(1, 0)] * 3
+
+
+@dynamo_warnings
+def test_a_compiled_network_goes_on_from_a_checkpoint(network):
+    second = copy.deepcopy(network)
+    second(batch(0, 1))
+    network.load_state_dict(second.state_dict())
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    assert [compiled_step(compiled, batch(0, 1)) for _ in range(3)] == [(1, 0)] * 3
+
+
+@dynamo_warnings
+def test_scales_that_nobody_told_the_quantizers_of_are_enough(network):
+    second = copy.deepcopy(network)
+    second(batch(0, 1))
+    with torch.no_grad():
+        for (_, own), other in zip(network.state_dict().items(), second.state_dict().values(), strict=True):
+            own.copy_(other)
+    compiled_step(torch.compile(network, backend="aot_eager"), batch(0, 1))

@@ -20,24 +20,31 @@ class FirstForwardCheck:
 
     In the first training forward, weights that are read past their layers are an error. In each that begins with
     activations without a scale, the ranks agree on the scales that it has set. DistributedDataParallel has given all
-    ranks the same scales before, and the agreement keeps them so: all ranks communicate, or none. A compiler leaves the
-    hook out, but for the agreement.
+    ranks the same scales before, and the agreement keeps them so: all ranks communicate, or none.
+
+    A compiler leaves the hook out, but for the agreement. In a compiled forward nothing can be noticed. So it is an
+    error if no forward was checked before, neither in calibration nor in training, and scales are still to be set.
     """
 
-    def __init__(self, exclude: Iterable[str]) -> None:
-        self.exclude = tuple(exclude)
+    def __init__(self, exclude: Iterable[str], calibrated: bool) -> None:
+        self.exclude, self.calibrated = tuple(exclude), calibrated
         self.checked = False
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if model.training and not (torch.compiler.is_compiling() and not is_distributed()):
-            self._begin(model)
+        if not model.training:
+            return
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and not (self.checked or self.calibrated) and _any_waits(model):
+            _refuse_compiled(model)  # Without calibration, run the model once in training mode before it is compiled.
+        if is_distributed() or not is_compiling:
+            self._begin(model, is_compiling)
 
     # torch.compiler.disable would load the compiler with the package, which takes 1.4 s.
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _begin(self, model: nn.Module) -> None:
+    def _begin(self, model: nn.Module, is_compiling: bool) -> None:
         quantizers = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_sharded]
         waiting = {quantizer for quantizer in quantizers if not quantizer.is_initialized}
-        check = nullcontext() if self.checked else refuse_weight_reads(model, self.exclude)
+        check = nullcontext() if self.checked or is_compiling else refuse_weight_reads(model, self.exclude)
         check.__enter__()
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -46,7 +53,7 @@ class FirstForwardCheck:
             check.__exit__(*sys.exc_info())
             if sys.exc_info()[0] is not None:
                 return
-            self.checked = True
+            self.checked |= not is_compiling
             if waiting and is_distributed():
                 agree_on_scales(quantizers, waiting)
             if all(quantizer.is_initialized for quantizer in quantizers):
@@ -54,6 +61,20 @@ class FirstForwardCheck:
                     del model._forward_pre_hooks[key]
 
         handle = model.register_forward_hook(end, always_call=True)
+
+
+def _any_waits(model: nn.Module) -> bool:
+    return any(q._range is None for q in activation_quantizers(model))
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _refuse_compiled(model: nn.Module) -> None:
+    if any(not quantizer.is_initialized for quantizer in activation_quantizers(model)):  # reads the buffers
+        raise ValueError(
+            f"{type(model).__name__} is compiled before its first training forward, which sets the scales of "
+            "activations and checks that no weight is read past its layer. Pass calibration= to quantize_model, or run "
+            "the model itself once in training mode, then compile it"
+        )
 
 
 def activation_quantizers(model: nn.Module) -> list[LSQQuantizer]:

@@ -131,13 +131,14 @@ def quantize_model(
                     parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
         share_weight_quantizers(result, asked)
-        place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         route_functional_calls(result, undo=undo)
+        place_output_quantizers(result, undo)
         if calibration is not None:
             calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
         if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):
-            undo.callback(result.register_forward_pre_hook(FirstForwardCheck(config.exclude)).remove)
+            check = FirstForwardCheck(config.exclude, calibrated=calibration is not None)
+            undo.callback(result.register_forward_pre_hook(check).remove)
         if config.weight_bits is not None:
             warn_of_float_weights(result, asked, config.exclude)
         undo.pop_all()

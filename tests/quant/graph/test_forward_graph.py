@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gaqat_optim import quantize_model
+from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.quant.graph.forward_graph import forward_graph
 
 
@@ -41,6 +41,30 @@ def test_nothing_of_the_tracing_stays():
     copy.deepcopy(model)
     assert not any(isinstance(value, torch.fx.Proxy) for module in model.modules() for value in vars(module).values())
     assert pickle.dumps(model.a)
+
+
+def test_hooks_that_the_first_call_registers_are_not_there_twice():
+    states = []
+
+    class Captures(nn.Module):
+        """As transformers' backbones, whose hooks collect the hidden states."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(), linear()
+
+        def forward(self, x):
+            if not hasattr(self, "has_hooks"):
+                self.has_hooks = True
+                self.a.register_forward_hook(lambda m, args, y: states.append(y))
+            states.clear()
+            y = self.b(self.a(x))
+            (state,) = states
+            return y + state if x.shape[0] < 64 else y
+
+    model = quantize_model(Captures(), QuantConfig(output_bits=8), calibration=torch.rand(8, 4))
+    assert model(torch.rand(2, 4)).shape == (2, 4)
+    assert len(model.a._forward_hooks) == 1
 
 
 class Branches(nn.Module):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..evaluation import device_of, quantization_disabled
+from .fingerprint import fingerprint
 from .forward_graph import traceable
 from .fx_trace import Trace
 
@@ -44,10 +45,46 @@ def export_trace(model: nn.Module, layers: Collection[nn.Module]) -> Trace | Non
 
     The control flow may go by shapes, unlike in symbolic tracing, but not by values: ``torch.export`` raises then. A
     module that is not traced into is one node, whose operands are all values that it reads.
+
+    ``torch.export`` takes seconds. So the last few graphs are kept, for networks with the same :func:`fingerprint`,
+    such as the copy that ``convert`` makes.
     """
-    inputs = getattr(model, _INPUTS, None)
-    if inputs is None:
+    if getattr(model, _INPUTS, None) is None:
         return None
+    key = fingerprint(model)
+    exported = None if key is None else _kept.pop(key, None)
+    if exported is None:
+        try:
+            exported = _exported(model)
+        except Exception as error:  # The network's own code may raise anything. A traceback would hold the network.
+            exported = f"{type(error).__name__}: {first_line(error)}"
+    if key is not None:
+        _kept[key] = exported
+        if len(_kept) > _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+    if isinstance(exported, str):
+        raise RuntimeError(exported)
+    return _collapsed(model, exported, _leaves(model, layers))
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """What ``torch.export`` found, without modules or tensors.
+
+    The nodes of the ``graph`` have in their ``meta`` the qualified name of the parameter or buffer that they are, the
+    calls of modules that they are in, and the shape and layout of their value. ``returning`` has the names of the
+    modules that return one tensor.
+    """
+
+    graph: torch.fx.Graph
+    returning: frozenset[str]
+
+
+_kept: dict[tuple[Any, ...], _Exported | str] = {}  # or why it failed; the oldest first
+_MOST_KEPT = 4
+
+
+def _exported(model: nn.Module) -> _Exported:
     device = device_of(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
@@ -56,11 +93,26 @@ def export_trace(model: nn.Module, layers: Collection[nn.Module]) -> Trace | Non
             return value
         return torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
 
-    args, kwargs = tree_map(zeros, inputs)
+    args, kwargs = tree_map(zeros, getattr(model, _INPUTS))
     # A quantizer without a scale cannot run, and none changes what is traced.
     with torch.no_grad(), traceable(model, []), quantization_disabled(model), _types_of_outputs(model) as types:
         program = torch.export.export(model, args, kwargs, strict=False)
-    return _collapsed(model, program, _leaves(model, layers), types)
+    signature = program.graph_signature
+    owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    graph, copies = torch.fx.Graph(), {}
+    for node in program.graph.nodes:
+        copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+        value = node.meta.get("val")
+        copy.meta = {
+            "owned": owned.get(node.name) if node.op == "placeholder" else None,
+            "constant": node.name in signature.inputs_to_lifted_tensor_constants,
+            "stack": [(key, path) for key, (path, _) in node.meta.get("nn_module_stack", {}).items()],
+            "shape": tuple(getattr(value, "shape", ())),
+            "layout": (value.dtype, value.device, value.stride()) if isinstance(value, Tensor) else None,
+        }
+    names = {module: name for name, module in model.named_modules()}
+    # Of a module under two names, torch.export calls a copy.
+    return _Exported(graph, frozenset(names[m] for m, kind in types.items() if kind is Tensor and m in names))
 
 
 @contextmanager
@@ -79,25 +131,24 @@ def _types_of_outputs(model: nn.Module) -> Iterator[dict[nn.Module, type]]:
             handle.remove()
 
 
-def _collapsed(
-    model: nn.Module, program: ExportedProgram, leaves: set[nn.Module], types: dict[nn.Module, type]
-) -> Trace:
+def _collapsed(model: nn.Module, exported: _Exported, leaves: set[nn.Module]) -> Trace:
     """The trace with one node for each call of the ``leaves``."""
     modules = dict(model.named_modules(remove_duplicate=False))
     graph, values, calls = torch.fx.Graph(), {}, {}
-    signature = program.graph_signature
-    owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    owned: dict[torch.fx.Node, str] = {}
     readers: dict[str, set[Any]] = {}
     called: dict[torch.fx.Node, nn.Module] = {}
-    for node in program.graph.nodes:
+    for node in exported.graph.nodes:
         if node.op == "placeholder":
-            if node.name not in owned and node.name not in signature.inputs_to_lifted_tensor_constants:
+            if node.meta["owned"] is not None:
+                owned[node] = node.meta["owned"]
+            elif not node.meta["constant"]:
                 values[node] = graph.placeholder(node.name)
             continue
         if _returns_operand(node):  # Who reads the operand later reads this node, in whatever module it is.
             operand = node.all_input_nodes[0]
-            if operand.name in owned:
-                owned[node.name] = owned[operand.name]
+            if operand in owned:
+                owned[node] = owned[operand]
             elif operand in values:
                 values[node] = values[operand]
             continue
@@ -105,12 +156,12 @@ def _collapsed(
         if node.op == "output":
             graph.output(tuple(operands))
             continue
-        stack = [(key, path) for key, (path, _) in node.meta.get("nn_module_stack", {}).items()]
+        stack = node.meta["stack"]
         key, path = next(((key, path) for key, path in stack if modules.get(path) in leaves), (None, ""))
         for operand in node.all_input_nodes:
-            if operand.name in owned:
-                owner = modules[owned[operand.name].rpartition(".")[0]]
-                readers.setdefault(owned[operand.name], set()).add(owner in [modules.get(p) for _, p in stack])
+            if operand in owned:
+                owner = modules[owned[operand].rpartition(".")[0]]
+                readers.setdefault(owned[operand], set()).add(owner in [modules.get(p) for _, p in stack])
         if key is None:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.get)
             values[node] = graph.create_node("call_function", node.target, args, kwargs)
@@ -120,11 +171,11 @@ def _collapsed(
                 called[calls[key]] = modules[path]
             call = values[node] = calls[key]
             call.args = (*call.args, *(o for o in operands if o is not call and o not in call.args))
-        values[node].meta["shape"] = tuple(getattr(node.meta.get("val"), "shape", ()))
+        values[node].meta["shape"] = node.meta["shape"]
     uses: Counter[nn.Module] = Counter(called.values())
     uses.update(modules[name.rpartition(".")[0]] for name, inside in readers.items() if False in inside)
-    returned_by = {call: [module] for call, module in called.items() if types.get(module) is Tensor}
     names = {module: name for name, module in model.named_modules()}
+    returned_by = {call: [module] for call, module in called.items() if names[module] in exported.returning}
     return Trace(list(graph.nodes), called, returned_by, uses, Counter(called.values()), names, {}, True)
 
 
@@ -135,8 +186,12 @@ def _returns_operand(node: torch.fx.Node) -> bool:
         return True
     if operation not in (aten.to, aten.contiguous):
         return False
-    before, after = (n.meta["val"] for n in (node.all_input_nodes[0], node))
-    return (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
+    return bool(node.all_input_nodes[0].meta["layout"] == node.meta["layout"])
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _leaves(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Module]:

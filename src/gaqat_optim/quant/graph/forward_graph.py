@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -51,12 +52,12 @@ def remove_shape_checks(graph: torch.fx.Graph) -> None:
 @contextmanager
 def traceable(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode in which the ``norms`` accept symbols; afterwards ``model`` is as it was."""
-    # The tracer leaves the tensors that forward makes on the model, and forward may put symbols into
-    # attributes and caches.
+    # The tracer leaves the tensors that forward makes on the model, and forward may put symbols into attributes and
+    # caches. Its first call may register hooks, and note in an attribute that they are there, as in transformers.
     owners = [vars(module) for module in model.modules()]
     dictionaries = [d for owner in owners for d in (owner, owner["_parameters"], owner["_buffers"], owner["_modules"])]
     values = [dictionary.copy() for dictionary in dictionaries]
-    caches = [value for owner in owners for value in owner.values() if type(value) in (dict, list)]
+    caches = [value for owner in owners for value in owner.values() if type(value) in (dict, list, OrderedDict)]
     entries = [cache.copy() for cache in caches]
     checking = [(norm, check) for norm in norms for check in _SHAPE_CHECKS if hasattr(type(norm), check)]
     try:
