@@ -52,6 +52,9 @@ def convert(model: nn.Module) -> nn.Module:
     changed 13 % of the predictions. So weight codes of b < 8 bits are shifted up by k <= 8 - b binary digits, which
     makes the accumulator scale u_c finer.
 
+    A layer whose class has a forward of its own around ``super().forward`` becomes that forward, around its child
+    ``wrapped_layer``: the deployed layer. A BatchNorm behind it is folded if it returns what ``super().forward`` does.
+
     A channel with gamma = 0 keeps its bias alone. So does a channel whose gamma is so small that the bias does not fit
     into int32, with a warning. If the weight or the input of a layer is in floating point, so is its bias.
 

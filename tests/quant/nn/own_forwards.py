@@ -100,7 +100,8 @@ class Bagged(nn.EmbeddingBag):
 
 class Tuple(nn.Linear):
     def forward(self, x):
-        return super().forward(x), x
+        weight = x.mean()  # a variable
+        return super().forward(x) * weight, x
 
 
 class Registered(nn.Linear):
@@ -175,7 +176,7 @@ WRAPPING = {
 
 # -- layers that compute in another way ----------------------------------------------------------------------------
 
-Parent = nn.Linear
+Parent, product = nn.Linear, F.linear
 
 
 def of_weight(layer, x):
@@ -201,6 +202,10 @@ def other_ways():
         def forward(self, x):
             return of_weight(self, super().forward(x))
 
+    class ReadsInLambda(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (lambda: self.weight.norm())()
+
     class ReadsByString(nn.Linear):
         def forward(self, x):
             return super().forward(x) * getattr(self, "weight").norm()  # noqa: B009
@@ -215,11 +220,11 @@ def other_ways():
 
     class ByName(nn.Linear):
         def forward(self, x):
-            return nn.Linear.forward(self, x) + 1
+            return super().forward(x) + nn.Linear.forward(self, x)
 
     class ByAnotherName(nn.Linear):
         def forward(self, x):
-            return Parent.forward(self, x) + 1
+            return super().forward(x) + Parent.forward(self, x)
 
     class PastItsBase(Middle):
         def forward(self, x):
@@ -227,7 +232,7 @@ def other_ways():
 
     class InClosure(nn.Linear):
         def forward(self, x):
-            return base.forward(self, x) + 1
+            return super().forward(x) + base.forward(self, x)
 
     base = nn.Linear
 
@@ -238,6 +243,10 @@ def other_ways():
     class MultipliesByFunction(nn.Linear):
         def forward(self, x):
             return super().forward(x) + torch.einsum("bi,io->bo", x, self.extra)
+
+    class MultipliesByImported(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + product(x, self.extra)
 
     class LooksUp(nn.Embedding):
         def forward(self, x):
@@ -251,6 +260,10 @@ def other_ways():
         def forward(self, x):
             return x + 1
 
+    class ReplacesByAnother(Middle):
+        def forward(self, x):
+            return self.other.forward(x)
+
     class Convolves(nn.Conv2d):
         def forward(self, x):
             return super().forward(x)
@@ -261,6 +274,14 @@ def other_ways():
     class Property(nn.Linear):
         @property
         def weight(self):
+            return self.raw
+
+        def forward(self, x):
+            return super().forward(x)
+
+    class PropertyOfBias(nn.Linear):
+        @property
+        def bias(self):
             return self.raw
 
         def forward(self, x):

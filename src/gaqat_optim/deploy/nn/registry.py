@@ -29,7 +29,7 @@ _PLAIN = (int, float, str, tuple, torch.dtype, type(None))
 class DeployedModule(nn.Module):
     """Base class of the modules that take the place of quantized layers. They keep the hooks and plain attributes.
 
-    Around a layer whose class has a forward of its own, a :class:`.ForwardAround` keeps them.
+    Around a layer whose class has a forward of its own, a ``ForwardAround`` keeps them.
 
     Args:
         source: the layer to replace, quantized or float.
