@@ -63,7 +63,8 @@ def main(folder: Path) -> None:
     tracked = tracked_files(ROOT)
     faults = check_wheel(wheel, tracked) + check_sdist(sdist, tracked)
     if faults:
-        sys.exit("\n".join(faults))
+        hint = "What is too much is not tracked: git add it, or name it in .gitignore."
+        sys.exit("\n".join([*faults, hint]))
     for file in (wheel, sdist):
         print(f"{file.name}: {file.stat().st_size // 1024} KiB, the expected files and no other")
 

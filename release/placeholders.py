@@ -6,6 +6,7 @@ Run by `make placeholders` and `make release-check`. `release/tag.py` refuses to
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +25,10 @@ def placeholders(root: Path, files: list[str]) -> list[str]:
 
 def tracked_files(root: Path) -> list[str]:
     """The files that git tracks and that still exist."""
-    output = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
-    return sorted(file for file in output.split("\0") if file and (root / file).is_file())
+    result = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"a clone is needed, not an unpacked archive: {result.stderr.strip()}")
+    return sorted(file for file in result.stdout.split("\0") if file and (root / file).is_file())
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 import subprocess
 
+import pytest
 from release.placeholders import HOST, placeholders, tracked_files
 
 
@@ -16,3 +17,9 @@ def test_only_files_that_git_tracks_and_that_exist_are_read(tmp_path):
     subprocess.run(["git", "add", "tracked.md", "removed.md"], cwd=tmp_path, check=True)
     (tmp_path / "removed.md").unlink()
     assert tracked_files(tmp_path) == ["tracked.md"]
+
+
+def test_a_folder_without_git_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(SystemExit, match="a clone is needed"):
+        tracked_files(tmp_path)
