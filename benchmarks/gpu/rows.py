@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -92,7 +93,8 @@ def measure_until(deadline: float, measurements: Measurements) -> Iterator[dict[
                 result["rows"] += [asdict(row) for row in rows]
             except Exception as error:  # one measurement that fails costs no other
                 result["failed"].append(f"{what}: {described(error)}")
-            torch.compiler.reset()
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
             gc.collect()
         yield result
 
