@@ -76,8 +76,10 @@ def part_command(measurements: Callable[[Sizes], Measurements]) -> None:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 wherever there is no autocast
     result = measure_until(time.monotonic() + options.seconds, measurements(Sizes(options.device, options.full)))
+    unfinished = options.json.with_suffix(".unfinished")
     for state in result:
-        options.json.write_text(json.dumps(state))
+        unfinished.write_text(json.dumps(state))
+        unfinished.replace(options.json)  # at once, since this process may be ended at any time
 
 
 def measure_until(deadline: float, measurements: Measurements) -> Iterator[dict[str, object]]:

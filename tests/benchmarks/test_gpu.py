@@ -141,6 +141,13 @@ def test_without_a_gpu_the_command_says_so_and_measures_nothing(tmp_path, capsys
     assert not (tmp_path / "gpu").exists()
 
 
+def test_an_interpreter_without_torch_is_told_what_is_missing():
+    command = [sys.executable, "-S", "-m", "gpu"]  # -S: without installed packages
+    found = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert re.fullmatch(r"not installed for \S+: torch, numpy, typing_extensions\. .*PYTHON=\.\.\.\n", found.stderr)
+
+
 def test_the_networks_are_those_of_their_names():
     code = (
         "import torch\nfrom gpu.networks import resnet50, mobilenet_v2, vit_small\n"
