@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+import devices
 from devices import DEVICE
 from gaqat_optim import (
     ASAM,
@@ -105,7 +106,8 @@ BASES = {
 
 def make_base(base, groups):
     kind, settings = BASES[base]
-    return kind(groups, **{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in settings.items()})
+    settings = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
+    return devices.build(lambda: kind(groups, **settings))
 
 
 def make_slow_base(base, groups):

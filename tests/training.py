@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from devices import build
 from gaqat_optim import ASAM, GSAM, SAGM, SAM, QuantConfig, quantize_model
 from small_networks import cnn, mlp
 
@@ -49,7 +50,7 @@ def build_base(name, params, arguments):
     arguments = dict(arguments)
     if arguments["lr"] == "tensor":
         arguments["lr"] = torch.tensor(RATES[name]["lr"])
-    return getattr(torch.optim, name)(params, **arguments)
+    return build(lambda: getattr(torch.optim, name)(params, **arguments))
 
 
 def quantized_cnn():

@@ -1,6 +1,6 @@
 """A plugin of pytest for `make gpu`: only tests of any device, spread over the time, each written down when it is done.
 
-It reads GPU_RECORD, the file of one JSON line a test, and GPU_DEADLINE, the time.time() after which no test begins.
+It reads GPU_RECORD, the file of one JSON line a test, and GPU_SECONDS, for which tests begin after the first has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-RECORD, DEADLINE = Path(os.environ["GPU_RECORD"]), float(os.environ["GPU_DEADLINE"])
+RECORD, SECONDS = Path(os.environ["GPU_RECORD"]), float(os.environ["GPU_SECONDS"])
+first_began: list[float] = []
 
 
 def write(**line: object) -> None:
@@ -35,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     write(collected=[item.nodeid for item in items])
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    write(began=nodeid)
+
+
 def pytest_runtest_logfinish(nodeid: str) -> None:
     write(finished=nodeid)
 
@@ -47,7 +52,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    if time.time() > DEADLINE:
+    first_began.append(time.monotonic())
+    if time.monotonic() - first_began[0] > SECONDS:
         item.session.shouldstop = "the time of the tests is over"
         return True
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -75,8 +76,10 @@ def part_command(measurements: Callable[[Sizes], Measurements]) -> None:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 wherever there is no autocast
     result = measure_until(time.monotonic() + options.seconds, measurements(Sizes(options.device, options.full)))
+    unfinished = options.json.with_suffix(".unfinished")
     for state in result:
-        options.json.write_text(json.dumps(state))
+        unfinished.write_text(json.dumps(state))
+        unfinished.replace(options.json)  # at once, since this process may be ended at any time
 
 
 def measure_until(deadline: float, measurements: Measurements) -> Iterator[dict[str, object]]:
@@ -92,7 +95,8 @@ def measure_until(deadline: float, measurements: Measurements) -> Iterator[dict[
                 result["rows"] += [asdict(row) for row in rows]
             except Exception as error:  # one measurement that fails costs no other
                 result["failed"].append(f"{what}: {described(error)}")
-            torch.compiler.reset()
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
             gc.collect()
         yield result
 

