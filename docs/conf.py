@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
 import gaqat_optim
 import gaqat_optim.integrations
+
+sys.path.append(str(Path(__file__).parent))  # notebooks.py
 
 project = "gaqat-optim"
 author = "The gaqat-optim authors"
@@ -26,6 +29,9 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax among the static files: equations need no network
+    "sphinx_copybutton",
+    "notebooks",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
