@@ -70,7 +70,7 @@ def draw(rows: list[Row]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.55 * max(times))
     axes.set_xlabel("processor time for one image in ms (line: middle half of the runs)")
-    axes.set_title("ResNet-18 on an old x86 core without VNNI: smaller, not faster")
+    axes.set_title("ResNet-18 without VNNI: smaller, but not faster")
     return figure
 
 
