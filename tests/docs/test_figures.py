@@ -18,7 +18,7 @@ from conflict import recorder_of, report_of
 from domain_generalization.study.report import title_of
 from domain_generalization.study.runner import attempt, save_results
 from gaqat_optim import QuantConfig, quantize_model
-from tiny_study import job, tiny_study
+from tiny_study import job, tiny_study, write_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = {
@@ -69,8 +69,8 @@ def test_a_script_without_its_table_says_so(tmp_path: Path, capsys: pytest.Captu
     assert not list(tmp_path.iterdir())
 
 
-def test_cost_and_accuracy_of_a_study(tiny_root: Path, tmp_path: Path) -> None:
-    study = tiny_study(tiny_root, tmp_path / "study")
+def test_cost_and_accuracy_of_a_study(tmp_path: Path) -> None:
+    study = tiny_study(write_tree(tmp_path / "images"), tmp_path / "study")
     for method in ("lsq", "lsq-x3", "lsq+sagm"):
         assert attempt(study, job(method), set(), lambda job, line: None) == "done"
     save_results(study)
