@@ -165,7 +165,8 @@ def copies(subject: Subject) -> dict[str, Any]:
     """A state dict in a second network, a deepcopy and a pickle compute the same bits."""
     model = subject.quantized
     expected = subject.evaluate(model)
-    second = quantize_model(subject.original, replace(subject.config, init="lsq"))  # its scales are loaded
+    # Its own configuration, in which calibration has put the bits of the first and last layers. Scales are loaded.
+    second = quantize_model(subject.original, replace(model.quant_config, init="lsq"))
     with torch.no_grad():
         for parameter in second.parameters():
             parameter.mul_(0.5)
