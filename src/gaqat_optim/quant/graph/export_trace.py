@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,20 +100,49 @@ def _exported(model: nn.Module) -> _Exported:
         program = torch.export.export(model, args, kwargs, strict=False)
     signature = program.graph_signature
     owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    graph, copies = torch.fx.Graph(), {}
-    for node in program.graph.nodes:
-        copy = copies[node] = graph.node_copy(node, copies.__getitem__)
-        value = node.meta.get("val")
-        copy.meta = {
-            "owned": owned.get(node.name) if node.op == "placeholder" else None,
-            "constant": node.name in signature.inputs_to_lifted_tensor_constants,
-            "stack": [(key, path) for key, (path, _) in node.meta.get("nn_module_stack", {}).items()],
-            "shape": tuple(getattr(value, "shape", ())),
-            "layout": (value.dtype, value.device, value.stride()) if isinstance(value, Tensor) else None,
-        }
+    graph = torch.fx.Graph()
+
+    def copy_nodes(source: torch.fx.GraphModule, copies: dict[torch.fx.Node, Any]) -> Any:
+        for node in source.graph.nodes:
+            block = _block(node)
+            if node in copies:  # An input of a block is what it is called with.
+                continue
+            if block is not None:
+                inner = getattr(source, str(block.target))
+                inputs = inner.graph.find_nodes(op="placeholder")
+                operands = node.args[node.args.index(block) + 1 :]
+                copies[node] = copy_nodes(inner, {i: copies[o] for i, o in zip(inputs, operands, strict=True)})
+            elif node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):
+                copies[node] = copies[node.args[0]][node.args[1]]
+            elif node.op == "output" and source is not program.graph_module:
+                return tuple(map(copies.get, node.args[0]))
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node].meta = _facts(node, owned, signature.inputs_to_lifted_tensor_constants)
+        return None
+
+    copy_nodes(program.graph_module, {})
     names = {module: name for name, module in model.named_modules()}
     # Of a module under two names, torch.export calls a copy.
     return _Exported(graph, frozenset(names[m] for m, kind in types.items() if kind is Tensor and m in names))
+
+
+def _facts(node: torch.fx.Node, owned: Mapping[str, str], constants: Collection[str]) -> dict[str, Any]:
+    value = node.meta.get("val")
+    return {
+        "owned": owned.get(node.name) if node.op == "placeholder" else None,
+        "constant": node.name in constants,
+        "stack": [(key, path) for key, (path, _) in node.meta.get("nn_module_stack", {}).items()],
+        "shape": tuple(getattr(value, "shape", ())),
+        "layout": (value.dtype, value.device, value.stride()) if isinstance(value, Tensor) else None,
+    }
+
+
+def _block(node: torch.fx.Node) -> Any:
+    """The operand that is the graph of a ``with`` block, if ``node`` runs one: without autocast or gradients."""
+    if getattr(node.target, "__name__", "") not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+        return None
+    return next(operand for operand in node.all_input_nodes if operand.op == "get_attr")
 
 
 @contextmanager
@@ -139,6 +169,8 @@ def _collapsed(model: nn.Module, exported: _Exported, leaves: set[nn.Module]) ->
     readers: dict[str, set[Any]] = {}
     called: dict[torch.fx.Node, nn.Module] = {}
     for node in exported.graph.nodes:
+        if node.op == "get_attr":  # The graph of a branch.
+            continue
         if node.op == "placeholder":
             if node.meta["owned"] is not None:
                 owned[node] = node.meta["owned"]

@@ -33,7 +33,8 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     """A description that is equal for two networks if their forwards make the same calls; ``None`` if it is unknown.
 
     It contains every attribute of every module, the code of functions, and class attributes; of parameters and buffers
-    shape, type and whether they need gradients; and which of all these are one object. A copy of a network has the same.
+    shape, type and whether they need gradients; and which of all these are one object. A copy of a network has the
+    same.
     Quantizers are left out: a trace has them off, and then they return their input. It holds no module and no tensor.
     What a forward reads elsewhere, in global variables, is not in it.
 
@@ -182,10 +183,9 @@ class _Identity:
 
 def _is_filled(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents
+        return cell.cell_contents is not cell
     except ValueError:
         return False
-    return True
 
 
 def _is_python_s(kind: type) -> bool:
