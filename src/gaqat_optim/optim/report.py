@@ -86,6 +86,6 @@ def plot_conflict(optimizer_or_records: Any, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("steps of the last window (dashed: chance)")
     ax.set_title("Do the two gradients of each scale agree?", loc="left")
     ax.grid(axis="x", alpha=0.3)
-    under = ScaledTranslation(0, -0.55, ax.get_figure().dpi_scale_trans)  # in inches, under the label of the axis
+    under = ScaledTranslation(0, -0.55, ax.figure.dpi_scale_trans)  # in inches, under the label of the axis
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0), bbox_transform=ax.transAxes + under, frameon=False)
     return ax
