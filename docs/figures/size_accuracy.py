@@ -73,15 +73,15 @@ def draw(rows: list[Row]) -> Figure:
         axes.plot([size] * len(own), accuracies, "_", color=colour, markersize=10, alpha=0.7)
         axes.plot(size, np.mean(accuracies), "o", color=colour, markersize=9)
         label = "float:\nthe start" if bits == FLOAT else f"{bits} bits"
-        place = (
-            {"xytext": (0, 8), "ha": "center"} if bits == FLOAT else {"xytext": (0, 8), "ha": "center", "rotation": 60}
-        )
-        axes.annotate(label, (size, max(accuracies)), textcoords="offset points", color=INK, **place)
+        top = (size, max(accuracies))
+        axes.annotate(label, top, (0, 8), textcoords="offset points", ha="center", color=INK)
         if bits != FLOAT:
             points.append((size, np.mean(accuracies)))
     axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=1, zorder=0)
-    axes.set_xlim(left=0)
-    axes.margins(y=0.15)
+    axes.set_xscale("log")
+    axes.set_xticks([40, 60, 100, 200, 300], ["40", "60", "100", "200", "300"])
+    axes.minorticks_off()
+    axes.margins(x=0.08, y=0.15)
     axes.set_title("Accuracy on a new domain, and the size of the file")
     axes.set_xlabel("size of the ONNX file in kB (dashes: three seeds, dots: their means)")
     axes.set_ylabel("correct, in percent")
