@@ -101,7 +101,8 @@ class _Follower(TorchDispatchMode):
             for value in read:
                 if value is not None:
                     self.readers[value[0]] += 1
-            if "batch_norm" in operation.__name__:
+            by_batch = next((v for v in args if isinstance(v, bool)), False)  # as InstanceNorm: with nothing to fold
+            if "batch_norm" in operation.__name__ and not by_batch:
                 self.norms.append(set() if read[0] is None else read[0][1])
             elif operation in self._MOVES and read and all(value is not None for value in read):
                 self._follow(output, set().union(*(value[1] for value in read)))
