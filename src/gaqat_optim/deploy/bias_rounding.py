@@ -102,7 +102,6 @@ def remove_rounding(model: nn.Module) -> None:
         for registry in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in registry.items() if getattr(hook, "func", hook) in ours]:
                 del registry[key]
-                module._forward_hooks_always_called.pop(key, None)
 
 
 def _has_integer_bias(layer: QuantizedModule) -> bool:

@@ -98,13 +98,12 @@ def convert(model: nn.Module) -> nn.Module:
         )
     """
     _check(model)
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     remove_rounding(model)  # What the hooks add is in the deployed biases.
     for name, module in model.named_modules():
         if isinstance(module, LSQQuantizer):
             module.name = name  # The model may have become part of another one.
     norms, left = following_norms(model)
-    model.requires_grad_(False)  # Afterwards, so that it is the trace of `rounded_biases`.
     if left:
         _warn_of_norms(model, left)
     folded: dict[nn.Module, list[Norm]] = {}

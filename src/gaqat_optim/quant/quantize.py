@@ -131,9 +131,9 @@ def quantize_model(
                     parent._modules[slot] = replacements[child]
         result = replacements.get(model, model)
         share_weight_quantizers(result, asked)
+        place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         route_functional_calls(result, undo=undo)
-        place_output_quantizers(result, undo)
         if calibration is not None:
             calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
         if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..evaluation import device_of, quantization_disabled
-from .fingerprint import fingerprint
 from .forward_graph import traceable
 from .fx_trace import Trace
 
@@ -46,26 +45,10 @@ def export_trace(model: nn.Module, layers: Collection[nn.Module]) -> Trace | Non
 
     The control flow may go by shapes, unlike in symbolic tracing, but not by values: ``torch.export`` raises then. A
     module that is not traced into is one node, whose operands are all values that it reads.
-
-    ``torch.export`` takes seconds. So the last few graphs are kept, for networks with the same :func:`fingerprint`,
-    such as the copy that ``convert`` makes.
     """
     if getattr(model, _INPUTS, None) is None:
         return None
-    key = fingerprint(model)
-    exported = None if key is None else _kept.pop(key, None)
-    if exported is None:
-        try:
-            exported = _exported(model)
-        except Exception as error:  # The network's own code may raise anything. A traceback would hold the network.
-            exported = f"{type(error).__name__}: {first_line(error)}"
-    if key is not None:
-        _kept[key] = exported
-        if len(_kept) > _MOST_KEPT:
-            del _kept[next(iter(_kept))]
-    if isinstance(exported, str):
-        raise RuntimeError(exported)
-    return _collapsed(model, exported, _leaves(model, layers))
+    return _collapsed(model, _exported(model), _leaves(model, layers))
 
 
 @dataclass(frozen=True)
@@ -79,10 +62,6 @@ class _Exported:
 
     graph: torch.fx.Graph
     returning: frozenset[str]
-
-
-_kept: dict[tuple[Any, ...], _Exported | str] = {}  # or why it failed; the oldest first
-_MOST_KEPT = 4
 
 
 def _exported(model: nn.Module) -> _Exported:
@@ -219,11 +198,6 @@ def _returns_operand(node: torch.fx.Node) -> bool:
     if operation not in (aten.to, aten.contiguous):
         return False
     return bool(node.all_input_nodes[0].meta["layout"] == node.meta["layout"])
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _leaves(model: nn.Module, layers: Collection[nn.Module]) -> set[nn.Module]:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from ..nn.base import QuantizedModule
-from .export_trace import export_trace, first_line
+from .export_trace import export_trace
 from .fx_trace import Trace, symbolic_trace
 
 
@@ -27,14 +27,18 @@ def trace(model: nn.Module, consequence: str, layers: Collection[nn.Module] | No
     try:
         return symbolic_trace(model, layers)
     except Exception as error:  # The network's own code may raise anything when its inputs are symbols.
-        reasons = [f"{type(error).__name__}: {first_line(error)}"]
+        reasons = [_first_line(error)]
     try:
         exported = export_trace(model, layers)
         if exported is not None:
             return exported
         reasons.append("After a calibration, torch.export would be tried")
     except Exception as error:  # As above.
-        reasons.append(f"Nor by torch.export: {first_line(error)}")
+        reasons.append(f"Nor by torch.export: {_first_line(error)}")
     kind = type(model).__name__
     warnings.warn(f"{kind} cannot be traced symbolically, so {consequence}. {'. '.join(reasons)}", stacklevel=4)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
