@@ -18,7 +18,7 @@ from gaqat_optim import (
     save_packed,
 )
 from gaqat_optim.deploy.nn.registry import DeployedModule
-from quant.nn.own_forwards import WRAPPING, Causal, Dropped
+from quant.nn.own_forwards import WRAPPING, Causal, Dropped, Helped
 from quant.nn.test_own_forward import network
 
 
@@ -130,10 +130,13 @@ def test_an_output_quantizer_stands_where_a_kernel_can_take_it_in(tmp_path):
 
 
 def test_the_advice_for_a_product_in_floating_point_names_the_quantized_layer(tmp_path):
-    x = torch.randn(32, 6)
-    model = quantize_model(nn.Sequential(Dropped(6, 6), nn.Tanh(), nn.Linear(6, 3)), calibration=x)
-    report = export_onnx(model, x, tmp_path / "net.onnx")
-    assert all("wrapped_layer" not in operator.reason for operator in report.float_operators)
+    x = torch.randn(32, 4, 5, 5)
+    model = quantize_model(nn.Sequential(Helped(4, 6, 3), nn.Flatten(), nn.Linear(54, 3)), calibration=x)
+    with pytest.warns(UserWarning, match=r"Set output_bits for 0: .*overrides=\{'0': \{'output_bits': 8\}\}"):
+        report = export_onnx(model, x, tmp_path / "net.onnx")
+    assert [operator.reason.partition(": ")[2] for operator in report.float_operators] == [
+        "set output_bits for it (overrides={'0': {'output_bits': 8}})"
+    ]
 
 
 # -- words that an encoder, a decoder and a head share --------------------------------------------------------------

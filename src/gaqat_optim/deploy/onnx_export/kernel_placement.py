@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...quant.graph.forward_around import layer_name
+from ...quant.graph.forward_around import CHILD, layer_name
 from ..nn.base import DeployLayer
 from .graph_cleanup import LAYER
 from .operators import MOVES, PRODUCTS
@@ -66,7 +66,7 @@ class Placement:
     def warning(self) -> str | None:
         """What to tell a user who expects integers; ``None`` if all layers are as expected."""
         unexpected = [operator for operator in self.float_operators if operator.has_integers]
-        names = [operator.name for operator in unexpected if operator.setting]
+        names = [operator.name.replace(f".{CHILD}", "") for operator in unexpected if operator.setting]
         if not names:
             return None
         first = f"{{{names[0].partition('#')[0]!r}: {{'output_bits': 8}}}}"
