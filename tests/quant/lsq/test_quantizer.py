@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from gaqat_optim import LSQQuantizer, lsq_quantize
 from quant.lsq.cases import (
@@ -174,6 +175,29 @@ def test_copies_and_state_dicts_carry_everything(prepare, way):
     assert torch.equal(other.raw_scale, quantizer.raw_scale)
     v = torch.rand(2, 5)
     assert torch.equal(other(v), quantizer(v))
+
+
+def of_weights(bits):
+    return LSQQuantizer(bits, signed=True, channels=2, channel_axis=0)
+
+
+def of_activations(bits):
+    return LSQQuantizer(bits, axis0_is_batch=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "saved", "loading", "zero_point"),
+    [(of_weights, 4, 8, None), (of_weights, 8, 4, None), (of_activations, 4, 3, 7)],
+    ids=["4 bits into 8", "8 bits into 4", "a zero point that 3 bits do not have"],
+)
+def test_a_state_of_another_number_of_bits_is_an_error(make, saved, loading, zero_point):
+    quantizer, other = make(saved), nn.ModuleDict({"a": make(loading), "b": make(loading)})
+    quantizer.initialize(torch.randn(2, 50), zero_point=zero_point)
+    for name, module in other.items():
+        module.name = name
+    state = {f"{name}.{key}": value for name in other for key, value in quantizer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"(?s)'a' has {loading} bits.*'b' has {loading} bits.*quant_config"):
+        other.load_state_dict(state, strict=False)
 
 
 def test_disabled_is_the_identity():

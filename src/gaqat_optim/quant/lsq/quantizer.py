@@ -108,6 +108,7 @@ class LSQQuantizer(nn.Module):
         self.register_parameter(name, nn.Parameter(start if scale_domain == "log" else start + 1))
         # forward decides by Python values (no synchronisation, no graph break); the buffers put them in state dicts.
         self._zero_point = None if signed is None else zero_point_of(bits, signed)
+        self._own_zero_point = None if axis0_is_batch else self._zero_point
         self._range: tuple[float, float] | None = None
         # In floating point, since an average of weights and buffers (EMA) would cut off an integer.
         self.register_buffer(ZERO_POINT, torch.tensor(self._zero_point or 0, dtype=torch.float32, device=device))
@@ -282,6 +283,15 @@ class LSQQuantizer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if not self.scale_range.is_meta and self.scale_range[1] > 0:
+            # The zero point of signed weights tells the bits, that of activations is below their number of codes.
+            possible = range(2**self.bits - 1) if self._own_zero_point is None else (self._own_zero_point,)
+            if (loaded := round(self.scale_zero_point.item())) not in possible:
+                rest[-1].append(  # The errors of all modules are raised at once.
+                    f"the quantizer {self.name!r} has {self.bits} bits, zero point {loaded} is that of other codes: "
+                    "quantize the network with the quant_config of the one that was saved"
+                )
+                return
         self._range = None
         self.read_buffers()
 
