@@ -91,7 +91,8 @@ def measure_until(deadline: float, measurements: Measurements) -> Iterator[dict[
         else:
             try:
                 rows = measure()
-                print(*(f"  {row.what}: {row.cells.get(OURS, row.cells.get(SWITCHED))}" for row in rows), sep="\n", flush=True)
+                for row in rows:
+                    print(f"  {row.what}: {row.cells.get(OURS, row.cells.get(SWITCHED))}", flush=True)
                 result["rows"] += [asdict(row) for row in rows]
             except Exception as error:  # one measurement that fails costs no other
                 result["failed"].append(f"{what}: {described(error)}")

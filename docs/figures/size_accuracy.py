@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 from figure_style import BLUE, GREY, INK, Row, Tables, command, new_figure, number
 
 SEEDS = (0, 1, 2)
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 6, 8)
 FLOAT = 32  # in the place of the bits
 
 
