@@ -26,8 +26,6 @@ PREFIXES = {
 def mirror_of(file: str, root: Path) -> list[str]:
     """The tests of a file, itself where it has doctests; none if nothing mirrors it."""
     path = PurePosixPath(file)
-    if file == "README.md":
-        return [file, "tests/packaging"]
     if len(path.parts) == 1 or path.parts[0] in PACKAGING:
         return ["tests/packaging"]
     if path.suffix != ".py":
