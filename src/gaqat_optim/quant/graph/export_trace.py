@@ -53,7 +53,7 @@ def export_trace(model: nn.Module, layers: Collection[nn.Module]) -> Trace | Non
 
 @dataclass(frozen=True)
 class _Exported:
-    """What ``torch.export`` found, without modules or tensors.
+    """What ``torch.export`` found, with the graphs of ``with`` blocks in the place of the calls that run them.
 
     The nodes of the ``graph`` have in their ``meta`` the qualified name of the parameter or buffer that they are, the
     calls of modules that they are in, and the shape and layout of their value. ``returning`` has the names of the
