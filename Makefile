@@ -127,7 +127,7 @@ FIGURES := conflict scale_training scale_report loss_surface overview size_accur
 figures: $(VENV)/.dev ## draw the pictures of the documentation from docs/figures/data (FIGURES_ARGS="--run --keep runs/figures" measures again)
 	$(call headline,pictures)
 	for figure in $(FIGURES); do OMP_NUM_THREADS=1 $(BIN)/python docs/figures/$$figure.py $(FIGURES_ARGS); done
-	$(BIN)/python docs/figures/cost_accuracy.py
+	for figure in cost_accuracy interval; do $(BIN)/python docs/figures/$$figure.py; done
 
 docs-test: $(VENV)/.dev ## run the code in the documentation
 	$(call headline,Sphinx: doctest)

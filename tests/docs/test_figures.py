@@ -13,6 +13,7 @@ from torch import nn
 
 import cost_accuracy
 import figure_style
+import interval
 import loss_surface
 from conflict import recorder_of, report_of
 from domain_generalization.study.report import title_of
@@ -93,6 +94,30 @@ def test_costs_without_lsq_have_no_unit(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps([record]), encoding="utf-8")
     with pytest.raises(ValueError, match="no row lsq at 3 bits"):
         cost_accuracy.run(tmp_path)
+
+
+def test_intervals_are_compared_within_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracies = {(1, 160): {500: 50.0, 501: 40.0, 502: 45.0}, (5, 267): {500: 48.0, 501: 38.0, 502: 46.0, 503: 90.0}}
+    for (every, steps), of_seed in accuracies.items():
+        folder = tmp_path / f"interval{every}-{steps}"
+        for seed, accuracy in of_seed.items():
+            record = {"method": "lsq+sagm", "target": "sketch", "seed": seed, "bits": 3, "last_step_accuracy": accuracy}
+            job_folder = folder / "jobs" / f"sketch-seed{seed}" / "lsq+sagm-w3"
+            job_folder.mkdir(parents=True)
+            done = {"records": [{**record, "held_out_accuracy": 50.0}]}
+            (job_folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
+        settings = {"settings": {"interval": every, "steps": steps}}
+        (folder / "study.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    arguments = ["--run", "--keep", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path)]
+    assert figure_style.command("interval", interval.draw, interval.run, argv=arguments) == 0
+    rows = figure_style.read_table(tmp_path / "interval.csv")
+    assert len(rows) == 7
+    (difference,) = interval.differences(rows, "last_step_accuracy").values()
+    assert (difference.cells, difference.wins) == (3, 1)  # the cell that only one of them has is left out
+    assert difference.mean == pytest.approx(-1.0)
+    assert "interval=5, 267 steps" in capsys.readouterr().out
+    assert (tmp_path / "interval.svg").stat().st_size > 5_000
 
 
 def test_a_direction_has_the_length_of_each_filter_and_no_other_parameter() -> None:

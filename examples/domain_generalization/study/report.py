@@ -80,6 +80,12 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         return _format_mean(self.mean, self.error, sign="+")
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of the 95 % interval of the mean, by Student's t. NaN at a single cell."""
+        reach = self.error * float(stats.t.ppf(0.975, max(1, self.cells - 1)))
+        return self.mean - reach, self.mean + reach
+
 
 def paired_difference(
     records: Sequence[Record], method: str, measure: str, *, baseline: str = BASELINE
@@ -213,24 +219,30 @@ def _width(text: str) -> int:
 
 
 def comparisons(records: Sequence[Record], measure: str, layout: str = "simple") -> str:
-    """A table of paired differences to LSQ: 95 % interval, t test, cells won, sign test."""
+    """A table of paired differences to LSQ."""
+    methods = in_order({record["method"] for record in records} - {BASELINE})
+    differences = {title_of(name): paired_difference(records, name, measure) for name in methods}
+    return comparison_table("- LSQ, paired", differences, layout)
+
+
+def comparison_table(headline: str, differences: Mapping[str, Difference | None], layout: str = "simple") -> str:
+    """A table of paired differences: mean, 95 % interval, t test, cells won, sign test."""
     rows = []
-    for name in in_order({record["method"] for record in records} - {BASELINE}):
-        if (difference := paired_difference(records, name, measure)) is None:
+    for title, difference in differences.items():
+        if difference is None:
             continue
-        reach = difference.error * stats.t.ppf(0.975, max(1, difference.cells - 1))
-        interval = "" if math.isnan(reach) else f"{difference.mean - reach:+.1f} to {difference.mean + reach:+.1f}"
+        low, high = difference.interval
         rows.append(
             [
-                title_of(name),
+                title,
                 f"{difference.mean:+.2f}",
-                interval,
+                "" if math.isnan(low) else f"{low:+.1f} to {high:+.1f}",
                 "" if math.isnan(difference.p_value) else f"{difference.p_value:.2g}",
                 f"{difference.wins} of {difference.cells}",
                 "" if math.isnan(difference.sign_p_value) else f"{difference.sign_p_value:.2g}",
             ]
         )
-    headers = ["- LSQ, paired", "mean", "95 % interval", "t test", "won", "sign test"]
+    headers = [headline, "mean", "95 % interval", "t test", "won", "sign test"]
     alignment = ("left", *["right"] * 5)
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=alignment, tablefmt=layout) if rows else ""
 
