@@ -1,10 +1,11 @@
-"""Latency of deployed ResNet-18 and ResNet-50 in onnxruntime, against float32 and onnxruntime's own static int8.
+"""Latency of deployed ResNet-18 and ResNet-50, against float32 and onnxruntime's own static int8.
 
     python benchmarks/deploy.py [--networks resnet18 resnet50] [--runs 40] [--json ratios.json]
 
-All files of a network run in turns, a, b, c, a, b, c, ..., on one thread and one image of 224 x 224. The table has
-ratios of medians, which are steadier than times. Latency does not depend on the values of the weights, so these are
-random, and the scales come from calibration alone.
+Every file runs in onnxruntime and in OpenVINO. All runs of a network take turns, on one thread and one image of
+224 x 224, and are timed by the thread's processor time. The table has multiples of the speed of float32 in onnxruntime,
+which are steadier than times. Latency does not depend on the values of the weights, so these are random, and the scales
+come from calibration alone.
 
 The peer is onnxruntime.quantization.quantize_static, used as its documentation says for x86: after its pre-processing,
 in QDQ format, per channel, calibrated on the same images. It runs with unsigned and with signed activations; the faster
@@ -16,20 +17,28 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gaqat_optim import QuantConfig, export_onnx, quantize_model
-from gaqat_optim.deploy.benchmark import latencies
 from networks import from_torchvision
+from timing import Ratio, Times, interleaved, markdown, ratio
 
+Candidate = tuple[str, str]  # a runtime and the label of a file
+ONNXRUNTIME, OPENVINO = "onnxruntime", "OpenVINO"
+FLOAT = "float32"
 SIZE = 224
 OURS = {
     "ours W4A4": QuantConfig(4, 4),
@@ -44,19 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet50"], help="of torchvision.models")
     parser.add_argument("--runs", type=int, default=40, help="measured runs of each file")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write all medians, spreads and ratios here")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     results = {}
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder:
             files = export_all(name, Path(folder))
-            timings = latencies(list(files.values()), runs=options.runs, threads=options.threads)
-            sizes = {label: path.stat().st_size for label, path in files.items()}
-        results[name] = ratios(dict(zip(files, timings, strict=True)), sizes)
-        print_table(name, results[name], options)
+            times = interleaved({**onnxruntime_runs(files), **openvino_runs(files)}, options.runs)
+            results[name] = ratios(times, {label: path.stat().st_size for label, path in files.items()})
+        print_table(name, results[name], options.runs)
     if options.json:
-        options.json.write_text(json.dumps({"setting": setting(options), "results": results}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"setting": setting(options.runs), "results": results}, indent=1) + "\n")
     return 0
 
 
@@ -68,8 +76,8 @@ def export_all(name: str, folder: Path, ours: Mapping[str, QuantConfig] = OURS) 
     with torch.no_grad():
         model.train()(images)  # BatchNorm takes its statistics from these images
     model.eval()
-    files = {label: folder / f"{label}.onnx" for label in ("float32", *ours, *PEERS)}
-    export_float32(model, images[:2], files["float32"])
+    files = {label: folder / f"{label}.onnx" for label in (FLOAT, *ours, *PEERS)}
+    export_float32(model, images[:2], files[FLOAT])
     for label, config in ours.items():
         report_progress(f"{name}: {label}")
         quantized = quantize_model(model, config, calibration=images)
@@ -81,7 +89,7 @@ def export_all(name: str, folder: Path, ours: Mapping[str, QuantConfig] = OURS) 
         export_onnx(quantized, images[:2], files[label], check=False)
     for label, activation_type in PEERS.items():
         report_progress(f"{name}: {label}")
-        static_int8(files["float32"], images, files[label], activation_type)
+        static_int8(files[FLOAT], images, files[label], activation_type)
     return files
 
 
@@ -128,36 +136,63 @@ def static_int8(float_path: Path, images: Tensor, path: Path, activation_type: s
     )
 
 
-def ratios(timings: dict[str, Any], sizes: dict[str, int]) -> dict[str, dict[str, float]]:
-    """For each file: how many times faster than float32 and than the peer, how many times smaller, and the spread."""
-    float_median = timings["float32"].median
-    peer_median = min(timings[label].median for label in PEERS)
-    rows = {}
-    for label, latency in timings.items():
-        low, high = latency.quartiles
-        rows[label] = {
-            "faster than float32": float_median / latency.median,
-            "faster than int8": peer_median / latency.median,
-            "smaller": sizes["float32"] / sizes[label],
-            "median ms": latency.median,
-            "spread": (high - low) / latency.median,
-        }
-    return rows
-
-
-def print_table(name: str, rows: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
-    print(f"\n{name}, batch 1, {options.threads} thread(s), {options.runs} interleaved runs; ratios of medians")
-    print(f"{'':<28}{'x float32':>10}{'x int8':>8}{'smaller':>9}{'spread':>8}")
-    for label, row in rows.items():
-        cells = f"{row['faster than float32']:>10.2f}{row['faster than int8']:>8.2f}{row['smaller']:>9.2f}"
-        print(f"{label:<28}{cells}{row['spread']:>8.0%}", flush=True)
-
-
-def setting(options: argparse.Namespace) -> dict[str, Any]:
+def onnxruntime_runs(files: Mapping[str, Path]) -> dict[Candidate, Callable[[], object]]:
+    """Each file in a session of onnxruntime on one thread."""
     import onnxruntime
 
-    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
-    return {"runs": options.runs, "threads": options.threads, "batch": 1, "size": SIZE, **versions}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    runs: dict[Candidate, Callable[[], object]] = {}
+    for label, path in files.items():
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        runs[ONNXRUNTIME, label] = partial(session.run, None, {session.get_inputs()[0].name: image()})
+    return runs
+
+
+def openvino_runs(files: Mapping[str, Path]) -> dict[Candidate, Callable[[], object]]:
+    """Each file compiled by OpenVINO for one thread. It may take bfloat16 for float32 where the processor has it."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    runs: dict[Candidate, Callable[[], object]] = {}
+    for label, path in files.items():
+        model = openvino.Core().read_model(path)
+        model.reshape([1, 3, SIZE, SIZE])
+        request = openvino.compile_model(model, "CPU", settings).create_infer_request()
+        runs[OPENVINO, label] = partial(request.infer, [image()])
+    return runs
+
+
+def image() -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE), np.float32)
+
+
+def ratios(times: Mapping[Candidate, Times], sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """For each file: its speed in both runtimes, in multiples of float32 in onnxruntime, and how much smaller it is."""
+    reference = times[ONNXRUNTIME, FLOAT]
+    return {
+        label: {
+            **{runtime: asdict(ratio(reference, times[runtime, label])) for runtime in (ONNXRUNTIME, OPENVINO)},
+            **{f"{runtime} ms": 1000 * statistics.median(times[runtime, label]) for runtime in (ONNXRUNTIME, OPENVINO)},
+            "smaller": sizes[FLOAT] / size,
+        }
+        for label, size in sizes.items()
+    }
+
+
+def print_table(name: str, rows: Mapping[str, Mapping[str, Any]], runs: int) -> None:
+    columns = [f"{name}, {runs} runs", ONNXRUNTIME, OPENVINO, "smaller"]
+    cells = [
+        [label, Ratio(**row[ONNXRUNTIME]), Ratio(**row[OPENVINO]), f"{row['smaller']:.2f}"]
+        for label, row in rows.items()
+    ]
+    print(f"\n{markdown(columns, cells)}", flush=True)
+
+
+def setting(runs: int) -> dict[str, Any]:
+    packages = ("torch", "onnxruntime", "openvino")
+    versions = {package: version(package) for package in packages}
+    return {"runs": runs, "threads": 1, "batch": 1, "size": SIZE, **versions, "python": platform.python_version()}
 
 
 def report_progress(text: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -19,12 +18,11 @@ from figure_style import BLUE, GREY, ORANGE, ROOT, Row, Tables, command, new_fig
 
 NETWORK = "resnet18"
 RUNS = 40
-OURS, FLOAT = "ours W4A4, output_bits=8", "float32"
+OURS = "ours W4A4, output_bits=8"
 
 
 def run(folder: Path) -> Tables:
     """Export and time the files; keep the faster one of onnxruntime's."""
-    import onnxruntime
     import torch
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -33,18 +31,12 @@ def run(folder: Path) -> Tables:
 
     torch.set_num_threads(1)
     files = deploy.export_all(NETWORK, folder, {OURS: deploy.OURS[OURS]})
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    image = torch.randn(1, 3, deploy.SIZE, deploy.SIZE).numpy()
-    candidates = {}
-    for label, path in files.items():
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        candidates[label] = partial(session.run, None, {session.get_inputs()[0].name: image})
-    times = timing.interleaved(candidates, RUNS)
+    runs = timing.interleaved(deploy.onnxruntime_runs(files), RUNS)
+    times = {label: seconds for (_, label), seconds in runs.items()}
     milliseconds = {label: 1000 * statistics.median(seconds) for label, seconds in times.items()}
     peer = min(deploy.PEERS, key=milliseconds.__getitem__)
     rows = []
-    for label in (FLOAT, peer, OURS):
+    for label in (deploy.FLOAT, peer, OURS):
         low, _, high = statistics.quantiles(times[label], n=4)
         spread = {"median_ms": milliseconds[label], "low_ms": 1000 * low, "high_ms": 1000 * high}
         size = files[label].stat().st_size
