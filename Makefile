@@ -186,8 +186,9 @@ release-check: lint workflows docs wheel-test $(if $(filter all,$(RELEASE_TESTS)
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python -m release.metadata dist
 	$(BIN)/python -m release.readme README.md
-	$(call headline,links)
+	$(call headline,links$(comma) measured figures)
 	$(BIN)/python -m release.links docs/_build/html
+	$(BIN)/python -m release.figures
 	$(call headline,the wheel with the lowest versions)
 	$(BIN)/python tests/packaging/wheel_smoke.py dist --python $(OLDEST_PYTHON) --constraints constraints-oldest.txt
 	$(call headline,$(RELEASE_TESTS) tests from the sdist)
