@@ -120,6 +120,7 @@ types: $(VENV)/.dev ## mypy --strict on src
 docs: $(VENV)/.dev ## the HTML documentation, in docs/_build/html
 	$(call headline,Sphinx: HTML)
 	$(BIN)/sphinx-build -q -W -n --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m release.pages docs/_build/html
 
 # In this order: overview.py draws a line of the loss surface, and scale_*.py what conflict.py has measured.
 FIGURES := conflict scale_training scale_report loss_surface overview size_accuracy latency

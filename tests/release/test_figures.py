@@ -63,6 +63,7 @@ def test_a_figure_is_quoted_as_the_linked_page_has_it(tmp_path):
     for text, lines in [("5.6 points", []), ("20 %", []), ("20 s", [3]), ("2.8 s", [3]), ("5.60 s", [3])]:
         assert listed(tmp_path, quote.format(text), there=there) == lines, text
     assert listed(tmp_path, "5.6 points: [there](https://host/docs/there.html)\n", there=there) == []
+    assert listed(tmp_path, "5 %: see {doc}`page`\n") == [1]
 
 
 def test_a_comment_takes_out_the_block_behind_it_and_no_other(tmp_path):
