@@ -120,6 +120,7 @@ types: $(VENV)/.dev ## mypy --strict on src
 docs: $(VENV)/.dev ## the HTML documentation, in docs/_build/html
 	$(call headline,Sphinx: HTML)
 	$(BIN)/sphinx-build -q -W -n --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m release.pages docs/_build/html
 
 # In this order: overview.py draws a line of the loss surface, and scale_*.py what conflict.py has measured.
 FIGURES := conflict scale_training scale_report loss_surface overview size_accuracy latency
@@ -186,8 +187,9 @@ release-check: lint workflows docs wheel-test $(if $(filter all,$(RELEASE_TESTS)
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python -m release.metadata dist
 	$(BIN)/python -m release.readme README.md
-	$(call headline,links)
+	$(call headline,links$(comma) measured figures)
 	$(BIN)/python -m release.links docs/_build/html
+	$(BIN)/python -m release.figures
 	$(call headline,the wheel with the lowest versions)
 	$(BIN)/python tests/packaging/wheel_smoke.py dist --python $(OLDEST_PYTHON) --constraints constraints-oldest.txt
 	$(call headline,$(RELEASE_TESTS) tests from the sdist)

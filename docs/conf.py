@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 import gaqat_optim
 import gaqat_optim.integrations
@@ -29,7 +33,6 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
-    "sphinx-mathjax-offline",  # MathJax among the static files: equations need no network
     "sphinx_copybutton",
     "notebooks",
 ]
@@ -41,6 +44,25 @@ html_theme_options = {"source_edit_link": project_urls["Repository"] + "/edit/ma
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# MathJax among the static files: equations need no network. The package has 24 MB of it, all that MathJax can read and
+# draw. These 2 MB turn TeX into HTML; MathJax's menu would offer the rest.
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax3_config = {"options": {"enableMenu": False}}
+
+
+def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
+    source = Path(importlib.import_module("sphinx-mathjax-offline").__path__[0], "static", "mathjax")
+    for pattern in ("tex-chtml.js", "input/tex/extensions/*.js", "output/chtml/fonts/woff-v2/*.woff"):
+        for file in source.glob(pattern) if exception is None and app.builder.format == "html" else ():
+            target = Path(app.outdir, "_static", "mathjax", file.relative_to(source))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("build-finished", copy_mathjax)
+
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

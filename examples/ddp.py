@@ -46,7 +46,12 @@ def make_network() -> nn.Module:
     )
 
 
-def train(model: DistributedDataParallel, optimizer: GAQATOptimizer, batches: Sequence, per_rank: bool) -> None:
+def train(
+    model: DistributedDataParallel,
+    optimizer: GAQATOptimizer,
+    batches: Sequence,
+    per_rank: bool,
+) -> None:
     """Train with the closure form or, with `per_rank`, with the explicit form."""
     for x, y in batches:
 

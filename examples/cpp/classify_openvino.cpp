@@ -1,5 +1,5 @@
 // Prints the class of each image: classify network.onnx images.raw
-// images.raw holds the float32 values of the images that the network takes, preprocessed, one image after the other.
+// images.raw holds the float32 values of the preprocessed images, one after the other.
 #include <algorithm>
 #include <fstream>
 #include <iostream>
@@ -15,7 +15,8 @@ int main(int argc, char** argv) {
     }
     ov::Core core;
     // Exact float32 around the integers, also where the processor has bfloat16.
-    auto network = core.compile_model(argv[1], "CPU", ov::hint::inference_precision(ov::element::f32));
+    auto precision = ov::hint::inference_precision(ov::element::f32);
+    auto network = core.compile_model(argv[1], "CPU", precision);
     auto request = network.create_infer_request();
 
     std::ifstream file(argv[2], std::ios::binary);
