@@ -1,20 +1,28 @@
-"""Settings for all tests: one thread and one seed, so that a run repeats to the bit, and one hypothesis profile."""
+"""Settings for all tests: one thread and one seed, so that a run repeats to the bit, and the profiles of hypothesis."""
 
 import hypothesis
 import pytest
 import torch
 
 from devices import DEVICE
+from selection import mark_slow
 from torchvision_import import import_torchvision
 
-hypothesis.settings.register_profile(
-    "suite",
-    deadline=None,  # no test depends on the speed of the machine
-    derandomize=True,  # the same examples in every run: a failure in CI is a failure here
-    max_examples=100,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
+for name, examples in (("suite", 30), ("all", 100)):  # `make test`, `make test-all`
+    hypothesis.settings.register_profile(
+        name,
+        deadline=None,  # no test depends on the speed of the machine
+        derandomize=True,  # the same examples in every run: a failure in CI is a failure here
+        max_examples=examples,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks for the tests that are marked
+def pytest_collection_modifyitems(items):
+    if DEVICE.type == "cpu":  # on a GPU, `make gpu` has few tests, and all of them
+        mark_slow(items)
 
 
 @pytest.fixture(autouse=True)
