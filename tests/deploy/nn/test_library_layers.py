@@ -6,7 +6,6 @@ import torch
 from gaqat_optim import QuantConfig, convert, export_onnx, load_packed, quantize_model, save_packed
 from quant.nn.library_layers import CASES
 
-
 # The others differ in how a forward pads and standardizes, not in what is exported.
 IN_FILES = ("Linear", "Conv1D", "Conv2dSame", "ScaledStdConv2dSame", "BiT", "video")
 

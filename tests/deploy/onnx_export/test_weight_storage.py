@@ -136,10 +136,8 @@ def test_onnxruntime_computes_scales_and_zero_points_of_biases(level, written):
 def test_a_file_against_the_fp32_file(bits, storage, ratio, tmp_path):
     """Nearly all weights are in the middle layer, so the ratio is nearly that of the bits."""
     torch.manual_seed(0)
-    net, x = (
-        nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)),
-        torch.rand(8, 8),
-    )
+    x = torch.rand(8, 8)
+    net = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
     model = quantize_model(net, QuantConfig(bits, bits), calibration=x)
     report = export_onnx(model, x, tmp_path / "net.onnx", storage=storage, check=False)
     assert fp32_bytes(net, x, tmp_path / "fp32.onnx") / report.bytes >= ratio
