@@ -4,6 +4,7 @@
 #   make pictograms    the same on drawings of five styles, with a pretrained network (hours; needs npm)
 #   make check         lint, types and the tests that a change touches (a minute)
 #   make test          everything that has to hold before a change is accepted
+#   make test-all      pytest with the slow tests too, which make test leaves out
 #   make test-oldest   the tests with the lowest versions that pyproject.toml admits, and make test-middle with a torch between
 #   make release-check what is uploaded: files, metadata, README, links, versions, and both ends of the dependencies
 #   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
@@ -45,7 +46,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo pictograms npm test setup check lint types docs figures docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test test-all setup check lint types docs figures docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -152,6 +153,11 @@ unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARG
 	$(call headline,pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
+# Of products of parameters make test has a selection, and hypothesis draws a fifth of the examples: docs/contributing.md.
+test-all: $(VENV)/.dev ## pytest with every test, the slow ones too (an hour)
+	$(call headline,pytest: every test)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' --hypothesis-profile=all -n $(JOBS) $(PYTEST_ARGS)
+
 $(OLDEST_VENV)/.created: pyproject.toml constraints-oldest.txt
 	$(call headline,installing the lowest versions (several minutes, once))
 	@$(OLDEST_PYTHON) -m venv $(OLDEST_VENV) || { echo 'no virtual environment: Python 3.10 to 3.12 is needed, which old packages were built for: make test-oldest OLDEST_PYTHON=...' >&2; exit 1; }
@@ -180,7 +186,7 @@ test-middle: $(MIDDLE_VENV)/.created ## the tests with a torch in the middle of 
 # ----------------------------------------------------------------------------------------------------------- release
 
 # What is in dist afterwards is what is uploaded. With RELEASE_TESTS=all also every test, at both lower versions of torch.
-release-check: lint workflows docs wheel-test $(if $(filter all,$(RELEASE_TESTS)),test-middle test-oldest) ## everything about the files that a release uploads (RELEASE_TESTS=all: every test; TAG=v0.1.0: as in publishing)
+release-check: lint workflows docs wheel-test $(if $(filter all,$(RELEASE_TESTS)),test-all test-middle test-oldest) ## everything about the files that a release uploads (RELEASE_TESTS=all: every test; TAG=v0.1.0: as in publishing)
 	$(call headline,version$(comma) metadata$(comma) description)
 	$(BIN)/python -m release.tag
 	$(BIN)/twine check --strict dist/*

@@ -8,7 +8,7 @@ from devices import DEVICE
 from selection import mark_slow
 from torchvision_import import import_torchvision
 
-for name, examples in (("suite", 30), ("all", 100)):  # `make test`, `make test-all`
+for name, examples in (("suite", 20), ("all", 100)):  # `make test`, `make test-all`
     hypothesis.settings.register_profile(
         name,
         deadline=None,  # no test depends on the speed of the machine

@@ -1,8 +1,8 @@
 """Random sequences of whatever may happen to the optimizer, with the slow twin beside it.
 
 ``SOAK_EXAMPLES=50000 pytest tests/optim/test_optimizer_stateful.py`` runs that many sequences, others in every run;
-without the variable there are 1,000 shorter ones, always the same. A failure is shrunk to a short program that can be pasted into a
-test.
+without the variable there are 1,000 shorter ones, always the same. A failure is shrunk to a short program that can be
+pasted into a test.
 """
 
 import copy
