@@ -1,5 +1,7 @@
 """Settings for all tests: one thread and one seed, so that a run repeats to the bit, and the profiles of hypothesis."""
 
+import functools
+
 import hypothesis
 import pytest
 import torch
@@ -49,3 +51,13 @@ def torchvision() -> None:
         import_torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")
+
+
+@pytest.fixture(scope="session")
+def one_registry() -> None:
+    """One registry of ONNX operators for all exports: torch makes it anew for each, half of the time of a small one."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry  # torch has no public name for it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield

@@ -17,6 +17,7 @@ from gaqat_optim import (
     save_packed,
 )
 
+pytestmark = pytest.mark.usefixtures("one_registry")
 CONFIGS = {"W8A8": QuantConfig(8, 8), "W4A4": QuantConfig(4, 4)}
 
 
