@@ -120,6 +120,7 @@ def masks(kind, sources, generator):
     return {"attn_mask": floats}, added + floats.numpy().reshape(added.shape)
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_attention_is_exact_integers_and_float64(construction, kind):
@@ -139,8 +140,8 @@ def test_attention_is_exact_integers_and_float64(construction, kind):
         )
         deployed = convert(model)
         assert type(deployed.attention) is DeployMultiheadAttention
-        for mask, average, far in itertools.product(
-            ("none", "causal", "bool and padding", "float"), (True, False), (1, 9)
+        for mask, (average, far) in itertools.product(
+            ("none", "causal", "bool and padding", "float"), ((True, 9), (False, 1))
         ):
             arguments, added = masks(mask, L if kind == "self" else S, generator)
             codes, weights, out = attention_oracle(model.attention, model.inputs(far * x), added)

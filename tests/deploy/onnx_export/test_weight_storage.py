@@ -137,8 +137,8 @@ def test_a_file_against_the_fp32_file(bits, storage, ratio, tmp_path):
     """Nearly all weights are in the middle layer, so the ratio is nearly that of the bits."""
     torch.manual_seed(0)
     x = torch.rand(8, 8)
-    net = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
-    model = quantize_model(net, QuantConfig(bits, bits), calibration=x)
+    net = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 4))
+    model = quantize_model(net, QuantConfig(bits, bits, init="lsq"), calibration=x)
     report = export_onnx(model, x, tmp_path / "net.onnx", storage=storage, check=False)
     assert fp32_bytes(net, x, tmp_path / "fp32.onnx") / report.bytes >= ratio
 
