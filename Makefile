@@ -36,6 +36,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := -m pip --disable-pip-version-check --no-input install -qq
 # Always under the constraints: without the pin, "torch" is whatever is newest, with several GB of GPU libraries beside it.
 INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
+# Each process gets tests that stand side by side, and makes what they share once.
+SPREAD = -n $(JOBS) --dist worksteal
 # A stage's headline, so that a log can be read from its failures upwards.
 comma := ,
 headline = @printf '\n== %s ==\n' '$(1)'
@@ -151,12 +153,12 @@ demo-test: $(VENV)/.dev ## the demo, as a command, on a tiny setting
 
 unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARGS="-k name")
 	$(call headline,pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # Of products of parameters make test has a selection, and hypothesis draws a fifth of the examples: docs/contributing.md.
 test-all: $(VENV)/.dev ## pytest with every test, the slow ones too (an hour)
 	$(call headline,pytest: every test)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' --hypothesis-profile=all -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' --hypothesis-profile=all $(SPREAD) $(PYTEST_ARGS)
 
 $(OLDEST_VENV)/.created: pyproject.toml constraints-oldest.txt
 	$(call headline,installing the lowest versions (several minutes, once))
@@ -167,7 +169,7 @@ $(OLDEST_VENV)/.created: pyproject.toml constraints-oldest.txt
 # On Linux, pip brings several GB of GPU libraries with this torch: there is no build without them under its old version.
 test-oldest: $(OLDEST_VENV)/.created ## the tests and the code in the documentation, with the lowest versions that pyproject.toml admits (OLDEST_PYTHON=python3.11)
 	$(call headline,pytest with the lowest versions)
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 	$(call headline,doctest with the lowest versions)
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/sphinx-build -W --keep-going -b doctest docs docs/_build/doctest-oldest
 
@@ -181,7 +183,7 @@ $(MIDDLE_VENV)/.created: pyproject.toml constraints.txt constraints-middle.txt
 
 test-middle: $(MIDDLE_VENV)/.created ## the tests with a torch in the middle of the range
 	$(call headline,pytest with a torch in the middle of the range)
-	OMP_NUM_THREADS=1 $(MIDDLE_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(MIDDLE_VENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # ----------------------------------------------------------------------------------------------------------- release
 
