@@ -435,6 +435,7 @@ def test_channels_last_changes_nothing(name, original, x):
     assert_close(got, (got[0], want[1]), rtol=1e-9, atol=1e-12 * largest)
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("domain", ["log", "linear"])
 def test_scales_stay_positive_and_finite_at_ten_times_the_learning_rate(name, domain):
