@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 
@@ -18,14 +18,17 @@ SIZES = {"values": 1, "pairs": 2}
 def covering(cases: Sequence[Mapping[Hashable, Hashable]], size: int) -> list[int]:
     """The numbers of cases that together have each combination of ``size`` values that any of them has.
 
-    Greedy: next comes the case with the most combinations that are still missing, the first of equals.
+    Greedy: next comes the case with the most combinations that are still missing; of equals, the one whose values were
+    chosen least, so that all are used about as often; of these the first.
     """
     had = [set(combinations(sorted(case.items()), min(size, len(case)))) for case in cases]
     missing = set().union(*had)
-    chosen = []
+    chosen: list[int] = []
+    used: Counter[tuple[Hashable, Hashable]] = Counter()
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(had[i] & missing))
+        best = max(range(len(cases)), key=lambda i: (len(had[i] & missing), -sum(used[v] for v in cases[i].items())))
         chosen.append(best)
+        used.update(cases[best].items())
         missing -= had[best]
     return chosen
 

@@ -1,5 +1,6 @@
 """The tests of a product that `make test` runs."""
 
+from collections import Counter
 from itertools import combinations, product
 
 import pytest
@@ -19,6 +20,9 @@ def test_each_value_or_each_pair_is_in_a_test(what, count):
         return {c for case in cases for c in combinations(sorted(case.items()), SIZES[what])}
 
     assert in_any(CASES[i] for i in chosen) == in_any(CASES)
+    for name in NAMES:
+        often = Counter(CASES[i][name] for i in chosen).values()
+        assert max(often) - min(often) <= 1
 
 
 def test_one_parameter_and_gaps_in_the_product():
