@@ -4,6 +4,7 @@
 #   make pictograms    the same on drawings of five styles, with a pretrained network (hours; needs npm)
 #   make check         lint, types and the tests that a change touches (a minute)
 #   make test          everything that has to hold before a change is accepted
+#   make test-all      pytest with the slow tests too, which make test leaves out
 #   make test-oldest   the tests with the lowest versions that pyproject.toml admits, and make test-middle with a torch between
 #   make release-check what is uploaded: files, metadata, README, links, versions, and both ends of the dependencies
 #   make soak          random calls of the optimizer and random networks to deploy, for as long as you like
@@ -35,6 +36,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := -m pip --disable-pip-version-check --no-input install -qq
 # Always under the constraints: without the pin, "torch" is whatever is newest, with several GB of GPU libraries beside it.
 INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
+# Each process gets tests that stand side by side, and makes what they share once.
+SPREAD = -n $(JOBS) --dist worksteal
 # A stage's headline, so that a log can be read from its failures upwards.
 comma := ,
 headline = @printf '\n== %s ==\n' '$(1)'
@@ -45,7 +48,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-.PHONY: help demo pictograms npm test setup check lint types docs figures docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test test-all setup check lint types docs figures docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -151,7 +154,12 @@ demo-test: $(VENV)/.dev ## the demo, as a command, on a tiny setting
 
 unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARGS="-k name")
 	$(call headline,pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
+
+# Of products of parameters make test has a selection, and hypothesis draws a fifth of the examples: docs/contributing.md.
+test-all: $(VENV)/.dev ## pytest with every test, the slow ones too (an hour)
+	$(call headline,pytest: every test)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' --hypothesis-profile=all $(SPREAD) $(PYTEST_ARGS)
 
 $(OLDEST_VENV)/.created: pyproject.toml constraints-oldest.txt
 	$(call headline,installing the lowest versions (several minutes, once))
@@ -162,7 +170,7 @@ $(OLDEST_VENV)/.created: pyproject.toml constraints-oldest.txt
 # On Linux, pip brings several GB of GPU libraries with this torch: there is no build without them under its old version.
 test-oldest: $(OLDEST_VENV)/.created ## the tests and the code in the documentation, with the lowest versions that pyproject.toml admits (OLDEST_PYTHON=python3.11)
 	$(call headline,pytest with the lowest versions)
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 	$(call headline,doctest with the lowest versions)
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/sphinx-build -W --keep-going -b doctest docs docs/_build/doctest-oldest
 
@@ -176,12 +184,12 @@ $(MIDDLE_VENV)/.created: pyproject.toml constraints.txt constraints-middle.txt
 
 test-middle: $(MIDDLE_VENV)/.created ## the tests with a torch in the middle of the range
 	$(call headline,pytest with a torch in the middle of the range)
-	OMP_NUM_THREADS=1 $(MIDDLE_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(MIDDLE_VENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # ----------------------------------------------------------------------------------------------------------- release
 
 # What is in dist afterwards is what is uploaded. With RELEASE_TESTS=all also every test, at both lower versions of torch.
-release-check: lint workflows docs wheel-test $(if $(filter all,$(RELEASE_TESTS)),test-middle test-oldest) ## everything about the files that a release uploads (RELEASE_TESTS=all: every test; TAG=v0.1.0: as in publishing)
+release-check: lint workflows docs wheel-test $(if $(filter all,$(RELEASE_TESTS)),test-all test-middle test-oldest) ## everything about the files that a release uploads (RELEASE_TESTS=all: every test; TAG=v0.1.0: as in publishing)
 	$(call headline,version$(comma) metadata$(comma) description)
 	$(BIN)/python -m release.tag
 	$(BIN)/twine check --strict dist/*

@@ -26,6 +26,8 @@ QUICK = (
     "tests/deploy/test_batchnorm_folding.py",
 )
 
+EVERY = ("-m", "", "--hypothesis-profile=all")  # as `make test-all`
+
 
 def unpack(sdist: Path, folder: Path) -> Path:
     with tarfile.open(sdist) as archive:
@@ -57,7 +59,7 @@ def main() -> None:
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-qq"]
         commands = (
             [*pip, "--constraint", "constraints.txt", "--editable", ".[dev]"],
-            [str(python), "-m", "pytest", "-q", *(QUICK if arguments.tests == "quick" else ())],
+            [str(python), "-m", "pytest", "-q", *(QUICK if arguments.tests == "quick" else EVERY)],
         )
         for command in commands:
             result = subprocess.run(command, cwd=tree, env=outside(), stdin=subprocess.DEVNULL, check=False)

@@ -1,20 +1,30 @@
-"""Settings for all tests: one thread and one seed, so that a run repeats to the bit, and one hypothesis profile."""
+"""Settings for all tests: one thread and one seed, so that a run repeats to the bit, and the profiles of hypothesis."""
+
+import functools
 
 import hypothesis
 import pytest
 import torch
 
 from devices import DEVICE
+from selection import mark_slow
 from torchvision_import import import_torchvision
 
-hypothesis.settings.register_profile(
-    "suite",
-    deadline=None,  # no test depends on the speed of the machine
-    derandomize=True,  # the same examples in every run: a failure in CI is a failure here
-    max_examples=100,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
+for name, examples in (("suite", 20), ("all", 100)):  # `make test`, `make test-all`
+    hypothesis.settings.register_profile(
+        name,
+        deadline=None,  # no test depends on the speed of the machine
+        derandomize=True,  # the same examples in every run: a failure in CI is a failure here
+        max_examples=examples,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks for the tests that are marked
+def pytest_collection_modifyitems(items):
+    if DEVICE.type == "cpu":  # on a GPU, `make gpu` has few tests, and all of them
+        mark_slow(items)
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +51,13 @@ def torchvision() -> None:
         import_torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")
+
+
+@pytest.fixture(scope="session")
+def one_registry() -> None:
+    """One registry of ONNX operators for all exports: torch makes it anew for each, half of the time of a small one."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry  # torch has no public name for it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield

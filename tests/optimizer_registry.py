@@ -352,8 +352,8 @@ def covering_cases():
     return cases
 
 
-def cases_on_a_gpu():
-    """Each legal pair of perturbation and policy once, bases and protocols in turn: a GPU is slow on tiny networks."""
+def cases_in_turn():
+    """Each legal pair of perturbation and policy once, bases and protocols in turn."""
     every = [case for case in product(PERTURBATIONS, POLICIES) if legal(*case)]
     turns = zip(every, cycle(BASES), cycle(PROTOCOLS), strict=False)
     return [(*case, base, protocol) for case, base, protocol in turns]

@@ -132,6 +132,7 @@ MOVED = {
 }
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("output_bits", [None, 8])
 @pytest.mark.parametrize("case", MOVED)
 def test_a_batchnorm_is_folded_through_what_moves_channels(case, output_bits, tmp_path):
@@ -154,6 +155,7 @@ def test_a_batchnorm_is_folded_through_what_moves_channels(case, output_bits, tm
 
 
 @pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}")
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("output_bits", [None, 8])
 @pytest.mark.parametrize("case", MOVED)
 def test_a_file_computes_the_same_on_integer_kernels(case, output_bits, tmp_path):
@@ -214,7 +216,7 @@ def test_a_batchnorm_that_follows_no_layer_is_none_to_warn_of():
     assert norms_in(deployed) == ["branch", "mixed", "before"]
 
 
-@pytest.mark.parametrize("name", ["mixnet_s", "levit_128s"])
+@pytest.mark.parametrize("name", ["mixnet_s", pytest.param("levit_128s", marks=pytest.mark.slow)])
 def test_networks_of_timm(name):
     import_torchvision()
     timm = pytest.importorskip("timm")

@@ -12,6 +12,7 @@ from gaqat_optim.deploy.bias_rounding import rounded_biases
 from gaqat_optim.quant.lsq.quantizer import LSQQuantizer
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("output_bits", [None, 8])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("network", NETWORKS)

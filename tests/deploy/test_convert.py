@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -69,7 +69,6 @@ def layers(draw):
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*BatchNorms that follow quantized layers stay")
-@settings(max_examples=60)
 @given(layers())
 def test_a_layer_is_the_integer_computation_to_the_bit(case):
     model, x = case

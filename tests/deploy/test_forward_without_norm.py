@@ -114,8 +114,8 @@ NORMS = {
 }
 
 
-def network(kind):
-    torch.manual_seed(0)
+def network(kind, seed=0):
+    torch.manual_seed(seed)
     if kind == "functional":
         return nn.Sequential(Functional(3, 8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     return randomize_norms(nn.Sequential(nn.Conv2d(3, 8, 3), NORMS[kind](), nn.Conv2d(8, 4, 3)))
@@ -130,6 +130,7 @@ X = torch.rand(16, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 KINDS = [*NORMS, "functional"]
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("output_bits", [None, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_folded_and_what_follows_is_kept(kind, output_bits):
@@ -205,9 +206,17 @@ def test_it_is_copied_pickled_and_packed(kind, tmp_path):
         assert list(loaded.state_dict()) == list(deployed.state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_file_has_integer_kernels(kind, tmp_path):
-    model = quantized(network(kind), X, QuantConfig(8, 8, output_bits=8))
+class SideBySide(nn.ModuleList):
+    """Networks of one input, with an output each: one file for all."""
+
+    def forward(self, x):
+        return tuple(network(x) for network in self)
+
+
+def test_the_file_has_integer_kernels(tmp_path):
+    # The exporter would merge layers with the same weights.
+    networks = [network(kind, seed) for seed, kind in enumerate(KINDS)]
+    model = quantized(SideBySide(networks), X, QuantConfig(8, 8, output_bits=8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = export_onnx(model, X, tmp_path / "net.onnx")
@@ -215,7 +224,10 @@ def test_the_file_has_integer_kernels(kind, tmp_path):
 
     operators = [node.op_type for node in onnx.load(str(tmp_path / "net.onnx")).graph.node]
     assert "BatchNormalization" not in operators
-    assert report.max_abs_diff <= 0.05 * run(model, X).abs().max()
+    assert report.integer_kernels == {"QLinearConv": 19}
+    in_code = [f"{KINDS.index(kind)}.0" for kind in ("super", "torch.batch_norm")]  # their activations: no module
+    assert sorted(operator.name for operator in report.float_operators) == in_code
+    assert report.max_abs_diff <= 0.05 * min(y.abs().max() for y in run(model, X))
 
 
 def test_the_rest_has_the_children_and_attributes_of_the_module():

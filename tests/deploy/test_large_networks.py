@@ -1,7 +1,7 @@
 """ResNet, MobileNet, ViT and U-Net at 8, 4, 3 and 2 bits: the file against ``convert``, and that against training.
 
-Here are some cells of the table. ``SOAK_NETWORKS=1 pytest -s tests/deploy/test_large_networks.py`` runs all, and trains
-them for longer.
+Here is one cell of the table, and some more for `make test-all`. ``SOAK_NETWORKS=1 pytest -s
+tests/deploy/test_large_networks.py`` runs all, and trains them for longer.
 """
 
 import os
@@ -17,11 +17,12 @@ from gaqat_optim.deploy.onnx_export.verification import compare_levels, top1
 
 SOAK = "SOAK_NETWORKS" in os.environ
 INPUTS = 1000
-IN_CI = [
-    ("resnet18", "W4A4 output 8"),
-    ("mobilenet_v3_small", "W8A8"),
-    ("unet", "W2A2"),
+IN_TESTS = [
     ("unet", "mixed"),
+    *(
+        pytest.param(*cell, marks=pytest.mark.slow)
+        for cell in (("resnet18", "W4A4 output 8"), ("mobilenet_v3_small", "W8A8"), ("unet", "W2A2"))
+    ),
 ]
 ALL = [(network, config) for network in NETWORKS for config in CONFIGS]
 # Shares of predictions that the plain fake-quantized network has in common with convert, where below 99 %: its biases
@@ -31,7 +32,7 @@ STEPS = {"steps": 100, "float_steps": 100} if SOAK else {"steps": 25, "float_ste
 
 
 @pytest.mark.usefixtures("torchvision")
-@pytest.mark.parametrize(("network", "config"), ALL if SOAK else IN_CI)
+@pytest.mark.parametrize(("network", "config"), ALL if SOAK else IN_TESTS)
 def test_the_file_predicts_as_the_network_that_was_trained(network, config, tmp_path):
     """Of the predictions on 1,000 images, 99.9 % are the same in onnxruntime, and 99 % are as in training.
 

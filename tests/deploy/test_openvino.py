@@ -42,6 +42,7 @@ def with_codes(proto):
     return exposed, names
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_openvino_computes_what_convert_says(network, config, tmp_path):
@@ -81,6 +82,7 @@ def test_openvino_computes_what_convert_says(network, config, tmp_path):
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish}
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("output_bits", [None, 8])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -114,7 +116,7 @@ def test_zero_points_between_in_both_runtimes(activation, output_bits, bits, tmp
     assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mlp", "resnet"))])
 def test_the_storage_changes_nothing(network, tmp_path):
     model, x = trained(network, CONFIGS["W3A3"]), images(33, seed=7)
     found = {}

@@ -11,6 +11,7 @@ from gaqat_optim.deploy.nn.base import DeployLayer
 from quant.test_tied_weights import Language, tokens, trained
 
 
+@pytest.mark.cover("pairs")
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bits", [3, 8])

@@ -15,7 +15,10 @@ from gaqat_optim import QuantConfig, quantize_model
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
 
 
-@pytest.mark.parametrize("options", [[], ["--per-rank"]], ids=["synchronised", "per rank"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], id="synchronised"), pytest.param(["--per-rank"], id="per rank", marks=pytest.mark.slow)],
+)
 def test_two_processes_learn_the_digits(tmp_path, options):
     pytest.importorskip("sklearn")
     import ddp

@@ -22,6 +22,7 @@ from domain_generalization.study.settings import make_settings
 from domain_generalization.study.storage import StorageError
 from tiny_study import job, tiny_study
 
+pytestmark = pytest.mark.usefixtures("one_registry")
 SOAK = "SOAK_NETWORKS" in os.environ
 METHODS = ("lsq", "lsq+sagm", "gaqat", "gaqat-flat")
 CELLS = [(bits, method) for bits in (8, 4, 3, 2) for method in METHODS]

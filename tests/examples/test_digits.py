@@ -10,6 +10,7 @@ import pytest
 import digits
 from domain_generalization.study.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("one_registry")
 DEMO = ("lsq", "lsq+sagm", "gaqat", "gaqat-flat")
 
 TINY = ["--steps", "4", "--fp32-steps", "4", "--flat-steps", "2", "--eval-every", "2", "--window", "2", "--seeds", "0"]

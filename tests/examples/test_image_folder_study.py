@@ -51,7 +51,11 @@ def test_domainnet_as_a_command_with_a_worker(image_tree: Tree, tmp_path: Path) 
             "raise RuntimeError('built forine')",
             "cannot be imported beside torch .* built for",
         ),
-        ("raise OSError('libcudart.so: no such file')", "cannot be imported beside torch .* libcudart.so"),
+        pytest.param(
+            "raise OSError('libcudart.so: no such file')",
+            "cannot be imported beside torch .* libcudart.so",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["missing", "broken", "without its libraries"],
 )

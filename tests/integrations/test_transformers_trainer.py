@@ -104,6 +104,7 @@ def plain_loop(transformers, micro_batches=1, *, epochs=1, clip=1.0, autocast=nu
     return (model, optimizer), losses, len(forwards)
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("make", [resnet, vit])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])  # 4: of six batches, the last step has two
 def test_the_trainer_is_the_plain_loop(transformers, trainer, micro_batches, make):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from devices import needs_cuda
+from devices import DEVICE, needs_cuda
 from gaqat_optim import SAM, DisorderFreeze, GAQATOptimizer, QuantConfig, quantize_model
 from training import RATES, X, Y, assert_same, build_base, linear, quantized_cnn, tensors, through_a_file, train
 
@@ -17,14 +17,19 @@ OTHERS = {"Muon", "SparseAdam", "LBFGS", "Optimizer"}
 
 
 def variants():
-    """Every implementation that a base has: differentiable ones are for steps that are differentiated themselves."""
-    for name, arguments in RATES.items():
+    """Every implementation that a base has: differentiable ones are for steps that are differentiated themselves.
+
+    `make test` has each base, and with each one of its settings, in turn.
+    """
+    for number, (name, arguments) in enumerate(RATES.items()):
         takes = inspect.signature(getattr(torch.optim, name)).parameters
         yield pytest.param(name, arguments, id=name)
-        yield pytest.param(name, {**arguments, "lr": "tensor", "foreach": False}, id=f"{name} tensor lr")
-        for flag in ("foreach", "fused", "maximize"):
-            if flag in takes:
-                yield pytest.param(name, {**arguments, flag: True}, id=f"{name} {flag}")
+        settings = {"tensor lr": {"lr": "tensor", "foreach": False}}
+        settings |= {flag: {flag: True} for flag in ("foreach", "fused", "maximize") if flag in takes}
+        for i, setting in enumerate(settings):
+            is_slow = DEVICE.type == "cpu" and i != number % len(settings)
+            marks = [pytest.mark.slow] * is_slow
+            yield pytest.param(name, arguments | settings[setting], id=f"{name} {setting}", marks=marks)
         if "capturable" in takes:
             yield pytest.param(name, {**arguments, "capturable": True}, id=f"{name} capturable", marks=needs_cuda)
 

@@ -1,8 +1,8 @@
 """Faults: what a failure in either pass leaves behind, and a run that is killed and resumed."""
 
-import runpy
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -440,16 +440,12 @@ def test_buffers_of_any_module_see_the_first_pass_and_no_other(form):
     assert model[3].calls - network()[3].calls == (4 if form == "closure" else 6)
 
 
-SCRIPT = """
-import os, signal, sys
-import torch
-from torch import nn
-from gaqat_optim import DisorderFreeze, GAQATOptimizer, QuantConfig, SAGM, quantize_model
-
 STEPS, EVERY = 16, 3
 
 
 def run(folder, kill_step=None, kill_at=None):
+    """A training that goes on from the checkpoint in a folder, if there is one, and kills itself where it is told."""
+
     def point(step, name):
         if (step, name) == (kill_step, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -474,7 +470,7 @@ def run(folder, kill_step=None, kill_at=None):
         batch = torch.randperm(32)[:16]  # of the state of the generator, as dropout
         passes = []
 
-        def closure():
+        def closure(step=step, batch=batch, passes=passes):
             passes.append("second" if passes else "first")
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
@@ -487,8 +483,13 @@ def run(folder, kill_step=None, kill_at=None):
         scheduler.step()
         point(step, "step")
         if (step + 1) % EVERY == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
-                     "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "losses": losses,
+                "scheduler": scheduler.state_dict(),
+                "rng": torch.get_rng_state(),
+            }
             torch.save(state, path + ".new")
             point(step, "saving")
             os.replace(path + ".new", path)
@@ -497,27 +498,22 @@ def run(folder, kill_step=None, kill_at=None):
     torch.save(result, os.path.join(folder, "result.pt"))
 
 
-if __name__ == "__main__":
-    folder, *kill = sys.argv[1:]
-    run(folder, *((int(kill[0]), kill[1]) if kill else ()))
-"""
-
-
 # Checkpoints are at 3, 6, 9, ... steps: in the middle of windows of 4 perturbed steps, and of intervals.
 KILLS = [(4, "second backward"), (9, "first forward"), (11, "saving")]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of Python 3.12
 def test_a_run_that_is_killed_and_resumed_often_has_the_bits_of_an_uninterrupted_one(tmp_path):
-    script, killed, whole = tmp_path / "run.py", tmp_path / "killed", tmp_path / "whole"
-    script.write_text(SCRIPT)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
     whole.mkdir()
     for step, where in KILLS:
-        process = subprocess.run([sys.executable, str(script), str(killed), str(step), where], capture_output=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+        process = multiprocessing.get_context("fork").Process(target=run, args=(str(killed), step, where))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (killed / "result.pt").exists()
-    run = runpy.run_path(str(script))["run"]
     run(str(killed))
     run(str(whole))
     one, other = (torch.load(folder / "result.pt", weights_only=True) for folder in (killed, whole))

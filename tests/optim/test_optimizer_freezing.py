@@ -316,6 +316,7 @@ RESTLESS = {
 }
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize("perturbation", [SAM(0.3), SAGM(0.3)], ids=["sam", "sagm"])
 @pytest.mark.parametrize("base", RESTLESS)

@@ -20,7 +20,7 @@ from optimizer_registry import (
     assert_agree,
     assert_close,
     build,
-    cases_on_a_gpu,
+    cases_in_turn,
     closure_form,
     covering_cases,
     groups_of,
@@ -38,7 +38,12 @@ every_base = pytest.mark.parametrize("base", BASES)
 every_perturbation = pytest.mark.parametrize("perturbation", PERTURBATIONS)
 
 
-@pytest.mark.parametrize("case", covering_cases() if DEVICE.type == "cpu" else cases_on_a_gpu(), ids="/".join)
+IN_TURN = cases_in_turn()
+# A GPU is slow on tiny networks.
+OTHERS = [pytest.param(case, marks=pytest.mark.slow) for case in covering_cases() if case not in IN_TURN]
+
+
+@pytest.mark.parametrize("case", IN_TURN + OTHERS * (DEVICE.type == "cpu"), ids="/".join)
 @pytest.mark.usefixtures("device")
 def test_every_step_is_the_twin_s(case):
     perturbation, policy, base, protocol = case
@@ -51,10 +56,9 @@ def test_every_step_is_the_twin_s(case):
     assert twin.smallest > 1e-9
 
 
-def test_the_cases_on_a_gpu_are_legal_and_have_every_entry():
-    cases = cases_on_a_gpu()
-    assert all(legal(perturbation, policy) for perturbation, policy, _, _ in cases)
-    for entries, registry in zip(zip(*cases, strict=True), (PERTURBATIONS, POLICIES, BASES, PROTOCOLS), strict=True):
+def test_the_cases_in_turn_are_legal_and_have_every_entry():
+    assert all(legal(perturbation, policy) for perturbation, policy, _, _ in IN_TURN)
+    for entries, registry in zip(zip(*IN_TURN, strict=True), (PERTURBATIONS, POLICIES, BASES, PROTOCOLS), strict=True):
         assert set(entries) == registry.keys()
 
 
@@ -117,6 +121,7 @@ NOTHING = {
 }
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("perturbation", NOTHING.values(), ids=[kind.__name__ for kind in NOTHING])
 @every_base
 @pytest.mark.usefixtures("device")
@@ -144,6 +149,7 @@ def both_ways(perturbation, policy, base, protocols, intervals=(1, 1), micro_eva
     return runs
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize(
     ("perturbation", "policy", "base"),
     [(p, "quantile", "sgd-momentum") for p in PERTURBATIONS]
@@ -157,6 +163,7 @@ def test_closure_form_is_the_explicit_form(perturbation, policy, base, interval)
     assert repr(a.scale_report()) == repr(b.scale_report())  # as text: NaN is not equal to itself
 
 
+@pytest.mark.cover("values")
 @every_perturbation
 @pytest.mark.parametrize("policy", ["task", "both", "never"])
 def test_four_accumulated_micro_batches_are_the_batch(perturbation, policy):

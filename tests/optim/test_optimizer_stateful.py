@@ -1,8 +1,8 @@
 """Random sequences of whatever may happen to the optimizer, with the slow twin beside it.
 
 ``SOAK_EXAMPLES=50000 pytest tests/optim/test_optimizer_stateful.py`` runs that many sequences, others in every run;
-without the variable there are 1,000, always the same. A failure is shrunk to a short program that can be pasted into a
-test.
+without the variable there are 1,000 shorter ones, always the same. A failure is shrunk to a short program that can be
+pasted into a test.
 """
 
 import copy
@@ -325,7 +325,7 @@ def test_random_sequences_agree_with_the_twin():
         Run,
         settings=settings(
             max_examples=SEQUENCES,
-            stateful_step_count=15,
+            stateful_step_count=15 if soak else 8,
             derandomize=not soak,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

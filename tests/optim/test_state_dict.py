@@ -216,6 +216,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("steps", [2, 6])
 @pytest.mark.parametrize("new", POLICIES)
 @pytest.mark.parametrize("old", ["never", "half", "always", "own"])

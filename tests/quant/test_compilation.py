@@ -48,6 +48,7 @@ def parameters_and_gradients(model, run, x):
 
 
 @pytest.mark.usefixtures("_exporting")
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_training_is_eager_training_to_the_bit(model, training):
     torch._dynamo.reset()
@@ -76,6 +77,7 @@ def test_a_compiled_evaluation_without_gradients_is_the_eager_one(model, without
             assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize(("strict", "with_gradients"), [(False, True), (False, False), (True, False)])
 @pytest.mark.parametrize("training", [True, False])
 def test_exports_of_sequences_of_any_length_write_to_no_parameter(model, strict, with_gradients, training):

@@ -33,6 +33,7 @@ def quantized(name, config):
     return quantize_model(model, config, calibration=x).train(), x, y
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("config", CONFIGS)
@@ -59,6 +60,7 @@ def test_scales_that_are_not_finite(name, config, bad, recompute):
     assert math.isfinite(F.cross_entropy(model(x), y).item())
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -84,6 +86,7 @@ def test_an_optimizer_that_makes_everything_nan(name, config, bad):
         convert(model)
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "embeddings"])  # whose inputs are indices
 def test_inputs_that_are_not_finite(name, bad):

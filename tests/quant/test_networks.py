@@ -27,8 +27,12 @@ from oracle.lsq import lsq
 from quant import network_oracle
 from small_networks import NETWORKS, TORCHVISION, build
 
-ALL = [*NETWORKS, *TORCHVISION]
-IMAGES = [name for name, (_, shape) in {**NETWORKS, **TORCHVISION}.items() if len(shape) == 3]
+ALL = [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in TORCHVISION)]
+IMAGES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in TORCHVISION))
+    for name, (_, shape) in {**NETWORKS, **TORCHVISION}.items()
+    if len(shape) == 3
+]
 PLAIN = QuantConfig(4, 4, init="lsq")  # its initial scales need no search, where no test looks at them
 
 # One quantized network at a time, shared by the tests that pytest then puts together.
@@ -141,7 +145,11 @@ OF_FULL_SIZE = {"resnet18": CONFIGS, "mobilenet_v3_small": CONFIGS, "vit_b_16": 
 @pytest.mark.parametrize(
     ("name", "config"),
     [(name, config) for name in NETWORKS for config in CONFIGS]
-    + [(name, config) for name, configs in OF_FULL_SIZE.items() for config in configs],
+    + [
+        pytest.param(name, config, marks=[pytest.mark.slow] * (name != "resnet18" or config != "W4A4 per channel"))
+        for name, configs in OF_FULL_SIZE.items()
+        for config in configs
+    ],
 )
 def test_forward_and_backward_equal_the_oracle_s(name, config, request):
     if name in TORCHVISION:
@@ -201,7 +209,7 @@ def test_without_its_quantizers_it_is_the_float_network(original, quantized, x):
         ("mobilenet_v3_small", 54, []),
         # Patches, head, and in each of 12 blocks: attention, its out-projection, two linear. What is in floating point
         # is no layer: the class token, and the embedding of positions.
-        ("vit_b_16", 50, ["the model (VisionTransformer)", "encoder (Encoder)"]),
+        pytest.param("vit_b_16", 50, ["the model (VisionTransformer)", "encoder (Encoder)"], marks=pytest.mark.slow),
     ],
     scope="module",
 )
@@ -427,6 +435,7 @@ def test_channels_last_changes_nothing(name, original, x):
     assert_close(got, (got[0], want[1]), rtol=1e-9, atol=1e-12 * largest)
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("domain", ["log", "linear"])
 def test_scales_stay_positive_and_finite_at_ten_times_the_learning_rate(name, domain):

@@ -24,6 +24,8 @@ from gaqat_optim.quant.nn.base import QuantizedModule
 from small_networks import NETWORKS, SharedLayer, TiedWeights, build, cnn, mlp
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
+# Of these, test_networks.py has every network, and asks for more.
+some_networks = pytest.mark.parametrize("name", ["single layer", "tied weights", "transformer"])
 
 
 def snapshot(model):
@@ -94,7 +96,7 @@ def _as_float(module, plain):
     return twin
 
 
-@every_network
+@some_networks
 def test_parameters_keep_their_identity_in_place(name):
     model, x, _ = build(name)
     before = dict(model.named_parameters())
@@ -107,7 +109,7 @@ def test_parameters_keep_their_identity_in_place(name):
         assert quantized is model
 
 
-@every_network
+@some_networks
 def test_a_copy_leaves_the_original_as_it_was(name):
     model, x, _ = build(name)
     before = snapshot(model)
@@ -116,7 +118,7 @@ def test_a_copy_leaves_the_original_as_it_was(name):
     assert not {id(p) for p in model.parameters()} & {id(p) for p in quantized.parameters()}
 
 
-@every_network
+@some_networks
 def test_a_float_state_dict_loads_with_only_scale_keys_missing(name):
     model, x, _ = build(name)
     quantized = quantize_model(model, calibration=x)
@@ -141,7 +143,7 @@ def test_state_dicts_round_trip_strictly(name, calibrated):
     assert torch.equal(other.train()(x), quantized.train()(x))
 
 
-@every_network
+@some_networks
 def test_deepcopy_and_pickle(name):
     model, x, _ = build(name)
     quantized = quantize_model(model, calibration=x).eval()

@@ -108,4 +108,4 @@ class ViT(nn.Module):
 
 def encoder(**options):
     layer = nn.TransformerEncoderLayer(E, HEADS, 14, dropout=0.1, **options)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)

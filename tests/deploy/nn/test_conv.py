@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -109,7 +109,6 @@ def layers(draw):
     return model, 3 * torch.randn(2, *shape)
 
 
-@settings(max_examples=60)
 @given(layers())
 def test_a_layer_is_the_integer_computation_to_the_bit(case):
     model, x = case
@@ -235,7 +234,15 @@ def exported(name, config, path):
     return model, x, export_onnx(model, x[:4], path)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("unet", b) for b in (2, 4, 8)] + [(n, 3) for n in NETWORKS if n != "unet"])
+# `make test` has each number of axes, with and without groups, and each number of bits.
+OF_EACH = {"unet": 4, "1d, groups": 2, "3d": 8}
+REST = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("unet", 2), ("unet", 8), ("unet, groups", 3), ("1d", 3), ("3d, groups", 3))
+]
+
+
+@pytest.mark.parametrize(("name", "bits"), [*OF_EACH.items(), *REST])
 def test_onnxruntime_computes_what_convert_says(name, bits, tmp_path):
     """Also far out of range; a code can differ where a sum lies within rounding of a tie.
 
@@ -268,6 +275,7 @@ FLOATING = {
 }
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("case", FLOATING)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_weight_in_floating_point_stays_there(groups, case, tmp_path):
@@ -283,7 +291,7 @@ def test_a_weight_in_floating_point_stays_there(groups, case, tmp_path):
     assert operators.count("Sub") - operators.count("Div") == spelled_out  # A Div is of the halves of an 8-bit weight.
 
 
-@pytest.mark.parametrize("name", ["unet", "unet, groups"])
+@pytest.mark.parametrize("name", ["unet, groups", pytest.param("unet", marks=pytest.mark.slow)])
 def test_the_file_has_the_codes_in_the_layout_of_the_operator(name, tmp_path):
     model, _, _ = exported(name, SAME, tmp_path / "net.onnx")
     deployed, graph = convert(model), onnx.load(tmp_path / "net.onnx").graph

@@ -25,6 +25,7 @@ BAGS = [
 ]
 
 
+@pytest.mark.cover("pairs")
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize(
@@ -91,7 +92,12 @@ def test_it_gets_no_output_quantizer():
 SIZES = {(4, "auto"): 4, (3, "packed"): 3, (6, "packed"): 6, (8, "auto"): 8, (3, "int8"): 8}
 
 
-@pytest.mark.parametrize(("bits", "storage"), SIZES)
+SLOW = ((6, "packed"), (8, "auto"))
+
+
+@pytest.mark.parametrize(
+    ("bits", "storage"), [pytest.param(*case, marks=[pytest.mark.slow] * (case in SLOW)) for case in SIZES]
+)
 def test_a_file_gathers_codes_in_their_bits(bits, storage, tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(400, 32), nn.LayerNorm(32), nn.Linear(32, 4))

@@ -259,6 +259,7 @@ def _own_layers():
 
 
 @pytest.mark.usefixtures("_own_layers")
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("name", OWN)
 def test_an_own_layer_is_converted_packed_and_exported(name, bits, tmp_path):

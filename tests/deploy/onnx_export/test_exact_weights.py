@@ -11,27 +11,20 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from deploy.byte_products import product, with_signed_weights
-from deploy.deploy_networks import images, trained
+from deploy.deploy_networks import NETWORKS, images, trained
 from deploy.onnx_runs import STAYS_IN_FLOAT, STORAGES, run, run_torch, saturating
 from deploy.saturating_runtime import optimized, run_without_vnni
 from gaqat_optim import QuantConfig, convert, export_onnx, quantize_model
 from gaqat_optim.deploy.onnx_export.exact_weights import make_exact
 
 
-@pytest.mark.parametrize(
-    ("network", "bits", "storage"),
-    [
-        ("mlp", (8, 8), "auto"),
-        ("cnn", (8, 8), "packed"),
-        ("resnet", (8, 8), "int8"),
-        ("mlp", (4, 4), "packed"),
-        ("cnn", (4, 4), "int8"),
-        ("resnet", (4, 4), "auto"),
-    ],
-)
+@pytest.mark.cover("values")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("network", NETWORKS)
 def test_a_file_computes_the_same_where_two_products_saturate_in_16_bits(network, bits, storage, tmp_path):
     """In numpy, since this machine may have better instructions. Files with signed bytes of 8 bits are wrong there."""
-    model, x = trained(network, QuantConfig(*bits, output_bits=8)), images(16, seed=7)
+    model, x = trained(network, QuantConfig(bits, bits, output_bits=8)), images(16, seed=7)
     report = export_onnx(model, x, tmp_path / "net.onnx", storage=storage)
     assert report.float_kernels == {}
     expected = run_torch(convert(model), x)
@@ -68,7 +61,7 @@ class Kinds(nn.Module):
 
 
 @pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}")
-@pytest.mark.parametrize("signed", [True, False, "auto"])
+@pytest.mark.parametrize("signed", ["auto", *(pytest.param(fixed, marks=pytest.mark.slow) for fixed in (True, False))])
 def test_every_kind_of_product_keeps_its_integer_kernel(signed, tmp_path):
     torch.manual_seed(0)
     x = images(32)
@@ -108,13 +101,11 @@ def test_weights_of_8_bits_keep_their_codes_and_their_size(tmp_path):
         (8, 8, False, True),
         (8, 8, True, True),
         (8, 7, False, False),
-        (8, 7, True, False),
-        (8, 4, True, False),
         (7, 8, True, False),
-        (7, 8, False, False),
-        (6, 8, True, False),
-        (4, 4, True, False),
-        (2, 8, True, False),
+        *(
+            pytest.param(*case, False, marks=pytest.mark.slow)
+            for case in ((8, 7, True), (8, 4, True), (7, 8, False), (6, 8, True), (4, 4, True), (2, 8, True))
+        ),
     ],
 )
 def test_only_weights_that_can_saturate_are_rewritten(weight_bits, activation_bits, signed, rewritten, tmp_path):

@@ -24,6 +24,7 @@ def three_convolutions():
 
 
 @pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}")
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_onnxruntime_computes_what_convert_says(network, config, tmp_path):
@@ -199,7 +200,7 @@ def test_output_bits_bring_the_convolutions_before_an_addition_to_the_integers(t
 
 
 @pytest.mark.filterwarnings(f"ignore:{STAYS_IN_FLOAT}")
-@pytest.mark.parametrize("opset", [22, pytest.param(23, marks=NEEDS_OPSET_23)])
+@pytest.mark.parametrize("opset", [22, pytest.param(23, marks=[NEEDS_OPSET_23, pytest.mark.slow])])
 def test_a_later_opset(opset, tmp_path):
     x = images(8)
     report = export_onnx(trained("cnn", CONFIGS["W4A4"]), x, tmp_path / "net.onnx", opset=opset)

@@ -93,9 +93,10 @@ OPTION = {
     ("case", "storage"),
     [
         ("resnet W8A8", "auto"),
-        ("resnet W3A3", "auto"),
+        pytest.param("resnet W3A3", "auto", marks=pytest.mark.slow),
         ("used again W8", "auto"),
-        *(("used again W4", storage) for storage in STORAGES),
+        ("used again W4", "packed"),
+        *(pytest.param("used again W4", storage, marks=pytest.mark.slow) for storage in STORAGES[:2]),
     ],
 )
 def test_runs_the_same_under_the_option_for_processors_without_vnni(case, storage, tmp_path):

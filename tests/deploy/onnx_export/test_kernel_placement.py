@@ -100,9 +100,15 @@ class OneNorm(nn.Module):
     "net",
     [
         nn.Sequential(nn.Conv2d(3, 4, 3), OwnForward(4), nn.Conv2d(4, 4, 3)),
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3)),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3)),
+            marks=pytest.mark.slow,
+        ),
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3)),
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3)),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3)),
+            marks=pytest.mark.slow,
+        ),
         OneNorm(),
     ],
     ids=["own forward", "batch statistics", "group norm", "synchronised", "shared norm"],

@@ -42,6 +42,13 @@ def reader():
     return quantize_model(Reader(), W4A4, calibration=[sample(32)])
 
 
+@pytest.fixture(scope="module")
+def file(reader, tmp_path_factory):
+    path = tmp_path_factory.mktemp("reader") / "net.onnx"
+    export_onnx(reader, sample(), path, check=False)
+    return path
+
+
 def run_file(path, inputs):
     session = onnxruntime.InferenceSession(str(path))
     names = [value.name for value in session.get_outputs()]
@@ -66,15 +73,14 @@ def test_a_mapping_names_the_inputs_and_the_batch_is_free(reader, count, tmp_pat
             assert torch.allclose(value, expected[name], atol=1e-5)
 
 
-def test_a_masked_word_does_not_change_the_output(reader, tmp_path):
-    export_onnx(reader, sample(), tmp_path / "net.onnx", check=False)
+def test_a_masked_word_does_not_change_the_output(file):
     inputs = sample()
-    before, _ = run_file(tmp_path / "net.onnx", inputs)
+    before, _ = run_file(file, inputs)
     inputs["input_ids"][~inputs["attention_mask"]] = 8
-    after, _ = run_file(tmp_path / "net.onnx", inputs)
+    after, _ = run_file(file, inputs)
     assert torch.equal(before["logits"], after["logits"])
     inputs["input_ids"][inputs["attention_mask"]] = 8
-    assert not torch.equal(before["logits"], run_file(tmp_path / "net.onnx", inputs)[0]["logits"])
+    assert not torch.equal(before["logits"], run_file(file, inputs)[0]["logits"])
 
 
 def test_a_tuple_has_the_names_of_forward_s_parameters(reader, tmp_path):
@@ -87,19 +93,17 @@ def test_a_tuple_has_the_names_of_forward_s_parameters(reader, tmp_path):
     assert torch.allclose(outputs["logits"], convert(reader)(**inputs)["logits"], atol=1e-5)
 
 
-def test_an_input_of_another_length_is_refused_by_name(reader, tmp_path):
+def test_an_input_of_another_length_is_refused_by_name(file):
     """Axes other than 0 have the sizes of the sample: docs/deployment.md says so."""
-    export_onnx(reader, sample(), tmp_path / "net.onnx", check=False)
     inputs = sample()
     inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"]], dim=1)
     with pytest.raises(Exception, match=r"invalid dimensions for input: input_ids.*\s*index: 1 Got: \d+ Expected: \d+"):
-        run_file(tmp_path / "net.onnx", inputs)
+        run_file(file, inputs)
 
 
-def test_two_files_of_one_network_side_by_side(reader, tmp_path):
-    for storage in ("int8", "packed"):
-        export_onnx(reader, sample(), tmp_path / f"{storage}.onnx", storage=storage, check=False)
-    result = benchmark_onnx(tmp_path / "int8.onnx", tmp_path / "packed.onnx", batch_size=3, runs=2)
+def test_two_files_of_one_network_side_by_side(reader, file, tmp_path):
+    export_onnx(reader, sample(), tmp_path / "packed.onnx", storage="packed", check=False)
+    result = benchmark_onnx(file, tmp_path / "packed.onnx", batch_size=3, runs=2)
     assert [len(result.a.times), len(result.b.times)] == [2, 2]
 
 

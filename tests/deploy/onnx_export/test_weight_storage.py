@@ -132,6 +132,18 @@ def test_onnxruntime_computes_scales_and_zero_points_of_biases(level, written):
     assert (zero_points.dtype, zero_points.shape, zero_points.any()) == (np.int32, (32,), False)
 
 
+@pytest.mark.parametrize(("bits", "storage", "ratio"), [(4, "auto", 7.4), (3, "packed", 9.7), (2, "packed", 14)])
+def test_a_file_against_the_fp32_file(bits, storage, ratio, tmp_path):
+    """Nearly all weights are in the middle layer, so the ratio is nearly that of the bits."""
+    torch.manual_seed(0)
+    x = torch.rand(8, 8)
+    net = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 4))
+    model = quantize_model(net, QuantConfig(bits, bits, init="lsq"), calibration=x)
+    report = export_onnx(model, x, tmp_path / "net.onnx", storage=storage, check=False)
+    assert fp32_bytes(net, x, tmp_path / "fp32.onnx") / report.bytes >= ratio
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "storage", "ratio", "with_1000_classes"),
     [(4, "auto", 7.7, 7.2), (3, "packed", 10.2, 9.1), (2, "packed", 15, 12.3)],
@@ -163,11 +175,15 @@ def resnet50(tmp_path_factory):
 
     torch.manual_seed(0)
     model, x = randomize_norms(resnet50(num_classes=10)).eval(), torch.rand(2, 3, 64, 64)
-    path = tmp_path_factory.mktemp("fp32") / "net.onnx"
+    return model, x, fp32_bytes(model, x, tmp_path_factory.mktemp("fp32") / "net.onnx")
+
+
+def fp32_bytes(model, x, path):
+    """The size of the file that torch makes of a network."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter's own, of torch's internals
         torch.onnx.export(
-            model,
+            model.eval(),
             (x,),
             path,
             dynamo=True,
@@ -175,4 +191,4 @@ def resnet50(tmp_path_factory):
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
-    return model, x, path.stat().st_size
+    return path.stat().st_size

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -62,6 +62,7 @@ def comes_back(model, make, inputs, folder):
     return (folder / "again.packed").read_bytes() == content
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("config", CONFIGURATIONS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_comes_back_to_the_bit(name, config, tmp_path):
@@ -79,6 +80,7 @@ FAMILIES = {
 
 
 @pytest.mark.filterwarnings("ignore:Decoder cannot be traced symbolically")
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("config", [SAME, QuantConfig(6, None, weight_granularity="tensor"), QuantConfig(None, 5)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_networks_of_other_layers_come_back_to_the_bit(name, config, tmp_path):
@@ -101,7 +103,6 @@ def test_kdim_and_a_network_that_is_one_attention_layer(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*BatchNorms that follow quantized layers stay")
-@settings(max_examples=30)
 @given(st.integers(0, 3), st.integers(2, 8), st.sampled_from([None, 2, 5, 8]), st.integers(1, 5), st.booleans())
 def test_layers_of_any_shape(tmp_path_factory, spatial, weight_bits, activation_bits, outputs, norm):
     path = tmp_path_factory.mktemp("layers") / "net"
@@ -345,6 +346,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.filterwarnings("ignore:one weight is quantized in 2 ways:UserWarning")  # by the settings of this test
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("left_out", LEFT_OUT)
 @pytest.mark.parametrize("tie", TIES)
 def test_modules_that_share_a_weight(tie, left_out, tmp_path):

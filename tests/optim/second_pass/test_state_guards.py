@@ -125,6 +125,7 @@ def buffers(model):
     return {name: b.clone() for name, b in model.named_buffers()}
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("form", ["closure", "interval", "explicit"])
 @pytest.mark.parametrize("kind", MODULES)
 def test_a_step_leaves_the_buffers_of_one_pass(kind, form):
@@ -142,6 +143,7 @@ def test_a_step_leaves_the_buffers_of_one_pass(kind, form):
         assert_same(buffers(model), buffers(plain))
 
 
+@pytest.mark.cover("pairs")
 @pytest.mark.parametrize("failing", [1, 2])
 @pytest.mark.parametrize("good", [0, 3])
 @pytest.mark.parametrize("kind", MODULES)

@@ -32,10 +32,11 @@ from quant.lsq.cases import (
 
 
 @pytest.mark.usefixtures("with_and_without_output")
+@pytest.mark.cover("pairs")
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_both_gradients_against_the_oracle(dtype, content):
-    @settings(max_examples=60 if DEVICE.type == "cpu" else 15)
+    @settings(max_examples=settings.default.max_examples if DEVICE.type == "cpu" else 15)
     @given(cases(dtype, content), st.sampled_from([1.0, 0.25, 0.01]))
     def check(case, grad_scale):
         assert_equals_oracle(case, exact=content == "ties and bounds", grad_scale=grad_scale)
@@ -76,7 +77,6 @@ def test_strides_do_not_matter(shape, axis):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_scale_of_more_precision_than_the_values(dtype):
     # A float64 scale takes the computation to float64; each gradient keeps the dtype of its tensor.
-    @settings(max_examples=30)
     @given(cases(dtype, "random"))
     def check(case):
         assert_equals_oracle(case._replace(scale=case.scale.double() * (1 + 1e-9)))
@@ -85,7 +85,6 @@ def test_a_scale_of_more_precision_than_the_values(dtype):
 
 
 @pytest.mark.usefixtures("with_and_without_output")
-@settings(max_examples=20)
 @given(BITS_AND_ZERO_POINTS, st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([None, 0, 1]), SEEDS)
 def test_half_precision_sums_many_terms_in_float32(code, dtype, axis, seed):
     # A sum of 2,000 terms in half precision is off by about 1e-3 of sum |G| (|q| + |u|), in float32 by less than 1e-6.
@@ -225,6 +224,7 @@ def test_gradients_are_linear_in_the_incoming_gradient(case, factor, seed):
 
 
 @pytest.mark.usefixtures("with_and_without_output")
+@pytest.mark.cover("pairs")
 @pytest.mark.parametrize("depends", [True, False])
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("of", ["v", "scale"])

@@ -48,12 +48,12 @@ def test_large_channels_are_sampled_without_losing_the_scale():
     assert squared_error(v, initial_scale(v, -8, 7, 0, "mse"), -8, 7).item() <= 1.02 * whole.item()
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("content", ["random", "extreme", "tiny", "huge", "zeros", "zero channel", "one value"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_initial_scales_are_finite_and_positive(dtype, content):
     info = torch.finfo(dtype)
 
-    @settings(max_examples=30)
     @given(quantizers(tuple(s for s in SHAPES if len(s) != 1)), SEEDS)
     def check(pair, seed):
         shape, quantizer = pair
@@ -91,7 +91,6 @@ def test_initial_scales_are_finite_and_positive(dtype, content):
 
 @pytest.mark.parametrize("method", ["mse", "lsq"])
 @given(code=BITS_AND_ZERO_POINTS, k=st.integers(-30, 30), seed=SEEDS)
-@settings(max_examples=40)
 def test_initial_scales_follow_the_values_to_the_bit(method, code, k, seed):
     v = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed))
     v[:, 0] = v[:, 0].abs() + 0.1
@@ -125,7 +124,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mse_scale_against_a_fine_search_in_float64(kind):
-    @settings(max_examples=25)
+    @settings(max_examples=settings.default.max_examples // 3)
     @given(BITS_AND_ZERO_POINTS, st.sampled_from([1, 5, 16, 64, 256, 1024]), SEEDS)
     def check(code, count, seed):
         v = KINDS[kind](torch.randn(count, generator=torch.Generator().manual_seed(seed))).double()

@@ -47,7 +47,7 @@ def test_against_all_zero_points_and_scales_in_float64(kind):
     more coarsely than here, and 1.2 above.
     """
 
-    @settings(max_examples=8)
+    @settings(max_examples=settings.default.max_examples // 10)
     @given(BITS, SEEDS)
     def check(bits, seed):
         v = SHAPES_OF_VALUES[kind](torch.randn(1024, generator=torch.Generator().manual_seed(seed)))
@@ -68,7 +68,6 @@ def test_against_all_zero_points_and_scales_in_float64(kind):
 
 
 @given(BITS, st.sampled_from([1, 5, 300, 9000]), SEEDS)
-@settings(max_examples=30)
 def test_values_that_are_never_negative_keep_all_codes_and_their_scale(bits, count, seed):
     v = torch.randn(count, generator=torch.Generator().manual_seed(seed)).relu()
     found, unsigned = LSQQuantizer(bits), LSQQuantizer(bits, signed=False)
@@ -78,6 +77,7 @@ def test_values_that_are_never_negative_keep_all_codes_and_their_scale(bits, cou
     assert torch.equal(found.raw_scale, unsigned.raw_scale)
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("tiny", [-1e-7, -1e-3, -1e-30])
 def test_one_tiny_negative_value_costs_no_code(bits, tiny):
@@ -111,7 +111,6 @@ def test_the_scale_that_is_given_counts():
 
 
 @given(BITS, st.integers(-20, 20), SEEDS)
-@settings(max_examples=20)
 def test_zero_points_do_not_depend_on_the_unit(bits, k, seed):
     v = F.silu(torch.randn(500, generator=torch.Generator().manual_seed(seed)))
     found = initial_zero_point(v, bits)
@@ -156,6 +155,7 @@ def with_free_offset(v, bits):
 LIMITS = {3: (100_000, 2.2, 3.0), 4: (100_000, 1.0, 3.5), 8: (4096, 1.0, 4.0)}
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("activation", [F.gelu, F.silu, F.hardswish], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("bits", LIMITS)
 def test_signal_to_noise_behind_an_activation_of_normal_values(bits, activation):

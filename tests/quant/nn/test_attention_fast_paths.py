@@ -60,6 +60,7 @@ every_transformer = pytest.mark.parametrize(
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # which the float model uses
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("only", [None, {nn.Linear}, {nn.MultiheadAttention}], ids=["all", "linear", "attention"])
 @every_transformer
 def test_transformers_in_evaluation_are_what_was_trained(kind, batch_first, norm_first, padded, only):

@@ -36,6 +36,7 @@ def cases():
         yield construction, batch_first, kind
 
 
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("construction", "batch_first", "kind"), list(cases()))
 def test_switched_off_it_is_torchs_own(construction, batch_first, kind, training):
@@ -147,6 +148,7 @@ def assert_close_but_for_codes(got, want):
     assert bool(torch.isclose(got, want, rtol=0.3, atol=0.3).all())
 
 
+@pytest.mark.cover("pairs")
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(
