@@ -20,7 +20,7 @@ from .fx_trace import Trace, admit_child
 from .moves import IDENTITIES, MOVES, called
 from .network_trace import trace
 from .norm import Norm
-from .output_hook import attach, detach
+from .output_hook import attach, detach, has_hooks
 
 # Operations that clip, which a runtime fuses into the integer layer before them. Codes behind the positive ones need no
 # sign.
@@ -108,8 +108,7 @@ class _Placement:
             host = self._host_module(chain[position])
             if host is None:
                 continue
-            is_positive = any(called(self.traced, next_) in _POSITIVE for next_ in chain[position + 1 : position + 2])
-            quantizer = self._build(template, host, signed=False if is_positive else None)
+            quantizer = self._build(template, host, signed=False if self._is_before_relu(chain, position) else None)
             if isinstance(host, QuantizedModule):
                 self._set_output(host, quantizer)
             else:
@@ -131,6 +130,12 @@ class _Placement:
                 break
             chain.append(user)
         return chain, first_position
+
+    def _is_before_relu(self, chain: list[torch.fx.Node], position: int) -> bool:
+        """Whether the value at ``position`` goes to a ReLU, with no hook between that may change it."""
+        pair = chain[position : position + 2]
+        hooked = any(has_hooks(self.traced.modules[node]) for node in pair if node in self.traced.modules)
+        return len(pair) == 2 and called(self.traced, pair[1]) in _POSITIVE and not hooked
 
     def _users(self, node: torch.fx.Node) -> set[nn.Module | None]:
         """The layers that quantize the value of ``node``, and ``None`` if anything else uses it."""
