@@ -180,6 +180,14 @@ class QuantizedModule(nn.Module):
         self._modules.pop("weight_quantizer")
         vars(self)["weight_quantizer"] = owner.weight_quantizer
 
+    def _replicate_for_data_parallel(self) -> Self:  # torch's name: nn.DataParallel copies a module by it
+        if "weight_quantizer" in vars(self) and self.weight_quantizer is not None:
+            raise NotImplementedError(
+                f"{self.weight_quantizer.name!r} quantizes a weight that several layers share, which the replicas of "
+                "nn.DataParallel cannot. Use DistributedDataParallel"
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-any-return, no-untyped-call]
+
     @property
     def has_plain_weight(self) -> bool:
         """Whether what is quantized is the parameter ``weight`` as it is, with the output channels on axis 0."""
