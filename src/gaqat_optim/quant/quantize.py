@@ -24,8 +24,9 @@ from .inputs import run_batch
 from .lsq.quantizer import LSQQuantizer
 from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
-from .nn.base import QUANTIZED, QuantizedModule, quantized_class
+from .nn.base import QuantizedModule
 from .nn.functional_calls import route_functional_calls
+from .nn.registry import QUANTIZED, quantized_class
 from .nn.unsupported import refuse, unsupported_reason
 from .tied_weights import share_weight_quantizers
 

@@ -12,8 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.base import QuantizedModule
-from ..nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
-from ..nn.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
+from ..nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from ..nn.library_layers import QuantConvSame, QuantTransposedLinear
 from ..nn.linear import QuantLinear
 from .forward_around import passes_output
