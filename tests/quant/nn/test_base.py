@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.quant.nn.base import QuantizedModule
@@ -27,3 +28,23 @@ def test_layers_take_their_input_by_torch_s_own_name(name):
     model, x, _ = build(name)
     layer = next(m for m in quantize_model(model).modules() if isinstance(m, QuantizedModule))
     assert torch.equal(layer(input=x), layer(x))
+
+
+class Normed(nn.Linear):
+    """A forward of its own, around a child."""
+
+    def __init__(self):
+        super().__init__(8, 4)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def test_children_keep_their_training_flags():
+    layer = Normed()
+    layer.norm.eval()
+    model = quantize_model(nn.Sequential(layer, nn.Linear(4, 4)), calibration=torch.randn(4, 8), inplace=True)
+    assert model[0].norm is layer.norm
+    assert (model[0].training, layer.norm.training) == (True, False)
+    assert all(q.training for _, q in model[0].quantizers())

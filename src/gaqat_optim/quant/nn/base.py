@@ -48,7 +48,9 @@ class QuantizedModule(nn.Module):
         quantized.weight_quantizer = quantizers["weight"]
         quantized.input_quantizer = quantizers["input"]
         quantized.output_quantizer = quantizers["output"]
-        return quantized.train(module.training)
+        for _, quantizer in quantized.quantizers():  # not the children of the layer, which have flags of their own
+            quantizer.train(module.training)
+        return quantized
 
     @classmethod
     def _sharing_state(cls, module: nn.Module) -> Self:
