@@ -37,6 +37,8 @@ _VALUE_PRESERVING = {
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(F.max_pool1d, F.max_pool2d, F.max_pool3d, _aten.max_pool1d, _aten.max_pool2d, _aten.max_pool3d),
 }
+# A quantizer of the parts does not get before these in a file, where one operator has them all.
+_SPLITS = {torch.split, torch.chunk, "split", "chunk", _aten.split, _aten.split_with_sizes, _aten.chunk}
 _PASS_THROUGH = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_", _aten.add, _aten.add_}
 
@@ -47,11 +49,11 @@ def place_output_quantizers(model: nn.Module, undo: ExitStack) -> None:
     Each layer of a network that was just swapped has its output quantizer directly behind it, if its configuration asks
     for one. That is the wrong place before a BatchNorm, which a deployed layer contains, and before a ReLU, whose
     clipping it contains too. No quantizer is needed where the value goes to one other quantizer anyway, through
-    operations that only clip or move values. So each is removed where it is not needed, and otherwise put behind the
-    last of these operations: on the module that computes that value, or on the innermost that returns it, as a forward
-    hook and a child named ``output_quantizer``. A value without such a module (functional code in the middle of a
-    forward, a ReLU that is used twice, a container, which would run its new child once more) has its quantizer at the
-    last place before.
+    operations that only clip or move values, but do not split it. So each is removed where it is not needed, and
+    otherwise put behind the last of these operations: on the module that computes that value, or on the innermost that
+    returns it, as a forward hook and a child named ``output_quantizer``. A value without such a module (functional code
+    in the middle of a forward, a ReLU that is used twice, a container, which would run its new child once more) has its
+    quantizer at the last place before.
 
     A sum of two values that have such quantizers gets one itself, by the same rules: a residual stream.
 
@@ -145,7 +147,7 @@ class _Placement:
             if isinstance(layer, QuantizedModule):
                 is_quantized = layer._modules.get("input_quantizer") is not None and passes_input(layer)
                 layers.add(layer if is_quantized else None)
-            elif called(self.traced, user) in _VALUE_PRESERVING | _CLIPPING:
+            elif called(self.traced, user) in (_VALUE_PRESERVING | _CLIPPING) - _SPLITS:
                 layers |= self._users(user)
             else:
                 layers.add(None)
