@@ -107,6 +107,24 @@ def test_a_calibration_tells_the_layers_with_few_weights_and_many_multiply_accum
     )
 
 
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_an_attention_with_a_forward_of_its_own_is_told_what_to_do():
+    model = nn.Sequential(OwnAttention(8, 2), nn.Linear(8, 8))
+    words = r"point: 0 \(OwnAttention\).* in place of a class that derives from nn\.MultiheadAttention, hold one in a "
+    with pytest.warns(UserWarning, match=words) as caught:
+        quantize_model(model)
+    (warning,) = caught
+    assert "NonDynamically" not in str(warning.message)
+    exclude = ast.literal_eval(str(warning.message).rpartition("exclude=")[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model, QuantConfig(exclude=exclude))
+
+
 @pytest.mark.parametrize("fused", ["reparameterize", "fuse"])
 def test_branches_that_are_fused_after_quantize_model_are_a_warning(fused):
     """timm's reparameterize and fuse replace quantized convolutions by one in floating point."""

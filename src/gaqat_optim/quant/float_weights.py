@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .exclude_advice import exclude_argument
@@ -124,13 +125,20 @@ class FloatWeights:
             shares["multiply-accumulates"] = sum(self._macs[module] for module in self._left.values()) / macs
         if max(shares.values()) <= TOLERATED_SHARE:
             return
-        types = ", ".join(sorted({type(module).__name__ for module in self._left.values()}))
-        # Those that compute most come first; without a calibration all are equal.
-        named = dict(sorted(self._left.items(), key=lambda item: -self._macs[item[1]]))
+        # Those that compute most come first; without a calibration all are equal. An attention's projection is its own.
+        named = {
+            name: module
+            for name, module in sorted(self._left.items(), key=lambda item: -self._macs[item[1]])
+            if not isinstance(module, NonDynamicallyQuantizableLinear)
+        }
+        types = ", ".join(sorted({type(module).__name__ for module in named.values()}))
+        instead = ""
+        if any(isinstance(module, nn.MultiheadAttention) for module in named.values()):
+            instead = "in place of a class that derives from nn.MultiheadAttention, hold one in a module; "
         warnings.warn(
             f"{' and '.join(f'{share:.1%} of the {what}' for what, share in shares.items())} of linear and "
             f"convolutional layers stay in floating point: {_named(named)}. No quantized class is registered for "
-            f"{types}: register one with gaqat_optim.register_quantized, or accept it with "
+            f"{types}: {instead}register one with gaqat_optim.register_quantized, or accept it with "
             f"{exclude_argument(self.model, self._left, exclude)}",
             stacklevel=3,
         )

@@ -229,6 +229,7 @@ def count_macs(model: nn.Module, others: Collection[nn.Module] = ()) -> Iterator
     Convolutions, matrix products and recurrences are counted, elementwise operations, lookups and pooling not.
     """
     counter, handles = MacCounter(), []
+    fast_paths = torch.backends.mha.get_fastpath_enabled()
     for module in model.modules():
         if isinstance(module, Summarizable) or (module in others and not isinstance(module, nn.RNNBase)):
             handles += [module.register_forward_pre_hook(counter.enter), module.register_forward_hook(counter.leave)]
@@ -236,9 +237,11 @@ def count_macs(model: nn.Module, others: Collection[nn.Module] = ()) -> Iterator
             handles.append(module.register_forward_pre_hook(counter.enter_recurrence))
             handles.append(module.register_forward_hook(counter.leave_recurrence))
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # One kernel for all of an attention tells no products.
         with counter:
             yield counter.macs
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_paths)
         for handle in handles:
             handle.remove()
 
