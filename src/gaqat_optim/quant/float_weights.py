@@ -121,8 +121,10 @@ class FloatWeights:
         left = {key: n for m in self._left.values() for key, n in self._weights[m].items() if key not in quantized}
         total = {key: n for numbers in self._weights.values() for key, n in numbers.items()}
         shares = {"weights": sum(left.values()) / max(sum(total.values()), 1)}
-        if macs := sum(self._macs[module] for module in self._weights):
-            shares["multiply-accumulates"] = sum(self._macs[module] for module in self._left.values()) / macs
+        macs = sum(self._macs[module] for module in self._weights)
+        mac_share = sum(self._macs[module] for module in self._left.values()) / max(macs, 1)
+        if mac_share > TOLERATED_SHARE:  # A small one may lack the products of weights of three axes.
+            shares["multiply-accumulates"] = mac_share
         if max(shares.values()) <= TOLERATED_SHARE:
             return
         # Those that compute most come first; without a calibration all are equal. An attention's projection is its own.
