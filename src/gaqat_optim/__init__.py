@@ -24,8 +24,9 @@ from .quant.config import QuantConfig
 from .quant.evaluation import quantization_disabled
 from .quant.lsq.functional import lsq_quantize
 from .quant.lsq.quantizer import LSQQuantizer
-from .quant.nn.base import QuantizedModule, register_quantized
+from .quant.nn.base import QuantizedModule
 from .quant.nn.recompute import recompute_activations
+from .quant.nn.registry import register_quantized
 from .quant.quantize import param_groups, quantize_model, scale_parameters
 from .quant.summary import QuantRecord, quantization_summary
 

@@ -24,7 +24,7 @@ from deploy.random_blocks import (
     Twice,
 )
 from gaqat_optim import QuantConfig
-from gaqat_optim.quant.nn.base import QUANTIZED
+from gaqat_optim.quant.nn.registry import QUANTIZED
 
 NORMS: dict[int, type[nn.Module]] = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 import gaqat_optim
 import gaqat_optim.integrations
-from gaqat_optim.quant.nn.base import QUANTIZED
+from gaqat_optim.quant.nn.registry import QUANTIZED
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = "gaqat-optim"
@@ -81,7 +81,7 @@ import sys, torch
 before = set(sys.modules)
 import gaqat_optim
 import gaqat_optim.integrations
-from gaqat_optim.quant.nn.base import QUANTIZED
+from gaqat_optim.quant.nn.registry import QUANTIZED
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -51,7 +51,7 @@ class Block(nn.Module):
 def test_weights_left_out_are_named_with_advice_that_silences_it(inner, share):
     model = nn.Sequential(*(Block(inner()) for _ in range(7)))
     with pytest.warns(UserWarning, match="stay in floating point") as caught:
-        quantize_model(model)
+        quantize_model(model, calibration=torch.randn(4, 8) if inner is Experts else None)
     (warning,) = caught
     text = str(warning.message)
     assert text.startswith(
@@ -78,6 +78,51 @@ def test_what_the_user_leaves_out_and_what_is_small_or_no_product_is_silent():
         warnings.simplefilter("error")
         quantize_model(model, config)
         quantize_model(nn.Sequential(nn.Linear(64, 64), Transposed()))  # 1.5 %
+
+
+class Stem(nn.Conv2d):
+    """Few weights that compute much, in a forward of its own."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, 2 * self.weight, self.bias)
+
+
+def test_a_calibration_tells_the_layers_with_few_weights_and_many_multiply_accumulates():
+    layers = Stem(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Transposed(), nn.Linear(8, 64), nn.Linear(64, 64)
+    model, x = nn.Sequential(*layers), torch.rand(4, 3, 18, 18)
+    macs = 216 * 256, 8 * 8, 8 * 64, 64 * 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model)
+        quantize_model(model, QuantConfig(exclude=("0",)), calibration=x)
+    with pytest.warns(UserWarning, match="stay in floating point") as caught:
+        quantize_model(model, QuantConfig(first_last_bits="same"), calibration=[x, x])
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        f"{(216 + 64) / (216 + sum(macs[1:])):.1%} of the weights and {sum(macs[:2]) / sum(macs):.1%} of the "
+        "multiply-accumulates of linear and convolutional layers stay in floating point: 0 (Stem), 3 (Transposed). No"
+    )
+    assert quantization_summary(quantize_model(model, QuantConfig(exclude=("0", "3"))), x).macs["float"] == sum(
+        macs[:2]
+    )
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_an_attention_with_a_forward_of_its_own_is_told_what_to_do():
+    model = nn.Sequential(OwnAttention(8, 2), nn.Linear(8, 8))
+    words = r"point: 0 \(OwnAttention\).* in place of a class that derives from nn\.MultiheadAttention, hold one in a "
+    with pytest.warns(UserWarning, match=words) as caught:
+        quantize_model(model)
+    (warning,) = caught
+    assert "NonDynamically" not in str(warning.message)
+    exclude = ast.literal_eval(str(warning.message).rpartition("exclude=")[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model, QuantConfig(exclude=exclude))
 
 
 @pytest.mark.parametrize("fused", ["reparameterize", "fuse"])

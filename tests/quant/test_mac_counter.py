@@ -79,3 +79,14 @@ def test_a_packed_sequence_counts_its_steps():
 
     model = quantize_model(Packed(), QuantConfig(exclude=("recurrence",)))
     assert quantization_summary(model, torch.rand(1)).macs == {"float": 6 * 6 * (5 + 6), "8x8 bits": 6 * 12}
+
+
+@pytest.mark.parametrize("exclude", ["self_attn", "*"])
+def test_an_attention_in_floating_point_counts_its_projections(exclude):
+    """torch would compute it, or the whole layer, in one kernel in evaluation mode."""
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.rand(3, 5, 8)
+    model = quantize_model(nn.ModuleDict({"a": layer, "b": nn.Linear(8, 8)}), QuantConfig(exclude=(f"a.{exclude}",)))
+    model.forward = lambda x: model["b"](model["a"](x))
+    counts = quantization_summary(model.eval(), x).macs
+    assert sum(counts.values()) == 5 * (4 * 64 + 2 * 128 + 64) + 2 * 5 * 5 * 8
+    assert torch.backends.mha.get_fastpath_enabled()

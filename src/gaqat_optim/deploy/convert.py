@@ -64,8 +64,9 @@ def convert(model: nn.Module) -> nn.Module:
     (torchvision's ``FrozenBatchNorm2d``). What follows in the same forward, such as an activation, is kept. It is
     folded if it is the only user of the layer's output, is used once, and has running statistics. Between them may be
     what only moves values and keeps the channels on one axis: ``flatten``, ``permute``, ``torch.cat`` of several
-    layers. Otherwise it stays as it is, with a warning that names it and says why. A BatchNorm behind a sum or an
-    activation (pre-activation networks, identity branches) follows no layer, and stays too: none could contain it.
+    layers; and no hook, which may change the values. Otherwise it stays as it is, with a warning that names it and says
+    why. A BatchNorm behind a sum or an activation (pre-activation networks, identity branches) follows no layer, and
+    stays too: none could contain it.
 
     Args:
         model: a network from :func:`~gaqat_optim.quantize_model` whose scales are all set. It stays as it is.

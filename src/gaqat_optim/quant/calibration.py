@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
 from types import MethodType
 from typing import Any
@@ -79,10 +79,11 @@ def calibrate(
     forward: Callable[[nn.Module, Any], object] = run_batch,
     *,
     exclude: Iterable[str] = (),
+    first_batch: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 (does nothing)
 ) -> None:
     """Run ``batches`` through the float network and initialise every activation quantizer that has no scale yet.
 
-    ``forward`` runs one batch, whose tensors are on the model's device.
+    ``forward`` runs one batch, whose tensors are on the model's device; the first one in the context ``first_batch``.
 
     The network runs in evaluation mode, without gradients and with all quantizers off. A BatchNorm that was never
     trained (running mean 0 and variance 1) normalizes by the batch instead: its statistics would let activations grow
@@ -125,7 +126,8 @@ def calibrate(
                 vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
         with torch.no_grad(), refuse_weight_reads(model, exclude):
             for batch in [batches] if isinstance(batches, Tensor) else _with_progress(_copy_without_workers(batches)):
-                forward(model, to_device(batch, device))
+                with first_batch if count == 0 else nullcontext():
+                    forward(model, to_device(batch, device))
                 count += 1
     if count == 0 or (without_values and not samples):
         raise ValueError("calibration is empty: give a tensor with values, or an iterable with at least one batch")

@@ -34,6 +34,12 @@ class FirstForwardCheck:
         if not model.training:
             return
         is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and next(model.parameters(), None) is None:  # Replicas have tensors in their place.
+            raise ValueError(
+                f"the first training forward of {type(model).__name__} sets the scales of activations, which a replica "
+                "of nn.DataParallel would lose. Pass calibration= to quantize_model, or run the model itself once in "
+                "training mode, then wrap it; or use DistributedDataParallel"
+            )
         if is_compiling and not (self.checked or self.calibrated) and _any_waits(model):
             _refuse_compiled(model)  # Without calibration, run the model once in training mode before it is compiled.
         if is_distributed() or not is_compiling:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .exclude_advice import exclude_argument
 from .nn.base import QuantizedModule
+from .summary import count_macs
 
 # A warning appears when a larger share of the weights stays in floating point.
 TOLERATED_SHARE = 0.1
@@ -76,33 +80,67 @@ def _named(modules: Mapping[str, nn.Module]) -> str:
     return f"{', '.join(named[:_MOST_NAMES])}{more}"
 
 
-def warn_of_float_weights(model: nn.Module, asked: Collection[nn.Module], exclude: Iterable[str]) -> None:
-    """Warn if more than a tenth of such weights of ``model`` stays in floating point, modules in ``asked`` aside.
+class FloatWeights:
+    """The weights of a quantized network that stay in floating point without the user's wish.
 
     Args:
         model: the quantized network.
         asked: the modules that the user leaves in floating point.
-        exclude: the patterns of the configuration, which the advice repeats.
     """
-    total: dict[int, int] = {}  # numbers by parameter, so that tied weights count once
-    left: dict[int, int] = {}
-    holders: dict[str, nn.Module] = {}
-    quantized: set[int] = set()
-    for name, module in model.named_modules():
-        numbers = {id(weight): weight.numel() for weight in product_weights(module)}
-        total |= numbers
-        if isinstance(module, QuantizedModule):
-            quantized |= numbers.keys()
-        elif numbers and module not in asked:
-            holders[name] = module
-            left |= numbers
-    share = sum(left[key] for key in left.keys() - quantized) / max(sum(total.values()), 1)
-    if share <= TOLERATED_SHARE:
-        return
-    types = ", ".join(sorted({type(module).__name__ for module in holders.values()}))
-    warnings.warn(
-        f"{share:.1%} of the weights of linear and convolutional layers stay in floating point: "
-        f"{_named(holders)}. No quantized class is registered for {types}: register one with "
-        f"gaqat_optim.register_quantized, or accept it with {exclude_argument(model, holders, exclude)}",
-        stacklevel=3,
-    )
+
+    def __init__(self, model: nn.Module, asked: Collection[nn.Module]) -> None:
+        self.model = model
+        self._weights: dict[nn.Module, dict[int, int]] = {}  # numbers by parameter, so that tied weights count once
+        self._left: dict[str, nn.Module] = {}
+        self._macs: Counter[nn.Module | None] = Counter()
+        for name, module in model.named_modules():
+            numbers = {id(weight): weight.numel() for weight in product_weights(module)}
+            if numbers:
+                self._weights[module] = numbers
+                if not isinstance(module, QuantizedModule) and module not in asked:
+                    self._left[name] = module
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the multiply-accumulates of the block, if any weights stay; it runs the network."""
+        if not self._left:
+            yield
+            return
+        with count_macs(self.model, self._weights) as self._macs:
+            yield
+
+    def warn(self, exclude: Iterable[str]) -> None:
+        """Warn if more than a tenth of the weights, or of the multiply-accumulates that were counted, is such.
+
+        Products count for a module that multiplies a matrix by its weight, but not those of a weight of three axes.
+
+        Args:
+            exclude: the patterns of the configuration, which the advice repeats.
+        """
+        quantized = {key for module, w in self._weights.items() if isinstance(module, QuantizedModule) for key in w}
+        left = {key: n for m in self._left.values() for key, n in self._weights[m].items() if key not in quantized}
+        total = {key: n for numbers in self._weights.values() for key, n in numbers.items()}
+        shares = {"weights": sum(left.values()) / max(sum(total.values()), 1)}
+        macs = sum(self._macs[module] for module in self._weights)
+        mac_share = sum(self._macs[module] for module in self._left.values()) / max(macs, 1)
+        if mac_share > TOLERATED_SHARE:  # A small one may lack the products of weights of three axes.
+            shares["multiply-accumulates"] = mac_share
+        if max(shares.values()) <= TOLERATED_SHARE:
+            return
+        # Those that compute most come first; without a calibration all are equal. An attention's projection is its own.
+        named = {
+            name: module
+            for name, module in sorted(self._left.items(), key=lambda item: -self._macs[item[1]])
+            if not isinstance(module, NonDynamicallyQuantizableLinear)
+        }
+        types = ", ".join(sorted({type(module).__name__ for module in named.values()}))
+        instead = ""
+        if any(isinstance(module, nn.MultiheadAttention) for module in named.values()):
+            instead = "in place of a class that derives from nn.MultiheadAttention, hold one in a module; "
+        warnings.warn(
+            f"{' and '.join(f'{share:.1%} of the {what}' for what, share in shares.items())} of linear and "
+            f"convolutional layers stay in floating point: {_named(named)}. No quantized class is registered for "
+            f"{types}: {instead}register one with gaqat_optim.register_quantized, or accept it with "
+            f"{exclude_argument(self.model, self._left, exclude)}",
+            stacklevel=3,
+        )

@@ -16,7 +16,7 @@ from .calibration import calibrate, check_batches, record_inputs
 from .config import LayerConfig, QuantConfig
 from .evaluation import device_of, isolate_rng
 from .first_forward import FirstForwardCheck, activation_quantizers
-from .float_weights import product_weights, remember_float_layers, warn_of_float_weights
+from .float_weights import FloatWeights, product_weights, remember_float_layers
 from .graph.export_trace import forget_inputs
 from .graph.first_last import first_and_last
 from .graph.output_quantizers import place_output_quantizers
@@ -24,8 +24,9 @@ from .inputs import run_batch
 from .lsq.quantizer import LSQQuantizer
 from .lsq.rank_agreement import is_distributed
 from .nn.attention import disable_fast_paths
-from .nn.base import QUANTIZED, QuantizedModule, quantized_class
+from .nn.base import QuantizedModule
 from .nn.functional_calls import route_functional_calls
+from .nn.registry import QUANTIZED, quantized_class
 from .nn.unsupported import refuse, unsupported_reason
 from .tied_weights import share_weight_quantizers
 
@@ -81,6 +82,7 @@ def quantize_model(
     Warns:
         UserWarning: more than a tenth of the weights of linear and convolutional layers stays in floating point, and
             ``config`` does not say so: layers that compute in another way, or parameters that a forward multiplies.
+            With ``calibration``, also more than a tenth of the multiply-accumulates in its first batch.
 
     Example:
         >>> import torch
@@ -134,13 +136,14 @@ def quantize_model(
         place_output_quantizers(result, undo)
         disable_fast_paths(result, undo=undo)  # before calibration, whose evaluation mode would take them
         route_functional_calls(result, undo=undo)
+        watch = FloatWeights(result, asked)
         if calibration is not None:
-            calibrate(result, calibration, forward or run_batch, exclude=config.exclude)
+            calibrate(result, calibration, forward or run_batch, exclude=config.exclude, first_batch=watch.counting())
         if result is model and (is_distributed() or any(not q.is_initialized for q in activation_quantizers(result))):
             check = FirstForwardCheck(config.exclude, calibrated=calibration is not None)
             undo.callback(result.register_forward_pre_hook(check).remove)
         if config.weight_bits is not None:
-            warn_of_float_weights(result, asked, config.exclude)
+            watch.warn(config.exclude)
         undo.pop_all()
     result.quant_config = config  # type: ignore[assignment]
     remember_float_layers(result)

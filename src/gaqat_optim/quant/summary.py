@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -220,24 +220,28 @@ def quantization_summary(
 
 
 @contextmanager
-def count_macs(model: nn.Module) -> Iterator[Counter[nn.Module | None]]:
+def count_macs(model: nn.Module, others: Collection[nn.Module] = ()) -> Iterator[Counter[nn.Module | None]]:
     """Count the multiply-accumulates of each quantized or deployed layer while the block runs ``model``.
 
-    An operation counts for the innermost such layer that is running, and for ``None`` outside all of them. Products of
-    two activations in a layer, as of queries and keys, count for ``None`` as well: they are in floating point.
+    So are those of the ``others`` among its modules. An operation counts for the innermost such layer that is running,
+    and for ``None`` outside all of them. Products of two activations in a layer, as of queries and keys, count for
+    ``None`` as well: they are in floating point.
     Convolutions, matrix products and recurrences are counted, elementwise operations, lookups and pooling not.
     """
     counter, handles = MacCounter(), []
+    fast_paths = torch.backends.mha.get_fastpath_enabled()
     for module in model.modules():
-        if isinstance(module, Summarizable):
+        if isinstance(module, Summarizable) or (module in others and not isinstance(module, nn.RNNBase)):
             handles += [module.register_forward_pre_hook(counter.enter), module.register_forward_hook(counter.leave)]
         elif isinstance(module, nn.RNNBase):
             handles.append(module.register_forward_pre_hook(counter.enter_recurrence))
             handles.append(module.register_forward_hook(counter.leave_recurrence))
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # One kernel for all of an attention tells no products.
         with counter:
             yield counter.macs
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_paths)
         for handle in handles:
             handle.remove()
 

@@ -28,9 +28,9 @@ from gaqat_optim import (
 from gaqat_optim.deploy.convert import convert
 from gaqat_optim.deploy.nn.linear import DeployLinear
 from gaqat_optim.deploy.nn.registry import deployed_class
-from gaqat_optim.quant.nn.base import QUANTIZED
 from gaqat_optim.quant.nn.conv import QuantConv2d
 from gaqat_optim.quant.nn.linear import QuantLinear
+from gaqat_optim.quant.nn.registry import QUANTIZED
 
 W3A5 = QuantConfig(3, 5, first_last_bits="same")
 pytestmark = [

@@ -2,13 +2,14 @@
 
 import copy
 
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from deploy.deploy_networks import images
-from deploy.onnx_runs import STAYS_IN_FLOAT, export_with_warnings, quantized
-from gaqat_optim import QuantConfig
+from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT, export_with_warnings, quantized, run, run_torch
+from gaqat_optim import QuantConfig, convert
 
 
 class Mixed(nn.Module):
@@ -142,3 +143,27 @@ def test_a_model_that_is_one_layer(tmp_path):
         "one of the network's, and not quantized: set output_bits for it (QuantConfig(output_bits=8))"
     )
     assert len(warned) == 1
+
+
+class Splits(nn.Module):
+    """Parts of a layer's output that go to one layer: exchanged, and one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mixing, self.part, self.head = (nn.Conv2d(n, m, 1) for n, m in ((3, 8), (8, 8), (3, 8), (8, 4)))
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x))
+        y = torch.relu(self.mixing(torch.cat(y.chunk(2, 1)[::-1], 1)))
+        part, _ = torch.split(y, [3, 5], 1)
+        return self.head(torch.relu(self.part(part)))
+
+
+def test_a_quantizer_before_a_split_keeps_the_layer_before_it_on_integers(tmp_path):
+    x = torch.rand(8, 3, 6, 6)
+    model = quantized(Splits(), x, QuantConfig(4, 4, first_last_bits="same", output_bits=8))
+    report, warned = export_with_warnings(model, x, tmp_path / "net.onnx")
+    assert (report.float_operators, report.integer_kernels, warned) == ((), {"QLinearConv": 4}, [])
+    assert [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node].count("Split") == 2
+    for level in LEVELS:
+        assert torch.allclose(run(tmp_path / "net.onnx", x, level), run_torch(convert(model), x), atol=1e-6)

@@ -9,7 +9,8 @@ from torch import nn
 
 from gaqat_optim import QuantConfig, quantize_model
 from gaqat_optim.quant.graph.first_last import first_and_last
-from gaqat_optim.quant.nn.base import QUANTIZED, QuantizedModule
+from gaqat_optim.quant.nn.base import QuantizedModule
+from gaqat_optim.quant.nn.registry import QUANTIZED
 from quant.nn.own_forwards import LowRank
 
 

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from gaqat_optim import LSQQuantizer, QuantConfig, quantize_model, recompute_activations
-from gaqat_optim.quant.nn.base import QUANTIZED
 from gaqat_optim.quant.nn.conv import QuantConv2d
+from gaqat_optim.quant.nn.registry import QUANTIZED
 
 LAYERS = {
     "image": (lambda: nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False), (4, 3, 11, 12)),

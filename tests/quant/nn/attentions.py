@@ -7,7 +7,7 @@ from torch import nn
 
 from gaqat_optim.quant.config import LayerConfig
 from gaqat_optim.quant.nn.attention import disable_fast_paths
-from gaqat_optim.quant.nn.base import QUANTIZED
+from gaqat_optim.quant.nn.registry import QUANTIZED
 
 E, HEADS, N, L, S = 8, 2, 3, 5, 4
 DEFAULTS = {

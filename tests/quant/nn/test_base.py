@@ -1,11 +1,11 @@
-"""``QuantizedModule``: which types have a quantized version, and the parts of one."""
+"""``QuantizedModule``: its parts, and how it is called."""
 
 import pytest
 import torch
 from torch import nn
 
 from gaqat_optim import QuantConfig, quantize_model
-from gaqat_optim.quant.nn.base import QuantizedModule, quantized_class
+from gaqat_optim.quant.nn.base import QuantizedModule
 from small_networks import build, mlp
 
 
@@ -30,19 +30,21 @@ def test_layers_take_their_input_by_torch_s_own_name(name):
     assert torch.equal(layer(input=x), layer(x))
 
 
-class OwnPadding(nn.Conv2d):
-    def _conv_forward(self, input, weight, bias):
-        return super()._conv_forward(input, weight, bias) + 1
+class Normed(nn.Linear):
+    """A forward of its own, around a child."""
+
+    def __init__(self):
+        super().__init__(8, 4)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
 
 
-def test_a_subclass_that_computes_something_else_is_left():
-    assert quantized_class(OwnPadding) is None
-    with pytest.warns(UserWarning, match=r"0 \(OwnPadding\)"):
-        model = quantize_model(nn.Sequential(OwnPadding(2, 2, 3), nn.Conv2d(2, 2, 1)))
-    assert type(model[0]) is OwnPadding
-
-
-def test_an_attention_left_out_keeps_its_projection_which_it_reads_itself():
-    attention = nn.TransformerEncoderLayer(8, 2, 8)
-    model = quantize_model(attention, QuantConfig(exclude=("self_attn",)), calibration=torch.rand(2, 3, 8))
-    assert not isinstance(model.self_attn.out_proj, QuantizedModule)
+def test_children_keep_their_training_flags():
+    layer = Normed()
+    layer.norm.eval()
+    model = quantize_model(nn.Sequential(layer, nn.Linear(4, 4)), calibration=torch.randn(4, 8), inplace=True)
+    assert model[0].norm is layer.norm
+    assert (model[0].training, layer.norm.training) == (True, False)
+    assert all(q.training for _, q in model[0].quantizers())

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from gaqat_optim import QuantConfig, convert, quantization_disabled, quantization_summary, quantize_model
-from gaqat_optim.quant.nn.base import QuantizedModule, quantized_class
+from gaqat_optim.quant.nn.base import QuantizedModule
 from gaqat_optim.quant.nn.own_forward import functions_of
+from gaqat_optim.quant.nn.registry import quantized_class
 from quant.nn.own_forwards import WRAPPING, Block, Causal, Dropped, Levels, Middle, Twice, other_ways
 
 CONFIG = QuantConfig(4, 4, first_last_bits="same")

@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ...quant.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
-from ...quant.nn.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
+from ...quant.nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from ..qdq import dequantize_constant
 from .base import DeployLayer
 from .registry import deploys

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ...quant.graph.norm import Norm
-from ...quant.nn.base import QuantizedModule, inner_class
+from ...quant.nn.base import QuantizedModule
+from ...quant.nn.registry import inner_class
 
 D = TypeVar("D", bound="type[DeployedModule]")
 

@@ -14,7 +14,8 @@ from ...quant.graph.forward_around import CHILD, ForwardAround
 from ...quant.graph.norm import computes_norm, is_batch_norm
 from ...quant.graph.output_hook import attach, detach, modules_with_output_quantizer
 from ...quant.nn.attention import disable_fast_paths
-from ...quant.nn.base import QuantizedModule, float_class, inner_class, quantized_class
+from ...quant.nn.base import QuantizedModule
+from ...quant.nn.registry import float_class, inner_class, quantized_class
 from ..atomic_write import file_path
 from ..forward_without_norm import ForwardWithoutNorm
 from ..module_tree import join, replace_modules, shared_tensors

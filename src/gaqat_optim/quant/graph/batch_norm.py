@@ -12,8 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.base import QuantizedModule
-from ..nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
-from ..nn.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
+from ..nn.conv import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from ..nn.library_layers import QuantConvSame, QuantTransposedLinear
 from ..nn.linear import QuantLinear
 from .forward_around import passes_output
@@ -31,7 +37,7 @@ from .norm import (
     reads_shape,
     value_users,
 )
-from .output_hook import quantize_output
+from .output_hook import has_hooks, quantize_output
 
 # The layers that can contain one, and the number of axes that their output has: channels second, or last of any number.
 _AXES: dict[type[nn.Module], tuple[int, ...]] = {
@@ -75,6 +81,7 @@ def fold_norms(traced: Trace) -> tuple[dict[_Node, tuple[Norm, list[_Node]]], di
             if obstacle is not None:
                 raise NotFoldableError(f"its input comes from {_described(traced, obstacle)}, too")
             _check_readers(traced, [*layers, *moves], call)
+            _check_hooks(traced, moves)
             parts, calls = _fold(traced, layers, module, value, call)
         except NotFoldableError as reason:
             if any(traced.modules[layer].output_quantizer is not None for layer in layers):
@@ -136,6 +143,13 @@ def _check_readers(traced: Trace, nodes: list[_Node], call: _Node) -> None:
         for user in value_users(node):
             if user is not call and user not in nodes:
                 raise NotFoldableError(f"{_described(traced, node)} is also read by {_described(traced, user)}")
+
+
+def _check_hooks(traced: Trace, moves: list[_Node]) -> None:
+    for node in moves:
+        module = traced.modules.get(node)
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            raise NotFoldableError(f"{_described(traced, node)} has hooks")
 
 
 def _described(traced: Trace, node: _Node) -> str:
@@ -200,7 +214,7 @@ def _norm(
     else:
         if traced.uses[module] != 1 or call.all_input_nodes != [value]:
             raise NotFoldableError("it is called, or its tensors are read, more than once")
-        if _has_hooks(module):
+        if has_hooks(module):
             raise NotFoldableError("it has hooks")
         if is_batch_norm(module):
             return _batch_norm(module, shapes), [call]
@@ -265,7 +279,7 @@ def _affine_map(traced: Trace, module: nn.Module, value: _Node) -> tuple[Norm, l
         raise NotFoldableError("it is called more than once")
     of_module = [call for call, (site, _) in traced.sites.items() if site is module]
     begins_with_it = computes_norm(module)
-    if begins_with_it and _has_hooks(module):
+    if begins_with_it and has_hooks(module):
         raise NotFoldableError("it has hooks")
     name = traced.names[module]
     calls, steps, bias = affine_map(value, f"{name}." if name else "", with_arithmetic=begins_with_it)
@@ -275,8 +289,3 @@ def _affine_map(traced: Trace, module: nn.Module, value: _Node) -> tuple[Norm, l
         raise NotFoldableError("its forward is not by running statistics of its own alone, or depends on the input")
     is_output = module in traced.returned_by.get(calls[-1], [])
     return Norm(module, tuple(steps), tuple(traced.sites[call][1] for call in calls), is_output, bias), calls
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(hook is not quantize_output for hook in hooks)

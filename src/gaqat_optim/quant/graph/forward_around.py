@@ -8,7 +8,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..nn.base import QuantizedModule, float_class, inner_class
+from ..nn.base import QuantizedModule
+from ..nn.registry import float_class, inner_class
 from .forward_graph import forward_graph
 
 CHILD = "wrapped_layer"

@@ -13,6 +13,12 @@ def quantize_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> An
     return module.output_quantizer(output)  # type: ignore[operator]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` has forward hooks or pre-hooks of the user, which may read or change what goes through it."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(hook is not quantize_output for hook in hooks)
+
+
 def modules_with_output_quantizer(model: nn.Module) -> Iterator[nn.Module]:
     """The modules with that hook: modules that are no quantized layers and have an output quantizer."""
     for module in model.modules():

@@ -20,7 +20,7 @@ from .fx_trace import Trace, admit_child
 from .moves import IDENTITIES, MOVES, called
 from .network_trace import trace
 from .norm import Norm
-from .output_hook import attach, detach
+from .output_hook import attach, detach, has_hooks
 
 # Operations that clip, which a runtime fuses into the integer layer before them. Codes behind the positive ones need no
 # sign.
@@ -37,6 +37,8 @@ _VALUE_PRESERVING = {
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(F.max_pool1d, F.max_pool2d, F.max_pool3d, _aten.max_pool1d, _aten.max_pool2d, _aten.max_pool3d),
 }
+# A quantizer of the parts does not get before these in a file, where one operator has them all.
+_SPLITS = {torch.split, torch.chunk, "split", "chunk", _aten.split, _aten.split_with_sizes, _aten.chunk}
 _PASS_THROUGH = _CLIPPING | {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_", _aten.add, _aten.add_}
 
@@ -47,11 +49,11 @@ def place_output_quantizers(model: nn.Module, undo: ExitStack) -> None:
     Each layer of a network that was just swapped has its output quantizer directly behind it, if its configuration asks
     for one. That is the wrong place before a BatchNorm, which a deployed layer contains, and before a ReLU, whose
     clipping it contains too. No quantizer is needed where the value goes to one other quantizer anyway, through
-    operations that only clip or move values. So each is removed where it is not needed, and otherwise put behind the
-    last of these operations: on the module that computes that value, or on the innermost that returns it, as a forward
-    hook and a child named ``output_quantizer``. A value without such a module (functional code in the middle of a
-    forward, a ReLU that is used twice, a container, which would run its new child once more) has its quantizer at the
-    last place before.
+    operations that only clip or move values, but do not split it. So each is removed where it is not needed, and
+    otherwise put behind the last of these operations: on the module that computes that value, or on the innermost that
+    returns it, as a forward hook and a child named ``output_quantizer``. A value without such a module (functional code
+    in the middle of a forward, a ReLU that is used twice, a container, which would run its new child once more) has its
+    quantizer at the last place before.
 
     A sum of two values that have such quantizers gets one itself, by the same rules: a residual stream.
 
@@ -108,8 +110,7 @@ class _Placement:
             host = self._host_module(chain[position])
             if host is None:
                 continue
-            is_positive = any(called(self.traced, next_) in _POSITIVE for next_ in chain[position + 1 : position + 2])
-            quantizer = self._build(template, host, signed=False if is_positive else None)
+            quantizer = self._build(template, host, signed=False if self._is_before_relu(chain, position) else None)
             if isinstance(host, QuantizedModule):
                 self._set_output(host, quantizer)
             else:
@@ -132,6 +133,12 @@ class _Placement:
             chain.append(user)
         return chain, first_position
 
+    def _is_before_relu(self, chain: list[torch.fx.Node], position: int) -> bool:
+        """Whether the value at ``position`` goes to a ReLU, with no hook between that may change it."""
+        pair = chain[position : position + 2]
+        hooked = any(has_hooks(self.traced.modules[node]) for node in pair if node in self.traced.modules)
+        return len(pair) == 2 and called(self.traced, pair[1]) in _POSITIVE and not hooked
+
     def _users(self, node: torch.fx.Node) -> set[nn.Module | None]:
         """The layers that quantize the value of ``node``, and ``None`` if anything else uses it."""
         layers: set[nn.Module | None] = set()
@@ -140,7 +147,7 @@ class _Placement:
             if isinstance(layer, QuantizedModule):
                 is_quantized = layer._modules.get("input_quantizer") is not None and passes_input(layer)
                 layers.add(layer if is_quantized else None)
-            elif called(self.traced, user) in _VALUE_PRESERVING | _CLIPPING:
+            elif called(self.traced, user) in (_VALUE_PRESERVING | _CLIPPING) - _SPLITS:
                 layers |= self._users(user)
             else:
                 layers.add(None)

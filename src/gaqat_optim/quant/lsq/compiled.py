@@ -25,6 +25,16 @@ def supports(v: Tensor) -> bool:
     return v.device.type in DEVICES and type(v) in (Tensor, nn.Parameter) and v.numel() > 0
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces the forward pass, whose program must not write to parameters.
+
+    Under Dynamo the answer is no, since torch 2.8 to 2.11 take ``torch.compile`` for an export. An export with
+    ``strict=True``, which also uses Dynamo, therefore needs ``torch.no_grad()``.
+    """
+    tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return tracing and torch.compiler.is_exporting()
+
+
 def quantized_values(v: Tensor, scale: Tensor, qmin: int, qmax: int, channel_axis: int | None) -> Tensor:
     """:func:`.formulas.quantized_values`, compiled. Strides are those of ``v``, but for inner channels."""
     order = _memory_order(v, channel_axis)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
 from ...scale_names import LINEAR_SCALE, LOG_SCALE, SCALE_RANGE, ZERO_POINT
+from .compiled import is_exporting
 from .functional import (
     MAX_BITS,
     MIN_BITS,
@@ -22,7 +22,7 @@ from .functional import (
     zero_point_form,
     zero_point_of,
 )
-from .scale_init import initial_scale, initial_zero_point
+from .scale_init import check_initial, initial_scale, initial_zero_point
 
 # How far a scale may go from its initial value, either way. No network needs more, and from much further away it would
 # not come back: the gradient of log(s) is proportional to s, and vanishes with it.
@@ -211,20 +211,9 @@ class LSQQuantizer(nn.Module):
                 f"the quantizer {self.name!r} cannot take its scale from data once fully_shard has split it: pass "
                 "calibration= to quantize_model, or load a state dict before the first forward pass"
             )
-        if v.numel() == 0 or not bool(torch.isfinite(v).all()):
-            values = "values that are not finite: look for them in the data and in the weights"
-            raise ValueError(
-                f"cannot initialise the quantizer {self.name!r} from {values if v.numel() else 'no values'}"
-            )
-        if scale is not None and not all(0 < s < math.inf for s in torch.as_tensor(scale).flatten().tolist()):
-            raise ValueError(f"the scale of the quantizer {self.name!r} must be positive and finite, got {scale!r}")
+        check_initial(self.name, self.bits, v, scale, zero_point)
         if zero_point is None:
             zero_point = self._zero_point
-        elif not 0 <= zero_point <= 2**self.bits - 2:
-            raise ValueError(
-                f"the zero point of the quantizer {self.name!r} of {self.bits} bits must be from 0 to "
-                f"{2**self.bits - 2}, got {zero_point!r}"
-            )
         if zero_point is None:
             zero_point = initial_zero_point(v, self.bits, scale)
         if scale is None:
@@ -260,7 +249,7 @@ class LSQQuantizer(nn.Module):
                 raise RuntimeError(self._unset_message())
             self.initialize(v.detach())
         # Not by self.training, on which torch.compile would compile again, and not in an export: it would contain both.
-        if torch.is_grad_enabled() and not _is_exporting():
+        if torch.is_grad_enabled() and not is_exporting():
             grad_scale, raw = self.grad_scale_for(v), self.raw_scale
             with torch.no_grad():  # A value that the optimizer has put beyond a bound comes back to the bound.
                 low, high = self._raw_bounds
@@ -302,24 +291,3 @@ class LSQQuantizer(nn.Module):
         if high > 0:
             self._range = max(low, _SMALLEST), min(high, _LARGEST)
             self._zero_point = round(self.scale_zero_point.item())
-
-
-def is_unmodified(quantizer: LSQQuantizer) -> bool:
-    """Whether ``quantizer`` computes LSQ of its input and nothing else.
-
-    A subclass, a hook or a forward that was set on the object may change input and output, or ask for their gradients.
-    """
-    q = quantizer
-    hooks = q._forward_pre_hooks, q._forward_hooks, q._backward_pre_hooks, q._backward_hooks
-    is_own = type(q) is LSQQuantizer and "forward" not in vars(q)
-    return is_own and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-
-
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` traces the forward pass, whose program must not write to parameters.
-
-    Under Dynamo the answer is no, since torch 2.8 to 2.11 take ``torch.compile`` for an export. An export with
-    ``strict=True``, which also uses Dynamo, therefore needs ``torch.no_grad()``.
-    """
-    tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return tracing and torch.compiler.is_exporting()

@@ -36,6 +36,25 @@ def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, met
     return torch.where(is_positive, scale, scale[is_positive].mean() if bool(is_positive.any()) else 1.0 / qmax)
 
 
+def check_initial(name: str, bits: int, v: Tensor, scale: Tensor | float | None, zero_point: int | None) -> None:
+    """Raise a ValueError if the quantizer ``name`` cannot start from values ``v``, or not with what is given.
+
+    >>> check_initial("0.input_quantizer", 4, torch.ones(2), 0.5, zero_point=15)
+    Traceback (most recent call last):
+    ValueError: the zero point of the quantizer '0.input_quantizer' of 4 bits must be from 0 to 14, got 15
+    """
+    if v.numel() == 0 or not bool(torch.isfinite(v).all()):
+        values = "values that are not finite: look for them in the data and in the weights"
+        raise ValueError(f"cannot initialise the quantizer {name!r} from {values if v.numel() else 'no values'}")
+    if scale is not None and not all(0 < s < math.inf for s in torch.as_tensor(scale).flatten().tolist()):
+        raise ValueError(f"the scale of the quantizer {name!r} must be positive and finite, got {scale!r}")
+    if zero_point is not None and not 0 <= zero_point <= 2**bits - 2:
+        raise ValueError(
+            f"the zero point of the quantizer {name!r} of {bits} bits must be from 0 to {2**bits - 2}, got "
+            f"{zero_point!r}"
+        )
+
+
 def lsq_scale(rows: Tensor, qmax: int) -> Tensor:
     """LSQ's initial value, 2 mean|v| / sqrt(Qp), for each row."""
     return 2 * rows.abs().mean(dim=1) / math.sqrt(qmax)

@@ -1,5 +1,5 @@
 """Quantized layers, one family a file. Importing the package registers them all for ``quantize_model``."""
 
-from . import attention, conv, conv_transpose, embedding, library_layers, linear
+from . import attention, conv, embedding, library_layers, linear
 
-__all__ = ["attention", "conv", "conv_transpose", "embedding", "library_layers", "linear"]
+__all__ = ["attention", "conv", "embedding", "library_layers", "linear"]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..config import LayerConfig
 from ..lsq.quantizer import LSQQuantizer
 from .attention_functional import ROLES, attend
-from .base import QuantizedModule, build_quantizers, register_quantized
+from .base import QuantizedModule, build_quantizers
 from .linear import QuantLinear
+from .registry import register_quantized
 
 
 @register_quantized(nn.MultiheadAttention)

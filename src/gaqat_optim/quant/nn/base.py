@@ -1,126 +1,21 @@
-"""The quantized layer: quantizers around what a float layer computes, and the registry of all such layers."""
+"""The quantized layer: quantizers around what a float layer computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from ..config import LayerConfig
 from ..lsq.functional import lsq_quantize_unchecked
 from ..lsq.input_scale_gradient import with_scale_gradient
-from ..lsq.quantizer import LSQQuantizer, is_unmodified
+from ..lsq.quantizer import LSQQuantizer
 from ..summary import QuantRecord, storage_bytes
-from .own_forward import wraps_forward
-
-Q = TypeVar("Q", bound="type[QuantizedModule]")
-
-# Exact type to quantized type, and likewise by the qualified name of a library's type.
-QUANTIZED: dict[type[nn.Module], type[QuantizedModule]] = {}
-BY_NAME: dict[str, type[QuantizedModule]] = {}
-_WITH_BASE: dict[tuple[type[nn.Module], type[nn.Module]], type[QuantizedModule]] = {}
-# A subclass that replaces one of these methods computes something else, and keeps its own forward.
-_COMPUTATION = ("forward", "_conv_forward", "_output_padding", "__call__")
-
-
-def register_quantized(*types: type[nn.Module]) -> Callable[[Q], Q]:
-    """Register a class as the quantized version of module types, for :func:`quantize_model`.
-
-    The class derives from :class:`QuantizedModule` and from the type. Its ``compute`` is the layer's forward on a
-    quantized input and weight.
-
-    Args:
-        types: the types that the class replaces; their subclasses too, if they inherit forward or wrap it.
-
-    Example:
-        >>> import torch.nn.functional as F
-        >>> from gaqat_optim import quantize_model
-        >>> class Cosine(nn.Linear):
-        ...     def forward(self, x):
-        ...         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=1))
-        >>> @register_quantized(Cosine)
-        ... class QuantCosine(QuantizedModule, Cosine):
-        ...     def compute(self, x, weight):
-        ...         return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=1))
-        >>> net = quantize_model(nn.Sequential(Cosine(4, 2)), calibration=torch.rand(8, 4))
-        >>> type(net[0]).__name__
-        'QuantCosine'
-        >>> del QUANTIZED[Cosine]
-    """
-
-    def register(cls: Q) -> Q:
-        QUANTIZED.update(dict.fromkeys(types, cls))
-        return cls
-
-    return register
-
-
-def quantized_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
-    """The quantized version of a module type: its own, or that of a base class whose forward it inherits or wraps.
-
-    A class with a forward of its own stands before the quantized one in the order of classes, so that what its
-    ``super().forward`` calls is quantized.
-
-    >>> class Scaled(nn.Linear):
-    ...     def forward(self, x):
-    ...         return 2 * super().forward(x)
-    >>> [cls.__name__ for cls in quantized_class(Scaled).__mro__[:3]]
-    ['QuantScaled', 'Scaled', 'QuantLinear']
-    """
-    # Attention reads the weight of the second; a lazy layer has no weight yet, and becomes another type.
-    if issubclass(kind, (QuantizedModule, NonDynamicallyQuantizableLinear, LazyModuleMixin)):
-        return None
-    for base in kind.__mro__:
-        quantized = QUANTIZED.get(base) or BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
-        if quantized is not None:
-            changed = [name for name in _COMPUTATION if getattr(kind, name, None) is not getattr(base, name, None)]
-            if not changed:
-                return quantized if kind in QUANTIZED else _with_base(quantized, kind)
-            classes: Any = kind, base, quantized  # hashable, which mypy does not see
-            if changed == ["forward"] and quantized.can_be_wrapped and wraps_forward(*classes):
-                return _with_base(quantized, kind, inner=quantized_class(base))
-            return None
-    return None
-
-
-def inner_class(kind: type[nn.Module]) -> type[QuantizedModule] | None:
-    """Of a float or quantized type whose own forward wraps another: the quantized class that it wraps."""
-    quantized = kind if issubclass(kind, QuantizedModule) else quantized_class(kind)
-    return None if quantized is None else quantized.inner_class
-
-
-def float_class(quantized: type[QuantizedModule]) -> type[nn.Module]:
-    """The module type that a quantized type replaces."""
-    own: type[nn.Module] | None = vars(quantized).get("float_class")
-    return own or next(kind for kind, registered in QUANTIZED.items() if registered is quantized)
-
-
-def _with_base(
-    quantized: type[QuantizedModule], kind: type[nn.Module], inner: type[QuantizedModule] | None = None
-) -> type[QuantizedModule]:
-    """A class with the quantized computation, and all else of ``kind``: its forward too, if that wraps ``inner``."""
-    if (quantized, kind) not in _WITH_BASE:
-        attributes = {"float_class": kind, "inner_class": inner, "__reduce_ex__": _reduce, "__doc__": quantized.__doc__}
-        bases: tuple[type, ...] = (quantized, kind) if inner is None else (kind, inner)
-        _WITH_BASE[quantized, kind] = type(f"Quant{kind.__name__}", bases, attributes)
-    return _WITH_BASE[quantized, kind]
-
-
-def _reduce(self: QuantizedModule, protocol: int) -> tuple[Any, ...]:
-    """For pickle, which finds classes by name: the class is made again from that of the float layer."""
-    return _empty, (float_class(type(self)),), self.__dict__
-
-
-def _empty(kind: type[nn.Module]) -> QuantizedModule:
-    quantized = quantized_class(kind)
-    assert quantized is not None
-    return quantized.__new__(quantized)
 
 
 class QuantizedModule(nn.Module):
@@ -153,7 +48,9 @@ class QuantizedModule(nn.Module):
         quantized.weight_quantizer = quantizers["weight"]
         quantized.input_quantizer = quantizers["input"]
         quantized.output_quantizer = quantizers["output"]
-        return quantized.train(module.training)
+        for _, quantizer in quantized.quantizers():  # not the children of the layer, which have flags of their own
+            quantizer.train(module.training)
+        return quantized
 
     @classmethod
     def _sharing_state(cls, module: nn.Module) -> Self:
@@ -180,6 +77,14 @@ class QuantizedModule(nn.Module):
         self._modules.pop("weight_quantizer")
         vars(self)["weight_quantizer"] = owner.weight_quantizer
 
+    def _replicate_for_data_parallel(self) -> Self:  # torch's name: nn.DataParallel copies a module by it
+        if "weight_quantizer" in vars(self) and self.weight_quantizer is not None:
+            raise NotImplementedError(
+                f"{self.weight_quantizer.name!r} quantizes a weight that several layers share, which the replicas of "
+                "nn.DataParallel cannot. Use DistributedDataParallel"
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-any-return, no-untyped-call]
+
     @property
     def has_plain_weight(self) -> bool:
         """Whether what is quantized is the parameter ``weight`` as it is, with the output channels on axis 0."""
@@ -204,7 +109,7 @@ class QuantizedModule(nn.Module):
         if (
             quantizer is None
             or torch.compiler.is_compiling()
-            or not (quantizer.enabled and is_unmodified(quantizer))
+            or not (quantizer.enabled and _is_unmodified(quantizer))
             or quantizer.keeps_waiting(input)
         ):
             y = self.compute(input if quantizer is None else quantizer(input), weight, *args, **kwargs)
@@ -318,3 +223,14 @@ def build_quantizers(layer: LayerConfig, channels: int, device: torch.device) ->
 
 def _mean_scale(quantizer: LSQQuantizer | None) -> float | None:
     return quantizer.scale.mean().item() if quantizer is not None and quantizer.is_initialized else None
+
+
+def _is_unmodified(quantizer: LSQQuantizer) -> bool:
+    """Whether ``quantizer`` computes LSQ of its input and nothing else.
+
+    A subclass, a hook or a forward that was set on the object may change input and output, or ask for their gradients.
+    """
+    q = quantizer
+    hooks = q._forward_pre_hooks, q._forward_hooks, q._backward_pre_hooks, q._backward_hooks
+    is_own = type(q) is LSQQuantizer and "forward" not in vars(q)
+    return is_own and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -19,6 +19,8 @@ from .own_forward import functions_of
 
 # What a subclass of QuantLinear must inherit to compute F.linear of its quantized operands.
 _COMPUTATION = ("forward", "compute", "float_weight", "channels_first", "from_channels_first")
+# By this private method nn.DataParallel copies a module, with its forward as it is; there is no public way.
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 class RoutedForward:
@@ -45,6 +47,12 @@ class RoutedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Routing(self.layers):
             return type(self.module).forward(self.module, *args, **kwargs)
+
+    def replicate(self) -> nn.Module:
+        """A copy of the module for ``nn.DataParallel``, whose forward calls the layers of the copy."""
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
+        _route(replica, self.names)
+        return replica
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -104,9 +112,15 @@ def route_functional_calls(
             if layer is not module and routable(layer) and holders[id(layer.weight)] <= 1
         ]
         if names:
-            vars(module)["forward"] = RoutedForward(module, names)
+            _route(module, names)
             if undo is not None:
-                undo.callback(vars(module).pop, "forward")
+                for attribute in ("forward", _REPLICATE):
+                    undo.callback(vars(module).pop, attribute)
+
+
+def _route(module: nn.Module, names: Iterable[str]) -> None:
+    forward = RoutedForward(module, names)
+    vars(module).update({"forward": forward, _REPLICATE: forward.replicate})
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

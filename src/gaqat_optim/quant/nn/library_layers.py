@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import BY_NAME, QuantizedModule
+from .base import QuantizedModule
 from .conv import QuantConv2d
 from .linear import QuantLinear
+from .registry import BY_NAME
 
 
 class QuantTransposedLinear(QuantizedModule):

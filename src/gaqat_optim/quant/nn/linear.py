@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import QuantizedModule, register_quantized
+from .base import QuantizedModule
+from .registry import register_quantized
 
 
 @register_quantized(nn.Linear)

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from ..exclude_advice import exclude_argument
-from .base import QUANTIZED, quantized_class
+from .registry import QUANTIZED, quantized_class
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
