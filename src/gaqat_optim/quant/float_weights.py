@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from .exclude_advice import exclude_argument
 from .nn.base import QuantizedModule
+from .nn.unsupported import exclude_argument
 from .summary import count_macs
 
 # A warning appears when a larger share of the weights stays in floating point.

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .exclude_advice import exclude_argument
 from .nn import functional_calls
 from .nn.base import QuantizedModule
+from .nn.unsupported import exclude_argument
 
 # What reads no value of a tensor: its shape, dtype and the like.
 _METADATA = frozenset(

@@ -1,15 +1,18 @@
-"""Modules that cannot be quantized, and what to do instead: an error, where a part would silently be left out."""
+"""Modules that cannot be quantized, and what to do instead: an error, where a part would silently be left out.
+
+The ``exclude=`` that errors and warnings recommend is made here too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from ..exclude_advice import exclude_argument
 from .registry import QUANTIZED, quantized_class
 
 
@@ -67,3 +70,21 @@ def refuse(model: nn.Module, refusals: Sequence[tuple[str, str]], exclude: Itera
         raise ValueError(f"{name!r} cannot be quantized. {reason}; or leave it as it is {advice}")
     lines = "".join(f"\n  {name!r}: {reason}" for name, reason in refusals)
     raise ValueError(f"{len(refusals)} modules cannot be quantized:{lines}\nOr leave them as they are {advice}")
+
+
+def exclude_argument(model: nn.Module, names: Iterable[str], exclude: Iterable[str]) -> str:
+    """The ``exclude`` of a configuration that leaves the modules ``names`` of ``model`` in floating point.
+
+    It begins with what the configuration excludes already. Repeated blocks share a pattern, if it matches nothing else.
+
+    >>> blocks = nn.Sequential(*[nn.ModuleDict({"fc": nn.Linear(2, 2), "out": nn.Linear(2, 2)}) for _ in range(99)])
+    >>> exclude_argument(blocks, [f"{i}.fc" for i in range(99)], exclude=("5.out",))
+    "exclude=('5.out', '*.fc')"
+    """
+    names = list(names)
+    others = {name for name, _ in model.named_modules(remove_duplicate=False)} - set(names)
+    patterns: dict[str, None] = {}
+    for name in names:
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        patterns[name if any(fnmatchcase(other, pattern) for other in others) else pattern] = None
+    return f"exclude={(*exclude, *patterns)!r}"
