@@ -2,7 +2,7 @@
 
 The necessary part is two quantized forward and backward passes and the step of the base optimizer, here Adam, on W4A4
 networks and one thread. The peer is ``pytorch_optimizer.SAM`` with the same base on the same network: it perturbs and
-restores, but counts and combines nothing.
+restores, but counts and combines nothing. The floor copies all parameters before the second pass and back after it.
 
 The rest is one to three percent of such a step, hardly more than the spread of whole steps. So it is also measured
 alone: the closure sets copies of known gradients instead of computing them, and the time of the plain base with the
@@ -30,7 +30,9 @@ from networks import Chain, Transformer, closure_of, from_torchvision, images, r
 from timing import Ratio, Table, Times, command, interleaved, ratio, timed
 
 PLAIN = "two passes + base step"
+FLOOR = "copy of the parameters, there and back"
 OPTIMIZERS = ("ours, SAGM", "ours, SAM", "pytorch_optimizer SAM", "pytorch_optimizer SAM, foreach")
+COLUMNS = (*OPTIMIZERS, FLOOR)
 LEARNING_RATE = 1e-6
 BEYOND = "beyond " + PLAIN + ", in percent of it"
 MakeClosure = Callable[[nn.Module], Callable[[], Tensor]]
@@ -40,25 +42,25 @@ def tables(runs: int) -> Iterator[Table]:
     x, y = images(64, 32)
     model = w4a4(resnet18_cifar(), x)
     # The heap has all its memory after some turns.
-    whole = Table("A step on ResNet-18, CIFAR form", ["", *OPTIMIZERS])
+    whole = Table("A step on ResNet-18, CIFAR form", ["", *COLUMNS])
     times = interleaved(steps(model, lambda network: closure_of(network, x, y)), runs, warm_up=3)
-    whole.rows.append(["multiples of " + PLAIN, *(ratio(times[name], times[PLAIN], digits=3) for name in OPTIMIZERS)])
+    whole.rows.append(["multiples of " + PLAIN, *(ratio(times[name], times[PLAIN], digits=3) for name in COLUMNS)])
     rest = interleaved(steps(model, known_gradients(model, x, y)), 5 * runs, warm_up=6)
-    row = [excess(rest[name], rest[PLAIN], statistics.median(times[PLAIN])) for name in OPTIMIZERS]
+    row = [excess(rest[name], rest[PLAIN], statistics.median(times[PLAIN])) for name in COLUMNS]
     whole.rows.append([BEYOND, *row])
     yield whole
 
-    larger = Table("Larger networks: " + BEYOND, ["", *OPTIMIZERS])
+    larger = Table("Larger networks: " + BEYOND, ["", *COLUMNS])
     resnet50 = w4a4(from_torchvision("resnet50"), images(4, 224)[0], weight_granularity="tensor")
-    transformer = w4a4(Transformer(768, 6, 12), tokens(4, 128, 768)[0], init="lsq")
+    transformer = w4a4(Transformer(768, 8, 12), tokens(4, 128, 768)[0], init="lsq")
     large = {
         "ResNet-50, 224x224, batch 4": (resnet50, *images(4, 224)),
-        "6 transformer blocks, width 768, 4x128 tokens": (transformer, *tokens(4, 128, 768)),
+        "8 transformer blocks, width 768, 4x128 tokens": (transformer, *tokens(4, 128, 768)),
     }
     for label, case in large.items():
         rest = interleaved(steps(case[0], known_gradients(*case)), 2 * runs, warm_up=6)
         plain_seconds = statistics.median(plain_times(*case, runs))
-        row = [excess(rest[name], rest[PLAIN], plain_seconds) for name in OPTIMIZERS]
+        row = [excess(rest[name], rest[PLAIN], plain_seconds) for name in COLUMNS]
         larger.rows.append([f"{label}: {parameters(case[0])}", *row])
     yield larger
 
@@ -107,6 +109,9 @@ def steps(model: nn.Module, make_closure: MakeClosure) -> dict[str, Callable[[],
     candidates[PLAIN] = two_passes_and_base_step(
         torch.optim.Adam(network.parameters(), lr=LEARNING_RATE), make_closure(network)
     )
+    network = copy.deepcopy(model)
+    base = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    candidates[FLOOR] = copy_and_restore(base, network, make_closure(network))
     for name, arguments in (("ours, SAGM", {}), ("ours, SAM", {"perturbation": SAM()})):
         network = copy.deepcopy(model)
         optimizer = GAQATOptimizer(torch.optim.Adam(network.parameters(), lr=LEARNING_RATE), network, **arguments)
@@ -128,6 +133,26 @@ def two_passes_and_base_step(base: torch.optim.Optimizer, closure: Callable[[], 
     def run() -> None:
         closure()
         closure()
+        base.step()
+
+    return run
+
+
+def copy_and_restore(
+    base: torch.optim.Optimizer, model: nn.Module, closure: Callable[[], Tensor]
+) -> Callable[[], None]:
+    """Two passes and the base's step, around the second of which the parameters are copied, there and back."""
+
+    @torch.no_grad()
+    def restore(values: list[Tensor]) -> None:
+        for p, value in zip(model.parameters(), values, strict=True):
+            p.copy_(value)
+
+    def run() -> None:
+        closure()
+        values = [p.detach().clone() for p in model.parameters()]
+        closure()
+        restore(values)
         base.step()
 
     return run

@@ -264,6 +264,31 @@ def test_what_is_not_finite_stays_visible(perturbation, bad):
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("last", [1.0, math.inf])
+def test_add_direction_adds_the_same_bits(perturbation, dtype, last):
+    grads = [torch.full((3,), last, dtype=dtype), torch.randn(1000, 3, dtype=dtype).T, torch.randn(5000, dtype=dtype)]
+    params = [torch.randn_like(g) for g in grads]
+    params[1] = params[1].contiguous()
+    arguments = grads, [0.1, 0.2, 0.3], torch.tensor(4.0)
+    signs = [1, -1, 1]
+    deltas = perturbation.direction(params, *arguments, WEIGHTS)
+    want = [p.add(delta, alpha=sign) for p, delta, sign in zip(params, deltas, signs, strict=True)]
+    perturbation.add_direction(params, signs, *arguments, WEIGHTS)
+    assert all(torch.equal(p, w) for p, w in zip(params, want, strict=True))
+    assert not torch.equal(params[2], params[2] - deltas[2]) or last == math.inf
+
+
+def test_add_direction_passes_once_over_a_parameter():
+    params, grads = [torch.randn(100, 100) for _ in range(5)], [torch.randn(100, 100) for _ in range(5)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        SAGM().add_direction(params, [1] * 5, grads, [0.1] * 5, 1.0, [""] * 5)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["aten::addcmul_"] == 5
+    assert sum(counts.get(f"aten::{name}", 0) for name in ("mul", "add_", "clone")) < 5  # of the factor, a scalar
+
+
+@every
 def test_nothing_changes_its_arguments(perturbation):
     weights, task, smooth = draw(5, 3)
     arguments = copy.deepcopy((weights, task, smooth))

@@ -77,6 +77,23 @@ def test_a_rho_of_the_base_is_no_radius(make):
     assert optimizer.param_groups[0]["rho"] == own
 
 
+class Backwards(SAM):
+    """A method of a user's own, which takes the rest from one of ours."""
+
+    def direction(self, *arguments):
+        return [-delta for delta in super().direction(*arguments)]
+
+
+def test_a_direction_of_a_users_own_is_taken():
+    w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = GAQATOptimizer(torch.optim.SGD([w], 0.1), nn.ParameterList([w]), perturbation=Backwards(0.5))
+    w.square().sum().backward()
+    with optimizer.perturbed():
+        assert w.tolist() == pytest.approx([2.7, 3.6])  # rho / norm(g) * g is (0.3, 0.4)
+        w.square().sum().backward()
+    assert w.tolist() == [3.0, 4.0]
+
+
 class MaximizingByAttribute(torch.optim.SGD):
     def __init__(self, params, lr, maximize=True):
         super().__init__(params, lr)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from ..freezing import FreezeTarget
-from ..perturbations import Perturbation
+from ..perturbations import GradientPerturbation, Perturbation
 from ..scale_tracker import ScaleTracker
 from ..validation import check_radii
 from ..wrapper import has_setting
@@ -87,13 +87,20 @@ def perturb_parameters(
         return
     params = list(radii)
     rhos = [radius.rho for radius in radii.values()]
+    signs = [radius.sign for radius in radii.values()]
     param_names = [names.get(p, "") for p in params]
-    deltas = perturbation.direction(params, [grads[p] for p in params], rhos, grad_scale, param_names)
-    deltas.reverse()
-    for p, radius in radii.items():
-        delta = deltas.pop()  # Freed when the copy of p is made: both together are one copy of the model.
-        saved_values.append((p, p.detach().clone()))
-        p.add_(delta, alpha=radius.sign)
+    arguments = [grads[p] for p in params], rhos, grad_scale, param_names
+    own_direction = GradientPerturbation.direction
+    if isinstance(perturbation, GradientPerturbation) and type(perturbation).direction is own_direction:
+        saved_values.extend((p, p.clone()) for p in params)
+        perturbation.add_direction(params, signs, *arguments)
+    else:  # a user's own
+        deltas = perturbation.direction(params, *arguments)
+        deltas.reverse()
+        for p, sign in zip(params, signs, strict=True):
+            delta = deltas.pop()  # Freed when the copy of p is made: both together are one copy of the model.
+            saved_values.append((p, p.detach().clone()))
+            p.add_(delta, alpha=sign)
     torch.clear_autocast_cache()
 
 
