@@ -126,12 +126,12 @@ docs: $(VENV)/.dev ## the HTML documentation, in docs/_build/html
 	$(BIN)/python -m release.pages docs/_build/html
 
 # In this order: overview.py draws a line of the loss surface, and scale_*.py what conflict.py has measured.
-FIGURES := conflict scale_training scale_report loss_surface overview size_accuracy latency
+FIGURES := conflict scale_training scale_report loss_surface overview size_accuracy latency interval
 
 figures: $(VENV)/.dev ## draw the pictures of the documentation from docs/figures/data (FIGURES_ARGS="--run --keep runs/figures" measures again)
 	$(call headline,pictures)
 	for figure in $(FIGURES); do OMP_NUM_THREADS=1 $(BIN)/python docs/figures/$$figure.py $(FIGURES_ARGS); done
-	for figure in cost_accuracy interval; do $(BIN)/python docs/figures/$$figure.py; done
+	$(BIN)/python docs/figures/cost_accuracy.py
 
 docs-test: $(VENV)/.dev ## run the code in the documentation
 	$(call headline,Sphinx: doctest)

@@ -73,8 +73,8 @@ def draw(rows: list[Row]) -> Figure:
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_title("Accuracy on a new domain, against two passes in every step")
-    axes.set_xlabel("difference in points (ticks: runs; dots: means with 95 % intervals)")
+    axes.set_title("Accuracy, against a second pass in every step")
+    axes.set_xlabel("points (ticks: runs; dots: means, 95 % intervals)")
     return figure
 
 

@@ -24,6 +24,7 @@ from tiny_study import job, tiny_study, write_tree
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = {
     "conflict": "digits-conflict.png",
+    "interval": "interval.svg",
     "latency": "latency.svg",
     "loss_surface": "loss-surface.png",
     "overview": "overview.svg",
