@@ -373,6 +373,9 @@ def test_a_network_that_only_dynamo_can_trace_is_no_float_file(tmp_path):
     x = torch.rand(8, 6)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), TracedByDynamoAlone(), nn.Linear(6, 3))
     model = quantize_model(model, QuantConfig(4, 4), calibration=x)
-    with pytest.raises(RuntimeError, match=r"floating point.*strict=False\) says what stops"):
+    # torch 2.8 does not try Dynamo, so that its export fails.
+    with pytest.raises(
+        RuntimeError, match=r"floating point.*strict=False\) says what stops|cannot be traced like this"
+    ):
         export_onnx(model, x, tmp_path / "net.onnx")
     assert not any(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ def readers(model):
     return [module for module in model.modules() if "forward" in vars(module)]
 
 
+def without_calibration(network, config):
+    with warnings.catch_warnings():
+        # By torch 2.8 some cannot. Which layers are the first and the last, the configuration tells then.
+        warnings.filterwarnings("ignore", ".* cannot be traced symbolically")
+        return quantize_model(network, config)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_networks_that_do_it_are_quantized(case):
     network, x = build(case)
@@ -38,13 +46,13 @@ def test_networks_that_do_it_are_quantized(case):
     assert not torch.equal(expected, network(x))
     assert not quantization_summary(model, x).never_called
     config = QuantConfig.from_dict(model.quant_config.to_dict())
-    rebuilt = quantize_model(network, config)
+    rebuilt = without_calibration(network, config)
     rebuilt.load_state_dict(model.state_dict())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), rebuilt.eval()):
         assert torch.equal(other(x), expected)
     model.train()(x).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
-    uncalibrated = quantize_model(network, config).train()
+    uncalibrated = without_calibration(network, config).train()
     uncalibrated(x).square().mean().backward()
     assert all(p.grad is not None for p in uncalibrated.parameters())
 

@@ -55,6 +55,11 @@ class RoutedForward:
         return replica
 
     @property
+    def __code__(self) -> Any:
+        """torch.export of torch 2.8 reads it, of the network that it exports."""
+        return type(self.module).forward.__code__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
