@@ -18,6 +18,11 @@ class Moved(nn.Module):
         return self.move(self.layer(x), self.other(x))
 
 
+SLICES_OF_LISTS = pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="torch.fx 2.8 takes no slice of a list for tensors"
+)
+
+
 @pytest.mark.parametrize(
     ("move", "axes", "expected"),
     [
@@ -26,7 +31,8 @@ class Moved(nn.Module):
         (lambda y, z: y.transpose(1, 2), 3, ([0, 1, 2, 3], 3)),
         (lambda y, z: y.permute(0, 3, 1, 2).contiguous(), 4, ([0, 1, 2, 3], 4)),
         (lambda y, z: torch.cat([z, y], -1), 2, ([4, 5, 0, 1, 2, 3], 2)),
-        (lambda y, z: torch.cat(y.chunk(2, 1)[::-1], 1), 2, ([2, 3, 0, 1], 2)),
+        (lambda y, z: torch.cat([y.chunk(2, 1)[1], y.chunk(2, 1)[0]], 1), 2, ([2, 3, 0, 1], 2)),
+        pytest.param(lambda y, z: torch.cat(y.chunk(2, 1)[::-1], 1), 2, ([2, 3, 0, 1], 2), marks=SLICES_OF_LISTS),
         (lambda y, z: y.reshape(y.shape[0] // 2, -1), 2, ([0, 1, 2, 3, 0, 1, 2, 3], 2)),  # two entries in a row
         (lambda y, z: y.reshape(y.shape[0] * y.shape[1], y.shape[2]), 3, ([0, 1, 2, 3], 2)),
         (lambda y, z: y.unflatten(1, (2, 2)), 2, None),
