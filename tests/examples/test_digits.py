@@ -13,7 +13,7 @@ from domain_generalization.study.methods import METHODS
 pytestmark = pytest.mark.usefixtures("one_registry")
 DEMO = ("lsq", "lsq+sagm", "gaqat", "gaqat-flat")
 
-TINY = ["--steps", "4", "--fp32-steps", "4", "--flat-steps", "2", "--eval-every", "2", "--window", "2", "--seeds", "0"]
+TINY = ["--steps", "4", "--fp32-steps", "4", "--flat-steps", "2", "--eval-every", "4", "--window", "2", "--seeds", "0"]
 
 
 def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,11 @@ from gaqat_optim import (
 from gaqat_optim.quant.nn.base import QuantizedModule
 from oracle.lsq import lsq
 from quant import network_oracle
+from selection import covering
 from small_networks import NETWORKS, TORCHVISION, build
 
+EVERY = [*NETWORKS, *TORCHVISION]
+LARGER = ("resnet", "mobilenet")
 ALL = [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in TORCHVISION)]
 IMAGES = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in TORCHVISION))
@@ -139,12 +142,14 @@ CONFIGS = {
     "A3, outputs": QuantConfig(None, 3, first_last_bits="same", output_bits=6, scale_domain="linear"),
     "W3": QuantConfig(3, None),
 }
+SMALL = [(name, config) for name in NETWORKS for config in CONFIGS]
+KEPT = covering([dict(enumerate(case)) for case in SMALL], 1)
 OF_FULL_SIZE = {"resnet18": CONFIGS, "mobilenet_v3_small": CONFIGS, "vit_b_16": ["W4A4 per channel"]}
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [(name, config) for name in NETWORKS for config in CONFIGS]
+    [pytest.param(*case, marks=[pytest.mark.slow] * (i not in KEPT)) for i, case in enumerate(SMALL)]
     + [
         pytest.param(name, config, marks=[pytest.mark.slow] * (name != "resnet18" or config != "W4A4 per channel"))
         for name, configs in OF_FULL_SIZE.items()
@@ -358,7 +363,12 @@ def compile_counted(model, backend):
 
 # torch.compile instantiates autograd functions while it traces them, which torch itself warns of.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@every_network
+@pytest.mark.parametrize(
+    "name",
+    # A residual network and one of inverted residuals have the layers and the sums of the small ones.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in NETWORKS or name in LARGER)) for name in EVERY],
+    scope="module",
+)
 def test_compiles_to_one_graph_in_training_and_evaluation(name, original, quantized, x):
     # Networks of full size have no kind of layer that the small ones lack, and AOTAutograd would take them a minute.
     compiled, graphs = compile_counted(quantized, "eager" if name in TORCHVISION else "aot_eager")
