@@ -29,7 +29,7 @@ from selection import covering
 from small_networks import NETWORKS, TORCHVISION, build
 
 EVERY = [*NETWORKS, *TORCHVISION]
-LARGER = ("resnet", "mobilenet")
+COMPOSED = ("mlp", "conv1d", "transposed conv1d", "resnet", "mobilenet")
 ALL = [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in TORCHVISION)]
 IMAGES = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in TORCHVISION))
@@ -40,6 +40,12 @@ PLAIN = QuantConfig(4, 4, init="lsq")  # its initial scales need no search, wher
 
 # One quantized network at a time, shared by the tests that pytest then puts together.
 every_network = pytest.mark.parametrize("name", ALL, scope="module")
+# Where a network takes seconds: those with a quantized layer or a connection that others do not have.
+each_kind_of_network = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPOSED or name in TORCHVISION)) for name in EVERY],
+    scope="module",
+)
 
 
 @pytest.fixture(scope="module")
@@ -363,12 +369,7 @@ def compile_counted(model, backend):
 
 # torch.compile instantiates autograd functions while it traces them, which torch itself warns of.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "name",
-    # A residual network and one of inverted residuals have the layers and the sums of the small ones.
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in NETWORKS or name in LARGER)) for name in EVERY],
-    scope="module",
-)
+@each_kind_of_network
 def test_compiles_to_one_graph_in_training_and_evaluation(name, original, quantized, x):
     # Networks of full size have no kind of layer that the small ones lack, and AOTAutograd would take them a minute.
     compiled, graphs = compile_counted(quantized, "eager" if name in TORCHVISION else "aot_eager")
@@ -391,7 +392,7 @@ def test_compiles_to_one_graph_in_training_and_evaluation(name, original, quanti
     assert graphs.frame_count == expected.frame_count <= 2
 
 
-@every_network
+@each_kind_of_network
 def test_exports_with_a_free_batch_size(quantized, x):
     quantized.eval()
     exported = torch.export.export(quantized, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
@@ -446,7 +447,7 @@ def test_channels_last_changes_nothing(name, original, x):
 
 
 @pytest.mark.cover("values")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in COMPOSED)) for n in NETWORKS])
 @pytest.mark.parametrize("domain", ["log", "linear"])
 def test_scales_stay_positive_and_finite_at_ten_times_the_learning_rate(name, domain):
     model, x, y = build(name)
