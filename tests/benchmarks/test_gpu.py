@@ -1,6 +1,6 @@
 """What `make gpu` says of its tests and rows, and the command itself on the CPU."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -148,30 +148,30 @@ def test_an_interpreter_without_torch_is_told_what_is_missing():
     assert re.fullmatch(r"not installed for \S+: torch, numpy, typing_extensions\. .*PYTHON=\.\.\.\n", found.stderr)
 
 
-def test_the_networks_are_those_of_their_names():
-    code = (
-        "import torch\nfrom gpu.networks import resnet50, mobilenet_v2, vit_small\n"
-        "with torch.device('meta'):\n    for make in (resnet50, mobilenet_v2, vit_small):\n"
-        "        print(sum(p.numel() for p in make().parameters()), tuple(make()(torch.empty(2, 3, 224, 224)).shape))\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, capture_output=True, text=True)
+def test_the_networks_are_those_of_their_names(monkeypatch):
+    spec = importlib.util.spec_from_file_location("networks", ROOT / "benchmarks" / "networks.py")
+    monkeypatch.setitem(
+        sys.modules, "networks", importlib.util.module_from_spec(spec)
+    )  # a name that the tests have too
+    spec.loader.exec_module(sys.modules["networks"])
+    networks = importlib.import_module("gpu.networks")
     # torchvision's resnet50 and mobilenet_v2, and timm's vit_small_patch16_224.
-    assert found.stdout.split("\n")[:3] == [f"{n} (2, 1000)" for n in (25557032, 3504872, 22050664)]
+    parameters = {"resnet50": 25557032, "mobilenet_v2": 3504872, "vit_small": 22050664}
+    for name, count in parameters.items():
+        with torch.device("meta"):
+            network = getattr(networks, name)()
+            assert sum(p.numel() for p in network.parameters()) == count
+            assert network(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
 
 
-def test_the_command_runs_on_the_cpu(tmp_path):
+def test_the_command_runs_on_the_cpu(tmp_path, monkeypatch):
+    """In this process; the tests and the part have processes of their own."""
+    monkeypatch.setattr(command, "ENVIRONMENT", {**command.ENVIRONMENT, **ENVIRONMENT})
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
     names = "test_the_device_is_the_one_that_was_asked_for", "test_a_step_waits_for_nothing_on_the_device"
     tests = [f"tests/device/test_training.py::{name}" for name in names]
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--tests", *tests, "--parts", "gaqat_step"]
-    run = subprocess.run(
-        [sys.executable, "-m", "gpu", *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert command.main(arguments) == 0
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["tests"]["passed"] == 1
     assert {reason.removeprefix("Skipped: ") for reason in found["tests"]["skipped"].values()} == {

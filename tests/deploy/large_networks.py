@@ -152,7 +152,7 @@ def _train(model: nn.Module, network: str, steps: int, seed: int, rounded: int =
                 stack.enter_context(rounded_biases(model))
             for group in optimizer.param_groups:  # To zero, so that the BatchNorms' statistics are the last ones.
                 group["lr"] = 1e-3 * (1 - step / steps)
-            x, y = batch(network, 32, seed + step)
+            x, y = batch(network, 16 if network == "unet" else 32, seed + step)
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()

@@ -1,7 +1,7 @@
 """Random networks: quantize, train three steps, convert, export, and run in onnxruntime.
 
 ``SOAK_NETWORKS=500 pytest tests/deploy/test_fuzz.py`` runs that many, others in every run; without the variable there
-are 5, and 25 in `make test-all`, always the same. A failure is shrunk to a small network, and printed with all that it
+are 3, and 25 in `make test-all`, always the same. A failure is shrunk to a small network, and printed with all that it
 takes to build it.
 """
 
@@ -26,7 +26,7 @@ from gaqat_optim import convert, export_onnx, quantize_model
 from gaqat_optim.deploy.onnx_export.byte_ranges import INTEGER_PRODUCTS
 
 SOAK = "SOAK_NETWORKS" in os.environ
-NETWORKS = int(os.environ.get("SOAK_NETWORKS", settings.default.max_examples // 4))
+NETWORKS = int(os.environ.get("SOAK_NETWORKS", 25 if settings.default.max_examples >= 100 else 3))
 # The exponentials of a softmax make a relative difference of an absolute one, of scores up to some tens, and a
 # LayerNorm multiplies what is left of a difference. 2^-14 of a code is still nothing that happens by chance.
 WITH_ATTENTION = 32 * ROUNDINGS

@@ -16,7 +16,7 @@ from gaqat_optim import convert, export_onnx, rounded_biases
 from gaqat_optim.deploy.onnx_export.verification import compare_levels, top1
 
 SOAK = "SOAK_NETWORKS" in os.environ
-INPUTS = 1000
+INPUTS = {"unet": 100}  # of each 1,024 pixels are predicted; of the others 1,000 images
 IN_TESTS = [
     ("unet", "mixed"),
     *(
@@ -34,7 +34,7 @@ STEPS = {"steps": 100, "float_steps": 100} if SOAK else {"steps": 25, "float_ste
 @pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(("network", "config"), ALL if SOAK else IN_TESTS)
 def test_the_file_predicts_as_the_network_that_was_trained(network, config, tmp_path):
-    """Of the predictions on 1,000 images, 99.9 % are the same in onnxruntime, and 99 % are as in training.
+    """Of the predictions, 1,000 or more, 99.9 % are the same in onnxruntime, and 99 % are as in training.
 
     A code differs in onnxruntime where a value lies within float32's rounding of a tie, and many behind it may follow.
     So a prediction between nearly equal scores can change: one of 1,000. In training it is the same, with the biases
@@ -42,7 +42,7 @@ def test_the_file_predicts_as_the_network_that_was_trained(network, config, tmp_
     means something only if predictions differ and are learned.
     """
     model = trained(network, config, **STEPS)
-    x, y = batch(network, INPUTS, seed=99)
+    x, y = batch(network, INPUTS.get(network, 1000), seed=99)
     batches = [x[:1], *x[1:].split(111)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # What stays in floating point is none of this test's business.

@@ -22,9 +22,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def two(folder):
+def two(folder, request):
     """Results of two ranks, by scenario."""
-    return spawn({**SCENARIOS, **checkpoint_scenarios.ON_TWO}, 2, folder)
+    every = any(item.get_closest_marker("slow") for item in request.session.items)
+    more = {"fsdp other combinations": training_scenarios.other_combinations} if every else {}
+    return spawn({**SCENARIOS, **checkpoint_scenarios.ON_TWO, **more}, 2, folder)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def mixed_precision(rank: int, ranks: int, folder: Path) -> Any:
             losses.append(loss.item())
             return loss
 
-        for _ in range(20):
+        for _ in range(8):
             optimizer.step(closure)
         results[name] = {"losses": losses[0::2], "dtypes": dtypes[-1], "parameters": full_parameters(model)}
     return results

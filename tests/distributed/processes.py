@@ -7,6 +7,7 @@ returns tensors and numbers; the tests judge them in the parent.
 from __future__ import annotations
 
 import datetime
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ SOME = [("SAM", "disorder"), ("SAGM", "disorder"), ("SAGM", "fixed"), ("ASAM", "
 
 Scenario = Callable[[int, int, Path], Any]
 
+# On Linux, processes are forks of one that has imported what takes most of their time: all of them, imported once.
+mp.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])
+
 
 def spawn(scenarios: dict[str, Scenario], ranks: int, folder: Path, backend: str = "gloo") -> dict[str, list[Any]]:
     """Run ``scenarios`` one after the other on ``ranks`` processes; the results of each, one for each rank."""
@@ -56,7 +60,8 @@ def spawn(scenarios: dict[str, Scenario], ranks: int, folder: Path, backend: str
     with FileLock(folder / "lock"):  # Of several pytest processes, one is enough to run them.
         if not all(file.exists() for file in files):
             (folder / f"rendezvous-of-{ranks}").unlink(missing_ok=True)
-            mp.spawn(_process, args=(scenarios, ranks, folder, backend), nprocs=ranks)
+            start = "forkserver" if sys.platform == "linux" and backend == "gloo" else "spawn"
+            mp.start_processes(_process, (scenarios, ranks, folder, backend), ranks, start_method=start)
     results = [torch.load(file, weights_only=True) for file in files]
     return {name: [result[name] for result in results] for name in scenarios}
 

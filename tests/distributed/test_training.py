@@ -18,15 +18,19 @@ from distributed.processes import (
 )
 from distributed.training_scenarios import SETTINGS, WRAPPERS, train_clipped
 
+OTHERS = [case for case in COMBINATIONS if case not in SOME]
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
-CASES = [("two", *case) for case in COMBINATIONS] + [("four", *case) for case in SOME]
+CASES = [(wrapper, number, *case) for wrapper in WRAPPERS for number in ("two", "four") for case in SOME]
+CASES += [("ddp", "two", *case) for case in OTHERS]
+SLOW = [pytest.param("fsdp", "two", *case, marks=pytest.mark.slow) for case in OTHERS]
 
 
-@every_wrapper
-@pytest.mark.parametrize(("number", "perturbation", "policy"), CASES)
+@pytest.mark.parametrize(("wrapper", "number", "perturbation", "policy"), CASES + SLOW)
 def test_ranks_equal_one_process_on_the_joint_batch(request, number, perturbation, policy, wrapper):
     ranks = request.getfixturevalue(number)
-    results = [result[f"{perturbation} {policy}"] for result in ranks[f"{wrapper} combinations"]]
+    others = wrapper == "fsdp" and (perturbation, policy) in OTHERS
+    scenario = f"{wrapper} {'other ' * others}combinations"
+    results = [result[f"{perturbation} {policy}"] for result in ranks[scenario]]
     assert_same_bits(results)
     parameters, frozen, _ = results[0]
     expected_parameters, expected_frozen = one_process(perturbation, policy)

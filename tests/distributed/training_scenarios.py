@@ -62,15 +62,24 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def combinations(wrapper: str, rank: int, ranks: int, folder: Path) -> Any:
-    """Every perturbation under every policy."""
+    """Every perturbation under every policy on two ranks of DistributedDataParallel, some of them elsewhere."""
+    return _trained(wrapper, COMBINATIONS if (wrapper, ranks) == ("ddp", 2) else SOME, rank, ranks)
+
+
+def _trained(wrapper: str, cases: list[tuple[str, str]], rank: int, ranks: int) -> Any:
     results = {}
-    for perturbation, policy in COMBINATIONS if ranks == 2 else SOME:
+    for perturbation, policy in cases:
         model = WRAPPERS[wrapper](ranks)
         optimizer = optimizer_for(model, perturbation, policy)
         train(model, optimizer, *part_of(rank, ranks))
         fractions = frozen_fractions(optimizer)
         results[f"{perturbation} {policy}"] = full_parameters(model), fractions, report(optimizer)
     return results
+
+
+def other_combinations(rank: int, ranks: int, folder: Path) -> Any:
+    """What ``combinations`` leaves out on two ranks of ``fully_shard``."""
+    return _trained("fsdp", [case for case in COMBINATIONS if case not in SOME], rank, ranks)
 
 
 def settings(wrapper: str, rank: int, ranks: int, folder: Path) -> Any:

@@ -13,12 +13,16 @@ from domain_generalization.study.methods import METHODS
 pytestmark = pytest.mark.usefixtures("one_registry")
 DEMO = ("lsq", "lsq+sagm", "gaqat", "gaqat-flat")
 
-TINY = ["--steps", "4", "--fp32-steps", "4", "--flat-steps", "2", "--eval-every", "2", "--window", "2", "--seeds", "0"]
+TINY = ["--steps", "4", "--fp32-steps", "4", "--flat-steps", "2", "--eval-every", "4", "--window", "2", "--seeds", "0"]
 
 
-def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("methods", [("lsq", "gaqat"), pytest.param(DEMO, marks=pytest.mark.slow)], ids="/".join)
+def test_the_demo_writes_every_file_and_prints_the_table(
+    methods: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "folder"
-    assert digits.main([*TINY, "--targets", "sketch", "--out", str(out)]) == 0
+    chosen = [] if methods == DEMO else ["--methods", *methods]
+    assert digits.main([*TINY, *chosen, "--targets", "sketch", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
         "study.json",
         "results.json",
@@ -36,7 +40,7 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
 
     records = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert [(record["method"], record["target"], record["seed"], record["bits"]) for record in records] == [
-        (method, "sketch", 0, 3) for method in DEMO
+        (method, "sketch", 0, 3) for method in methods
     ]
     for record in records:
         for key in ("source_validation", "held_out", "last_step", "blurred", "noisy"):
@@ -47,7 +51,7 @@ def test_the_demo_writes_every_file_and_prints_the_table(tmp_path: Path, capsys:
         assert set(record["versions"]) == {"python", "torch", "numpy", "gaqat_optim"}
 
     text = capsys.readouterr().out
-    for piece in (*(METHODS[name].title for name in DEMO), "noisy copies", "n=1 paired cell", "W3A3"):
+    for piece in (*(METHODS[name].title for name in methods), "noisy copies", "n=1 paired cell", "W3A3"):
         assert piece in text
     assert "100.00 % the prediction of convert(model)" in text
     assert max(len(line) for line in text.splitlines() if str(out) not in line) <= 79
@@ -108,3 +112,7 @@ def test_lists_may_be_separated_by_spaces_or_commas() -> None:
     options = digits.build_parser().parse_args(["--targets", "sketch,printed", "sketch", "--seeds", "3,4", "5"])
     assert options.targets == ["sketch", "printed"]
     assert options.seeds == [3, 4, 5]
+
+
+def test_the_demo_has_four_methods() -> None:
+    assert tuple(digits.build_parser().parse_args([]).methods) == DEMO

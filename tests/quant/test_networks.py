@@ -25,8 +25,11 @@ from gaqat_optim import (
 from gaqat_optim.quant.nn.base import QuantizedModule
 from oracle.lsq import lsq
 from quant import network_oracle
+from selection import covering
 from small_networks import NETWORKS, TORCHVISION, build
 
+EVERY = [*NETWORKS, *TORCHVISION]
+COMPOSED = ("mlp", "conv1d", "transposed conv1d", "resnet", "mobilenet")
 ALL = [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in TORCHVISION)]
 IMAGES = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in TORCHVISION))
@@ -37,6 +40,12 @@ PLAIN = QuantConfig(4, 4, init="lsq")  # its initial scales need no search, wher
 
 # One quantized network at a time, shared by the tests that pytest then puts together.
 every_network = pytest.mark.parametrize("name", ALL, scope="module")
+# Where a network takes seconds: those with a quantized layer or a connection that others do not have.
+each_kind_of_network = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPOSED or name in TORCHVISION)) for name in EVERY],
+    scope="module",
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +148,14 @@ CONFIGS = {
     "A3, outputs": QuantConfig(None, 3, first_last_bits="same", output_bits=6, scale_domain="linear"),
     "W3": QuantConfig(3, None),
 }
+SMALL = [(name, config) for name in NETWORKS for config in CONFIGS]
+KEPT = covering([dict(enumerate(case)) for case in SMALL], 1)
 OF_FULL_SIZE = {"resnet18": CONFIGS, "mobilenet_v3_small": CONFIGS, "vit_b_16": ["W4A4 per channel"]}
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [(name, config) for name in NETWORKS for config in CONFIGS]
+    [pytest.param(*case, marks=[pytest.mark.slow] * (i not in KEPT)) for i, case in enumerate(SMALL)]
     + [
         pytest.param(name, config, marks=[pytest.mark.slow] * (name != "resnet18" or config != "W4A4 per channel"))
         for name, configs in OF_FULL_SIZE.items()
@@ -358,7 +369,7 @@ def compile_counted(model, backend):
 
 # torch.compile instantiates autograd functions while it traces them, which torch itself warns of.
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-@every_network
+@each_kind_of_network
 def test_compiles_to_one_graph_in_training_and_evaluation(name, original, quantized, x):
     # Networks of full size have no kind of layer that the small ones lack, and AOTAutograd would take them a minute.
     compiled, graphs = compile_counted(quantized, "eager" if name in TORCHVISION else "aot_eager")
@@ -381,7 +392,7 @@ def test_compiles_to_one_graph_in_training_and_evaluation(name, original, quanti
     assert graphs.frame_count == expected.frame_count <= 2
 
 
-@every_network
+@each_kind_of_network
 def test_exports_with_a_free_batch_size(quantized, x):
     quantized.eval()
     exported = torch.export.export(quantized, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
@@ -436,7 +447,7 @@ def test_channels_last_changes_nothing(name, original, x):
 
 
 @pytest.mark.cover("values")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in COMPOSED)) for n in NETWORKS])
 @pytest.mark.parametrize("domain", ["log", "linear"])
 def test_scales_stay_positive_and_finite_at_ten_times_the_learning_rate(name, domain):
     model, x, y = build(name)

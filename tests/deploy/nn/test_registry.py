@@ -135,12 +135,21 @@ def test_a_layer_used_twice_is_one_deployed_layer(name, tmp_path):
     loaded = load_packed(float_model, tmp_path / "net")
     assert loaded[0] is loaded[2]
     assert torch.equal(run(loaded, x), run(deployed, x))
-    assert export_onnx(model, x, tmp_path / "net.onnx").max_abs_diff <= 1e-4
     apart = nn.Sequential(layer, nn.ReLU(), copy.deepcopy(layer))
     assert torch.equal(run(load_packed(apart, tmp_path / "net"), x), run(deployed, x))
     save_packed(quantized(apart, x, QuantConfig(8, 8)), tmp_path / "net")
     with pytest.raises(ValueError, match="is another layer under another name in the network"):
         load_packed(float_model, tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "attention")) for name in LAYERS]
+)
+def test_a_layer_used_twice_computes_the_same_in_a_file(name, tmp_path):
+    layer, shape = LAYERS[name]
+    layer, x = layer(), torch.rand(8, *shape)
+    model = quantized(nn.Sequential(layer, nn.ReLU(), layer), x, QuantConfig(8, 8))
+    assert export_onnx(model, x, tmp_path / "net.onnx").max_abs_diff <= 1e-4
 
 
 DTYPES = {

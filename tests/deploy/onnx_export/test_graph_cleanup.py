@@ -95,8 +95,7 @@ OPTION = {
         ("resnet W8A8", "auto"),
         pytest.param("resnet W3A3", "auto", marks=pytest.mark.slow),
         ("used again W8", "auto"),
-        ("used again W4", "packed"),
-        *(pytest.param("used again W4", storage, marks=pytest.mark.slow) for storage in STORAGES[:2]),
+        *(pytest.param("used again W4", storage, marks=pytest.mark.slow) for storage in STORAGES),
     ],
 )
 def test_runs_the_same_under_the_option_for_processors_without_vnni(case, storage, tmp_path):

@@ -132,7 +132,10 @@ def test_onnxruntime_computes_scales_and_zero_points_of_biases(level, written):
     assert (zero_points.dtype, zero_points.shape, zero_points.any()) == (np.int32, (32,), False)
 
 
-@pytest.mark.parametrize(("bits", "storage", "ratio"), [(4, "auto", 7.4), (3, "packed", 9.7), (2, "packed", 14)])
+@pytest.mark.parametrize(
+    ("bits", "storage", "ratio"),
+    [(4, "auto", 7.4), (2, "packed", 14), pytest.param(3, "packed", 9.7, marks=pytest.mark.slow)],
+)
 def test_a_file_against_the_fp32_file(bits, storage, ratio, tmp_path):
     """Nearly all weights are in the middle layer, so the ratio is nearly that of the bits."""
     torch.manual_seed(0)

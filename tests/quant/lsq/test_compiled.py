@@ -14,6 +14,8 @@ from gaqat_optim.quant.lsq import compiled, formulas
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a compiler"
 )
+# `make gpu` runs it. On a CPU, where compiled functions are off, a compiler takes half a minute.
+ALL_SHAPES = pytest.mark.slow if DEVICE.type == "cpu" else lambda test: test
 # Shape, channel axis, bounds: activations and weights of convolutions, linear layers, transposed ones.
 CASES = [
     ((4, 8, 6, 6), None, (0, 15)),
@@ -68,6 +70,7 @@ def assert_equal_to_the_formulas(v, scale, grad, bounds, axis):
 
 
 @pytest.mark.usefixtures("_switched_on")
+@ALL_SHAPES
 def test_it_equals_the_formulas_with_two_kernels_for_all_shapes(device):
     for shape, axis, bounds in CASES:
         for last in (False, True) if len(shape) == 4 else (False,):
@@ -93,6 +96,7 @@ def test_each_direction_is_one_kernel(device):
     for function, tensors in functions.items():
         _, (code, *_) = run_and_get_code(compiled._compiled(function), *tensors, 16, 7)
         assert code.count("async_compile.cpp_pybinding(") + code.count("async_compile.triton(") == 1
+    assert_equal_to_the_formulas(v, scale, grad, (-8, 7), 0)
 
 
 def test_it_is_off_until_a_measurement_says_otherwise(device):

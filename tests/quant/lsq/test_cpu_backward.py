@@ -19,6 +19,7 @@ def neighbours(v, steps):
     return torch.cat([*below, *above])
 
 
+@pytest.mark.cover("pairs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("form", ["signed", "unsigned", "between", "few positive"])
 @pytest.mark.parametrize("bits", range(2, 9))

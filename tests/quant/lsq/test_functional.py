@@ -32,7 +32,7 @@ from quant.lsq.cases import (
 
 
 @pytest.mark.usefixtures("with_and_without_output")
-@pytest.mark.cover("pairs")
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_both_gradients_against_the_oracle(dtype, content):

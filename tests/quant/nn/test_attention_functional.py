@@ -148,7 +148,7 @@ def assert_close_but_for_codes(got, want):
     assert bool(torch.isclose(got, want, rtol=0.3, atol=0.3).all())
 
 
-@pytest.mark.cover("pairs")
+@pytest.mark.cover("values")
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(
