@@ -21,13 +21,11 @@ from networks.table import by_network, networks_of_page, write_page
 
 NETWORKS = all_networks()
 SMALL = [name for name, network in NETWORKS.items() if network.small]
-# Of architectures that other tests or smaller networks have too.
-LARGER = ("timm/repghostnet_050", "timm/test_byobnet", "timm/test_efficientnet", "torchvision/mobilenet_v3_small")
 IN_TESTS = [name for name in CHECKS if name != "export"]  # which takes the most time
 
 
 @pytest.mark.usefixtures("torchvision")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGER)) for n in SMALL])
+@pytest.mark.parametrize("name", SMALL)
 def test_a_network_is_quantized_trained_copied_and_converted_or_the_user_is_told(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     record = run_checks(NETWORKS[name], IN_TESTS, lambda record: None)
@@ -38,7 +36,6 @@ def test_a_network_is_quantized_trained_copied_and_converted_or_the_user_is_told
 def test_the_registry_is_large_and_has_small_networks_of_each_library():
     assert len(NETWORKS) >= 100
     assert len(SMALL) == 15
-    assert set(LARGER) < set(SMALL)
     assert {name.partition("/")[0] for name in SMALL} >= {"timm", "torchvision", "transformers"}
     assert [n.name for n in chosen(["timm: mix*", "bert"])][-1] == "transformers/bert"
     with pytest.raises(ValueError, match="no network or family matches nothing"):

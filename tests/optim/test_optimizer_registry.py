@@ -33,23 +33,17 @@ from optimizer_registry import (
     wrap,
 )
 from oracle.optimizer_twin import SHAPES, is_scale
-from selection import covering
 
 every_base = pytest.mark.parametrize("base", BASES)
 every_perturbation = pytest.mark.parametrize("perturbation", PERTURBATIONS)
 
 
 IN_TURN = cases_in_turn()
-# A GPU is slow on tiny networks. On a CPU, test_optimizer_stateful.py has the pairs of perturbations and policies too.
-if DEVICE.type == "cpu":
-    KEPT = {IN_TURN[i] for i in covering([dict(enumerate(case)) for case in IN_TURN], 1)}
-    ALL = dict.fromkeys([*IN_TURN, *covering_cases()])
-    CASES = [pytest.param(case, marks=[pytest.mark.slow] * (case not in KEPT)) for case in ALL]
-else:
-    CASES = IN_TURN
+# A GPU is slow on tiny networks.
+OTHERS = [pytest.param(case, marks=pytest.mark.slow) for case in covering_cases() if case not in IN_TURN]
 
 
-@pytest.mark.parametrize("case", CASES, ids="/".join)
+@pytest.mark.parametrize("case", IN_TURN + OTHERS * (DEVICE.type == "cpu"), ids="/".join)
 @pytest.mark.usefixtures("device")
 def test_every_step_is_the_twin_s(case):
     perturbation, policy, base, protocol = case
