@@ -1,7 +1,6 @@
 """Settings for all tests: one thread and one seed, so that a run repeats to the bit, and the profiles of hypothesis."""
 
 import functools
-import gc
 
 import hypothesis
 import pytest
@@ -26,11 +25,6 @@ hypothesis.settings.load_profile("suite")
 def pytest_collection_modifyitems(items):
     if DEVICE.type == "cpu":  # on a GPU, `make gpu` has few tests, and all of them
         mark_slow(items)
-
-
-def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()  # no later collection walks the millions of objects of modules and collected tests
 
 
 @pytest.fixture(autouse=True)

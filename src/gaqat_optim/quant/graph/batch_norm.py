@@ -148,6 +148,7 @@ def _check_readers(traced: Trace, nodes: list[_Node], call: _Node) -> None:
 def _check_hooks(traced: Trace, moves: list[_Node]) -> None:
     for node in moves:
         module = traced.modules.get(node)
+        # An output quantizer's hook counts too, unlike in has_hooks: the norm comes after its rounding.
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             raise NotFoldableError(f"{_described(traced, node)} has hooks")
 
