@@ -1,4 +1,4 @@
-"""Where the two gradients of a scale disagree: a recorder of every step, and its plot.
+"""Where the two gradients of a scale disagree: a recorder of every step with two passes, and its plot.
 
 The explicit form of the optimizer shows both. After the first backward pass `.grad` is the gradient of the task. Inside
 `optimizer.perturbed()`, after the second backward pass, it is the gradient at the perturbed parameters. When the block
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class ConflictRecorder:
-    """Both gradients of every scale in every step of a training run with two passes, which calls it at four points.
+    """Both gradients of every scale in every step with two passes of a training run, which calls it at four points.
 
     Attributes:
         names: the scales, in the order of the columns below.
@@ -82,7 +82,7 @@ class ConflictRecorder:
             setattr(self, name, list(state[name].numpy()))
 
     def opposed(self) -> Floats:
-        """For each scale, the fraction of steps in which its two gradients had opposite signs."""
+        """For each scale, the fraction of recorded steps in which its two gradients had opposite signs."""
         return np.mean(np.sign(self.task) * np.sign(self.smooth) < 0, axis=0)
 
     def most_conflicting(self, count: int) -> list[int]:
@@ -121,7 +121,7 @@ def conflict_figure(recorder: ConflictRecorder, *, threshold: float, window: int
     for (pull, turns), column in zip(panels, columns, strict=True):
         quantizer = recorder.names[column].rpartition(".")[0]
         pull.set_title(quantizer, fontsize=11, loc="left")
-        turns.set_title(f"opposite signs in {opposed[column]:.0%} of all steps", fontsize=11, loc="left")
+        turns.set_title(f"opposite signs in {opposed[column]:.0%} of these steps", fontsize=11, loc="left")
         for name, colour, gradient, disorder in (
             ("task gradient", TASK, recorder.task, recorder.disorder_task),
             ("flatness gradient", SMOOTH, recorder.smooth, recorder.disorder_smooth),
@@ -136,7 +136,7 @@ def conflict_figure(recorder: ConflictRecorder, *, threshold: float, window: int
         turns.yaxis.set_major_formatter(PercentFormatter(1))
         shade_frozen(np.array(recorder.frozen)[:, column], pull, turns)
     for axes in panels[-1]:
-        axes.set_xlabel("training step")
+        axes.set_xlabel("training step with two passes")
     figure.suptitle(
         "The scales whose two gradients disagree most\n"
         "Left: how each gradient pulls, summed up; lines that part are a conflict.\n"

@@ -61,6 +61,13 @@ def test_the_recorded_gradients_are_those_of_the_two_passes(tiny_root: Path, tmp
         assert task.any()
 
 
+def test_with_an_interval_the_steps_with_two_passes_are_recorded(tiny_root: Path, tmp_path: Path) -> None:
+    recorder = recorded(tiny_study(tiny_root, tmp_path, steps=6, interval=3), "gaqat")
+    assert len(recorder.task) == len(recorder.smooth) == len(recorder.value) == len(recorder.disorder_task) == 2
+    conflict.save_conflict_plot(recorder, tmp_path / "conflict.png", threshold=0.6, window=2)
+    assert (tmp_path / "conflict.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_recording_needs_two_passes() -> None:
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(TypeError, match="two passes of a GAQATOptimizer, not Adam"):

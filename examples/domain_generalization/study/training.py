@@ -122,18 +122,20 @@ class Training:
         """One step: a pass, a second one at the perturbed parameters where the method has it, and the base's step."""
         if not self.model.training:
             train_mode(self.model, self.settings)
-        if self.recorder is not None:
-            self.recorder.begin(self.optimizer)
+        perturbs = isinstance(self.optimizer, GAQATOptimizer) and self.optimizer.perturbs
+        recorder = self.recorder if perturbs else None  # A step with one pass has no two gradients to compare.
+        if recorder is not None:
+            recorder.begin(self.optimizer)
         self.optimizer.zero_grad()
         loss = self._backward(x, y)
-        if self.recorder is not None:
-            self.recorder.first_pass(self.model)
-        if isinstance(self.optimizer, GAQATOptimizer) and self.optimizer.perturbs:
+        if recorder is not None:
+            recorder.first_pass(self.model)
+        if perturbs:
             # A scaler that is not enabled has the scale 1, and steps as the optimizer itself.
             with self.optimizer.perturbed(grad_scale=self._scaler.get_scale()):
                 self._backward(x, y)
-                if self.recorder is not None:
-                    self.recorder.second_pass(self.model)
+                if recorder is not None:
+                    recorder.second_pass(self.model)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self._scheduler is not None:
@@ -142,8 +144,8 @@ class Training:
                 if self._scaler.is_enabled():
                     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 self._scheduler.step()
-        if self.recorder is not None:
-            self.recorder.end(self.optimizer)
+        if recorder is not None:
+            recorder.end(self.optimizer)
         if self.average is not None:
             self.average.add(list(self.model.parameters()))
         self.step += 1
