@@ -1,7 +1,7 @@
 """Fake quantization by five packages. Each peer is a module made from one of our quantizers, and computes the same.
 
-All have our scale, integer bounds and granularity, a learned scale of shape (1,) or (channels,), float32, and give the
-same codes (``assert_same_codes``):
+All but the floor have our scale, integer bounds and granularity, a learned scale of shape (1,) or (channels,), float32,
+and give the same codes (``assert_same_codes``):
 
 ``ours``
     ``LSQQuantizer`` as ``quantize_model`` makes it: learns log(s), LSQ's exact gradient, gradient scale 1/sqrt(N Qp).
@@ -21,6 +21,9 @@ same codes (``assert_same_codes``):
 ``composition``
     LSQ written in torch operators with "detach tricks" for rounding and gradient scale, as the widespread
     implementations do, lsq-net among them; from the formulas of arXiv 1902.08153.
+``floor``
+    No package: the memory traffic that no quantizer can do without. Forward copies the tensor, backward reads the
+    gradient and the tensor and writes a gradient.
 
 In a network, each peer's quantizers have the same place in the same layers (:func:`quantize_like`): a peer's own layer
 classes would only add to it.
@@ -136,7 +139,23 @@ class Composition(nn.Module):
         return ((u.round() - u).detach() + u) * s
 
 
-OURS = "ours"
+class _Floor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return torch.add(grad, ctx.saved_tensors[0], alpha=0)
+
+
+class Floor(nn.Module):
+    def forward(self, v: Tensor) -> Tensor:
+        return _Floor.apply(v)
+
+
+OURS, FLOOR = "ours", "floor"
 PEERS = ("built-in", "torchao", "Brevitas", "composition")
 
 
@@ -153,6 +172,8 @@ def missing_peers() -> dict[str, str]:
 
 def peer_quantizer(name: str, quantizer: LSQQuantizer, v: Tensor) -> nn.Module:
     """A package's quantizer that computes for ``v`` what ``quantizer`` computes."""
+    if name == FLOOR:
+        return Floor()
     if name == "Brevitas":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

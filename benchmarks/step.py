@@ -4,7 +4,7 @@ All networks have 4-bit weights per channel and 4-bit activations per tensor, fi
 random data with one thread. The peers' quantizers are in the same layers with the same scales (``peers.py``). "ours,
 recomputed" is after ``recompute_activations(model)``. Compiled is ``torch.compile(model)``, against the compiled
 network in floating point. Brevitas is left out there, since its graph breaks. On a GPU the compiler makes CUDA graphs
-(mode "reduce-overhead").
+(mode "reduce-overhead"). "floor" has only the necessary memory traffic of a quantizer in the place of each.
 
     python benchmarks/step.py [--runs 3] [--device cuda] [--json FILE]
 """
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from gaqat_optim import recompute_activations
 from networks import Transformer, closure_of, from_torchvision, images, resnet18_cifar, tokens, w4a4
-from peers import OURS, PEERS, quantize_like
+from peers import FLOOR, OURS, PEERS, quantize_like
 from timing import Table, Times, command, interleaved, on_gpu, ratio
 
 FLOAT, RECOMPUTED = "fp32", "ours, recomputed"
 
 
 def tables(runs: int) -> Iterator[Table]:
-    columns = [OURS, RECOMPUTED, *PEERS]
+    columns = [OURS, RECOMPUTED, *PEERS, FLOOR]
     eager = Table("W4A4 forward + backward, eager: multiples of fp32", ["", *columns])
     transformer = Transformer(), *tokens(8, 128, 256)
     cases = {
@@ -36,7 +36,7 @@ def tables(runs: int) -> Iterator[Table]:
         "4 transformer blocks, width 256, 8x128 tokens": transformer,
     }
     for label, (model, x, y) in cases.items():
-        networks = variants(model, x)
+        networks = variants(model, x, [*PEERS, FLOOR])
         times = interleaved({name: closure_of(network, x, y) for name, network in networks.items()}, runs)
         eager.rows.append([label, *(ratio(times[name], times[FLOAT]) for name in columns)])
     yield eager
