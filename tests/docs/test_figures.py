@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import cost_accuracy
 import figure_style
 import interval
 import loss_surface
+import pictogram_sheet
 from conflict import recorder_of, report_of
+from domain_generalization import pictogram_drawings
 from domain_generalization.study.report import title_of
 from domain_generalization.study.runner import attempt, save_results
 from gaqat_optim import QuantConfig, quantize_model
@@ -50,6 +53,21 @@ def test_a_script_draws_its_picture_from_its_table(script: str, tmp_path: Path) 
     assert 5_000 < picture.stat().st_size < LIMIT
     committed = ROOT / "docs" / "images" / PICTURES[script]
     assert 5_000 < committed.stat().st_size < LIMIT
+
+
+def test_the_contact_sheet_of_the_pictograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for style in pictogram_drawings.DOMAINS:
+        for label in ("bird", "meal"):
+            folder = tmp_path / "pictograms" / style / label
+            folder.mkdir(parents=True)
+            for name in ("1f413", "1f986"):
+                Image.new("RGB", (pictogram_drawings.SIZE,) * 2, "red").save(folder / f"{name}.png")
+    monkeypatch.setattr("sys.argv", ["pictogram_sheet.py", str(tmp_path / "pictograms"), "--out", str(tmp_path)])
+    assert pictogram_sheet.main() == 0
+    for folder in (tmp_path, figure_style.IMAGES):
+        assert (folder / "pictograms.png").stat().st_size < LIMIT
+        with Image.open(folder / "pictograms.png") as sheet:
+            assert sheet.width == 700
 
 
 @pytest.mark.parametrize("table", sorted(path.name for path in figure_style.DATA.glob("*.csv")))
