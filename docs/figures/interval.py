@@ -15,12 +15,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from figure_style import BLUE, GREY, INK, ROOT, Row, Tables, command, new_figure, number
+import paired_runs  # lets the examples be imported
+from domain_generalization.study import runner, storage
+from figure_style import Row, Tables, command, new_figure, number
+from paired_runs import MEASURES, Values
 
-sys.path.insert(0, str(ROOT / "examples"))
-from domain_generalization.study import report, runner, storage
-
-MEASURES = {"last_step_accuracy": "after the last step", "held_out_accuracy": "chosen by source validation"}
 EVERY_STEP = "interval=1, 160 steps"  # the row that the others are compared with
 
 
@@ -40,41 +39,24 @@ def run(folder: Path) -> Tables:
     if not rows:
         raise FileNotFoundError(f"{folder}: no run in a folder interval<n>-<steps>; docs/study.md makes them")
     for measure, title in MEASURES.items():
-        print(f"{title}\n\n{report.comparison_table('- every step', differences(rows, measure), 'github')}\n")
+        print(f"{title}\n\n{paired_runs.table('- every step', differences(rows, measure))}\n")
     return {"interval": rows}
 
 
-def differences(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, report.Difference]:
-    """Each setting minus a second pass in every step, paired by held-out domain and seed."""
-    records = [
-        {"method": row["setting"], "target": row["target"], "seed": row["seed"], "bits": 3, measure: row[measure]}
-        for row in rows
-    ]
+def differences(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Values]:
+    """Each setting minus a second pass in every step, within each cell."""
+    every_step = paired_runs.values_of(rows, measure, setting=EVERY_STEP)
     others = sorted({row["setting"] for row in rows} - {EVERY_STEP})
-    found = {other: report.paired_difference(records, other, measure, baseline=EVERY_STEP) for other in others}
-    return {other: difference for other, difference in found.items() if difference is not None}
+    values = {other: paired_runs.values_of(rows, measure, setting=other) for other in others}
+    return {other: paired_runs.difference(values[other], every_step) for other in others}
 
 
 def draw(rows: list[Row]) -> Figure:
     """For each setting the difference in every run, and their mean with its 95 % interval."""
-    measure = "last_step_accuracy"
-    accuracies: dict[str, dict[tuple[str, str], float]] = {}
-    for row in rows:
-        accuracies.setdefault(row["setting"], {})[row["target"], row["seed"]] = float(row[measure])
-    every_step = accuracies[EVERY_STEP]
     figure = new_figure(4)
     axes = figure.subplots()
-    found = differences(rows, measure)
-    for place, (setting, difference) in enumerate(found.items()):
-        runs = [value - every_step[cell] for cell, value in accuracies[setting].items() if cell in every_step]
-        axes.plot(runs, [place] * len(runs), "|", color=GREY, markersize=12, alpha=0.7)
-        reach = difference.mean - difference.interval[0]
-        axes.errorbar(difference.mean, place, xerr=reach, fmt="o", color=BLUE, markersize=9, capsize=5)
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    paired_runs.plot(axes, differences(rows, "last_step_accuracy"))
     axes.set_title("Accuracy, against a second pass in every step")
-    axes.set_xlabel("points (ticks: runs; dots: means, 95 % intervals)")
     return figure
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import cost_accuracy
 import figure_style
+import freezing
 import interval
 import loss_surface
 import pictogram_sheet
@@ -133,10 +134,44 @@ def test_intervals_are_compared_within_cells(tmp_path: Path, capsys: pytest.Capt
     rows = figure_style.read_table(tmp_path / "interval.csv")
     assert len(rows) == 7
     (difference,) = interval.differences(rows, "last_step_accuracy").values()
-    assert (difference.cells, difference.wins) == (3, 1)  # the cell that only one of them has is left out
-    assert difference.mean == pytest.approx(-1.0)
-    assert "interval=5, 267 steps" in capsys.readouterr().out
+    assert difference == {("sketch", str(seed)): value for seed, value in ((500, -2.0), (501, -2.0), (502, 1.0))}
+    line = next(line for line in capsys.readouterr().out.splitlines() if "interval=5, 267 steps" in line)
+    assert "-1.00" in line
+    assert "1 of 3" in line  # the cell that only one of them has is left out
     assert (tmp_path / "interval.svg").stat().st_size > 5_000
+
+
+def test_freezing_is_compared_where_scales_move_and_where_they_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    never, gaqat = {500: 50.0, 501: 40.0, 502: 60.0}, {500: 53.0, 501: 15.0, 502: 61.0}
+    resting = {seed: accuracy + 2 for seed, accuracy in never.items()}
+    of_row = {
+        ("rest", "lsq+sagm"): never,
+        ("rest", "gaqat"): resting,
+        ("fraction", "gaqat"): gaqat,
+        **{("move", method): never for method in ("lsq+sagm", "random", "both", "smooth")},
+    }
+    for (folder, method), of_seed in of_row.items():
+        for seed, accuracy in of_seed.items():
+            job_folder = tmp_path / folder / "jobs" / f"sketch-seed{seed}" / f"{method}-w3"
+            job_folder.mkdir(parents=True)
+            record = {"method": method, "target": "sketch", "seed": seed, "bits": 3, "last_step_accuracy": accuracy}
+            record |= {"held_out_accuracy": 50.0, "frozen": 0.25, "scale_change": 0.5}
+            (job_folder / "done.json").write_text(json.dumps({"records": [record]}), encoding="utf-8")
+
+    arguments = ["--run", "--keep", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path)]
+    assert figure_style.command("freezing", freezing.draw, freezing.run, argv=arguments) == 0
+    rows = figure_style.read_table(tmp_path / "freezing.csv")
+    assert len(rows) == 21
+    found = freezing.differences(rows, "last_step_accuracy")
+    cells = [("sketch", str(seed)) for seed in (500, 501, 502)]
+    assert found["move: GAQAT - LSQ+SAGM"] == dict(zip(cells, (3.0, -25.0, 1.0), strict=True))
+    assert found["interaction: move - rest"] == dict(zip(cells, (1.0, -27.0, -1.0), strict=True))
+    assert found["move: GAQAT - random mask"] == found["move: GAQAT - LSQ+SAGM"]
+    printed = capsys.readouterr().out
+    assert "move, gaqat: 3 runs, 43.0 %, 1 collapsed, frozen 0.250, |log(s_end / s_start)| 0.50" in printed
+    assert (tmp_path / "freezing.svg").stat().st_size > 5_000
 
 
 def test_a_direction_has_the_length_of_each_filter_and_no_other_parameter() -> None:

@@ -92,7 +92,11 @@ def paired_difference(
 ) -> Difference | None:
     """`method` minus `baseline` within each cell that has both. None if no cell has both."""
     ours, theirs = (values_by_cell(records, name, measure) for name in (method, baseline))
-    differences = [ours[cell] - theirs[cell] for cell in ours if cell in theirs]
+    return difference_of([ours[cell] - theirs[cell] for cell in ours if cell in theirs])
+
+
+def difference_of(differences: Sequence[float]) -> Difference | None:
+    """The statistics of differences within cells. None without any."""
     if not differences:
         return None
     mean, error = mean_and_error(differences)
