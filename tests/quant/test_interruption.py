@@ -1,7 +1,10 @@
 """Whatever ends quantize_model, Ctrl-C too: the network in place, random states and torch are as they were."""
 
+import copy
+import gc
 import random
 from collections import OrderedDict
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -123,4 +126,25 @@ def test_a_first_training_forward_that_was_interrupted_is_tried_again(error):
     for model in (first, second):
         assert not model._forward_pre_hooks
         assert not model._forward_hooks
+    assert torch.overrides._get_current_function_mode() is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Stop])
+def test_what_is_read_after_an_interrupted_training_forward_is_no_error(error):
+    x = torch.randn(4, 8)
+    model = quantize_model(nn.Sequential(nn.Linear(8, 8), Fails(1, error), nn.Linear(8, 8)))
+    with pytest.raises(error):
+        model(x)
+    x @ model[0].weight.T
+    second = copy.deepcopy(model)
+    assert torch.equal(model(x), second(x))
+    assert torch.overrides._get_current_function_mode() is None
+
+
+def test_an_interrupted_network_that_is_gone_leaves_nothing():
+    model = quantize_model(nn.Sequential(nn.Linear(8, 8), Fails(1, KeyboardInterrupt)))
+    with suppress(KeyboardInterrupt):
+        model(torch.randn(4, 8))
+    del model
+    gc.collect()
     assert torch.overrides._get_current_function_mode() is None

@@ -132,3 +132,14 @@ def test_a_layer_whose_own_forward_reads_its_weight_past_the_quantized_one():
         quantize_model(model, calibration=torch.rand(8, 4))
     assert "exclude=('1',)" in str(error.value)
     quantize_model(model, QuantConfig(exclude=("1",)), calibration=torch.rand(8, 4))
+
+
+def test_the_first_forward_may_stand_in_an_except_block():
+    """Such as the second try after too large a batch."""
+    model = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    try:
+        raise MemoryError
+    except MemoryError:
+        model(torch.rand(2, 8))
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks

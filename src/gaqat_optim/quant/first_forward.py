@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,11 +24,18 @@ class FirstForwardCheck:
 
     A compiler leaves the hook out, but for the agreement. In a compiled forward nothing can be noticed. So it is an
     error if no forward was checked before, neither in calibration nor in training, and scales are still to be set.
+
+    torch calls no hook at the end of a forward that Ctrl-C stops, or another exception that is no ``Exception``. What
+    was begun there ends before the network's next training forward, or with the network, and judges nothing.
     """
 
     def __init__(self, exclude: Iterable[str], calibrated: bool) -> None:
         self.exclude, self.calibrated = tuple(exclude), calibrated
         self.checked = False
+        self._running: ExitStack | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_running": None}
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if not model.training:
@@ -48,17 +55,23 @@ class FirstForwardCheck:
     # torch.compiler.disable would load the compiler with the package, which takes 1.4 s.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _begin(self, model: nn.Module, is_compiling: bool) -> None:
+        if self._running is not None:
+            stop = KeyboardInterrupt()
+            self._running.__exit__(type(stop), stop, None)
         quantizers = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_sharded]
         waiting = {quantizer for quantizer in quantizers if not quantizer.is_initialized}
-        check = nullcontext() if self.checked or is_compiling else refuse_weight_reads(model, self.exclude)
-        check.__enter__()
+        running = self._running = ExitStack()
+        outer = sys.exc_info()[1]  # The forward itself may be in an except block.
+        running.callback(setattr, self, "_running", None)
+        if not (self.checked or is_compiling):
+            running.enter_context(refuse_weight_reads(model, self.exclude))
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def end(model: nn.Module, args: Any, output: Any) -> None:
-            handle.remove()
-            check.__exit__(*sys.exc_info())
-            if sys.exc_info()[0] is not None:
+            if sys.exc_info()[1] is not outer:
+                running.__exit__(*sys.exc_info())
                 return
+            running.close()
             self.checked |= not is_compiling
             if waiting and is_distributed():
                 agree_on_scales(quantizers, waiting)
@@ -66,7 +79,7 @@ class FirstForwardCheck:
                 for key in [key for key, hook in model._forward_pre_hooks.items() if hook is self]:
                     del model._forward_pre_hooks[key]
 
-        handle = model.register_forward_hook(end, always_call=True)
+        running.callback(model.register_forward_hook(end, always_call=True).remove)
 
 
 def _any_waits(model: nn.Module) -> bool:

@@ -48,7 +48,7 @@ def quantize_model(
     ``super().forward`` and reaches the weight in no other way: what it computes before and behind stays. Any other
     forward stays in floating point, unless its class is registered (``gaqat_optim.register_quantized``), or known by
     name: timm's ``Linear``, its convolutions with "same" padding and with standardized weights, and transformers'
-    ``Conv1D``.
+    ``Conv1D`` and ``FalconLinear``.
     Every other module, every hook and every key of the state dict stays; only the keys of the quantizers are new. A
     forward that calls ``F.linear`` with the weight of a quantized linear layer, as window attention does, calls the
     layer.

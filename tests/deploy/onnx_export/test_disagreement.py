@@ -70,3 +70,11 @@ def test_when_a_difference_is_a_warning():
     assert "the first ones are b (4.00% of its codes, by up to 40), c (34.55%" in saturated
     assert "Rounding does not explain this" in saturated
     assert "Codes differ at 2 of 3 quantizers" in saturated
+
+
+@pytest.mark.parametrize(("ties", "is_rounding"), [(100, True), (98, True), (97, False), (0, False)])
+def test_values_halfway_between_two_codes_are_rounding_however_many(ties, is_rounding):
+    flips = Comparison(0.0, {"fc": QuantizerFlips(2000, 100, 1, ties)}, 10, 8)
+    text = disagreement(flips, flips, Comparison())
+    assert ("The first difference is as rounding makes it" in text) == is_rounding
+    assert ("Do not use the file" in text) != is_rounding

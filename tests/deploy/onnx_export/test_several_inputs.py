@@ -93,11 +93,14 @@ def test_a_tuple_has_the_names_of_forward_s_parameters(reader, tmp_path):
     assert torch.allclose(outputs["logits"], convert(reader)(**inputs)["logits"], atol=1e-5)
 
 
-def test_an_input_of_another_length_is_refused_by_name(file):
+@pytest.mark.parametrize(("name", "axis"), [("input_ids", 1), ("pixel_values", 2), ("pixel_values", 3)])
+def test_an_input_of_another_size_is_refused_by_name(file, name, axis):
     """Axes other than 0 have the sizes of the sample: docs/deployment.md says so."""
     inputs = sample()
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"]], dim=1)
-    with pytest.raises(Exception, match=r"invalid dimensions for input: input_ids.*\s*index: 1 Got: \d+ Expected: \d+"):
+    inputs[name] = torch.cat([inputs[name], inputs[name]], dim=axis)
+    with pytest.raises(
+        Exception, match=rf"invalid dimensions for input: {name}.*\s*index: {axis} Got: \d+ Expected: \d+"
+    ):
         run_file(file, inputs)
 
 

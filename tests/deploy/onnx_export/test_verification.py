@@ -11,8 +11,16 @@ import torch
 from deploy.deploy_networks import CONFIGS, images, trained
 from deploy.onnx_runs import STAYS_IN_FLOAT, damage_graph, run, run_torch
 from gaqat_optim import convert, export_onnx
+from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export import export as exporting
-from gaqat_optim.deploy.onnx_export.verification import Comparison, compare, out_of_range_inputs, top1
+from gaqat_optim.deploy.onnx_export.verification import (
+    Comparison,
+    QuantizerFlips,
+    compare,
+    out_of_range_inputs,
+    recorded_codes,
+    top1,
+)
 
 
 @pytest.mark.parametrize("damage", ["no clip", "other scale", "other codes"])
@@ -36,6 +44,25 @@ def test_infinities_and_nans_in_the_output_are_seen(changed, difference):
     expected = np.array([[1.0, np.nan, np.inf, -np.inf]], np.float32)
     comparison.add_outputs([expected], [np.array([[*changed, np.inf, -np.inf]], np.float32)])
     assert np.array_equal(comparison.max_abs_diff, difference, equal_nan=True)
+
+
+def test_flipped_codes_of_values_halfway_between_two_are_counted():
+    quantizer, halfway = ActivationQuantizer(torch.tensor(0.5), bits=8, zero_point=128, name="q"), {}
+    with recorded_codes(quantizer, halfway) as codes:
+        quantizer(0.5 * torch.tensor([[0.5, 1.4995, -2.5005, 3.498, 4.0]]))
+    comparison = Comparison()
+    comparison.add_codes(codes, {"q": [codes["q"][0] + np.array([1, 1, 0, 1, 0])]}, halfway)
+    assert comparison.quantizers == {"q": QuantizerFlips(5, 3, 1, ties=2)}
+
+
+@pytest.mark.parametrize(
+    ("runs", "change"),
+    [((2, 2, 4), 0), ((4, 2, 4), 1), ((4, 2, 2), 0), ((2, 2, np.nan), 0), ((4, 2, np.nan), 1), ((np.nan, 2, 4), 1)],
+)
+def test_outputs_that_are_as_expected_may_change_when_codes_are_read(runs, change):
+    comparison = Comparison()
+    comparison.add_reading(*([np.array([[value, 0]], np.float32)] for value in runs))
+    assert comparison.change_by_reading == change
 
 
 def test_predictions():

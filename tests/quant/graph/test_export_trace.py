@@ -108,12 +108,13 @@ def test_a_cast_network_is_traced_too():
     assert norms_in(convert(quantized("plain").double())) == []
 
 
-def test_branches_on_values_are_refused_with_both_reasons():
+def test_branches_on_values_are_refused_with_both_reasons(capfd):
     model = quantized("values")
     with pytest.warns(UserWarning, match="Network cannot be traced.*TraceError.*Nor by torch.export") as caught:
         deployed = convert(model)
     assert caught[0].filename == __file__
     assert norms_in(deployed) == ["bn1", "bn2"]
+    assert "def forward" not in capfd.readouterr().err  # torch prints the graph as far as it came
 
 
 def test_without_a_calibration_the_warning_says_so():

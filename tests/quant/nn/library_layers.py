@@ -84,6 +84,13 @@ class OldConv2dSame(Conv2dSame):
         return super().forward(x)
 
 
+def falcon_linear(*args, **options):
+    import_torchvision()  # modeling_falcon imports it
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    return FalconLinear(*args, **options)
+
+
 class Renamed(StdConv2d):
     """Inherits its forward from a layer that is known by name."""
 
@@ -105,6 +112,7 @@ class Convolved(Flat):
 CASES = {
     "Linear": (Flat, lambda: Linear(4, 6), (8, 4)),
     "Conv1D": (Flat, lambda: Conv1D(6, 4), (8, 5, 4)),
+    "Falcon": (Flat, lambda: falcon_linear(4, 6), (8, 5, 4)),
     "Conv2dSame": (Convolved, lambda: Conv2dSame(4, 6, (3, 4), stride=(2, 3), dilation=(2, 1), groups=2), (8, 4, 9, 8)),
     "StdConv2d": (Convolved, lambda: StdConv2d(4, 6, 3, padding=1, bias=False), (8, 4, 5, 5)),
     "ScaledStdConv2dSame": (Convolved, lambda: ScaledStdConv2dSame(4, 6, 3, stride=2), (8, 4, 7, 6)),

@@ -46,7 +46,7 @@ def disagreement(optimized: Comparison, plain: Comparison, between: Comparison) 
             f"Codes differ at {len(flipped)} of {len(worst.quantizers)} quantizers, the first ones are {first_ones}"
         )
     first = next(iter(flipped.values()), QuantizerFlips())
-    is_rounding = first.largest <= 1 and first.flipped <= _MAX_FLIP_RATE * first.codes
+    is_rounding = first.largest <= 1 and first.flipped - first.ties <= _MAX_FLIP_RATE * first.codes
     if is_rounding and change <= _MAX_CHANGE_BY_READING:
         sentences.append(
             "The first difference is as rounding makes it, of values halfway between two codes; in a deep network, at "
@@ -55,7 +55,8 @@ def disagreement(optimized: Comparison, plain: Comparison, between: Comparison) 
         )
     else:
         sentences.append(
-            "Rounding does not explain this (its first differences are of 1, in less than 0.1% of the codes): "
+            "Rounding does not explain this (its first differences are of 1, in less than 0.1% of the codes, values "
+            "halfway between two codes aside): "
             "onnxruntime computes something else on this processor. Do not use the file with it"
         )
     if plain_is_right:

@@ -17,6 +17,8 @@ from ..nn.activation_quantizer import ActivationQuantizer
 from ..qdq import QUANTIZER
 
 Codes = dict[str, list[NDArray[Any]]]
+# Nearer to halfway between two codes than this, in steps, sums in another order decide: of 255 steps a millionth.
+_HALFWAY = 1e-3
 # The inputs of one call.
 Batch = tuple[Tensor, ...]
 
@@ -28,9 +30,12 @@ class QuantizerFlips:
     codes: int = 0
     flipped: int = 0
     largest: int = 0  # difference of two codes
+    ties: int = 0  # flipped ones of values halfway between two codes
 
-    def add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
+    def add(self, a: NDArray[Any], b: NDArray[Any], halfway: NDArray[Any] | None = None) -> None:
         difference = np.abs(a.reshape(-1).astype(np.int64) - b.reshape(-1))
+        if halfway is not None:
+            self.ties += int((difference > 0)[halfway.reshape(-1)].sum())
         self.codes += difference.size
         self.flipped += int((difference > 0).sum())
         self.largest = max(self.largest, int(difference.max(initial=0)))
@@ -45,7 +50,8 @@ class Comparison:
         quantizers: by name, in the order of the graph. The second call of a quantizer has the name and ``#2``.
         predictions: how many were compared.
         agreeing_predictions: how many of them agree.
-        change_by_reading: how far reading the codes changes the outputs, as a fraction of the largest output.
+        change_by_reading: how far the outputs are from the expected ones and change when the codes are read, as a
+            fraction of the largest output.
     """
 
     max_abs_diff: float = 0.0
@@ -83,24 +89,31 @@ class Comparison:
         self.predictions += expected_top1.size
         self.agreeing_predictions += int((expected_top1 == output_top1).sum())
 
-    def add_codes(self, expected: Codes, codes: Codes) -> None:
-        """Compare the codes of all quantizers in the graph.
+    def add_codes(self, expected: Codes, codes: Codes, halfway: Codes) -> None:
+        """Compare the codes of all quantizers in the graph; ``halfway`` tells which values lie between two.
 
         The exporter merges nodes that compute the same: quantizers of one tensor with equal scales, or a layer called
         twice on one tensor. The node that is left stands for all, so equal calls are not compared again.
         """
         for name, results in codes.items():
             calls = expected[name]
+            ties: list[NDArray[Any] | None] = [*halfway[name]]
+            if len(ties) != len(calls):  # of two runs of a graph with merged nodes
+                ties = [None] * len(calls)
             if len(calls) != len(results):
-                calls = [a for i, a in enumerate(calls) if not any(np.array_equal(a, b) for b in calls[:i])]
-            for number, (a, b) in enumerate(zip(calls, results, strict=True), 1):
+                kept = [i for i, a in enumerate(calls) if not any(np.array_equal(a, b) for b in calls[:i])]
+                calls, ties = [calls[i] for i in kept], [ties[i] for i in kept]
+            for number, (a, b, tie) in enumerate(zip(calls, results, ties, strict=True), 1):
                 label = name if number == 1 else f"{name}#{number}"
-                self.quantizers.setdefault(label, QuantizerFlips()).add(a, b)
+                self.quantizers.setdefault(label, QuantizerFlips()).add(a, b, tie)
 
-    def add_reading(self, outputs: Sequence[NDArray[Any]], outputs_with_codes: Sequence[NDArray[Any]]) -> None:
-        """Compare the outputs with those of the run in which the codes were read."""
-        for y, z in zip(outputs, outputs_with_codes, strict=True):
-            difference = _max_abs_diff(y, z)
+    def add_reading(self, *runs: Sequence[NDArray[Any]]) -> None:
+        """Compare the expected outputs, those of the graph, and those of the run in which the codes were read.
+
+        Where the graph's are as expected, it does not matter that reading changes them.
+        """
+        for x, y, z in zip(*runs, strict=True):
+            difference = float(np.fmin(_max_abs_diff(x, y), _max_abs_diff(y, z)))
             largest = float(np.abs(y[np.isfinite(y)]).max(initial=0)) if difference else 1.0
             self.change_by_reading = float(np.maximum(self.change_by_reading, difference / max(largest, 1e-30)))
 
@@ -131,11 +144,12 @@ def compare_levels(
     count = len(proto.graph.output)
     for batch in inputs:
         feed = {value.name: x.numpy() for value, x in zip(proto.graph.input, batch, strict=True)}
-        with torch.no_grad(), recorded_codes(deployed) as codes:
+        halfway: Codes = {}
+        with torch.no_grad(), recorded_codes(deployed, halfway) as codes:
             runs = [([y.numpy() for y in tensors(deployed(*batch))], codes)]
         for comparison, (session, session_with_codes, names) in zip(comparisons, sessions, strict=False):
             outputs, values = session.run(None, feed), session_with_codes.run(None, feed)
-            comparison.add_reading(outputs, values[:count])
+            comparison.add_reading(runs[0][0], outputs, values[:count])
             codes = {}
             for name, value in zip(names, values[count:], strict=True):
                 codes.setdefault(name, []).append(value.astype(np.int16) - zero_points[name])
@@ -143,7 +157,7 @@ def compare_levels(
         pairs = [*((runs[0], run) for run in runs[1:]), (runs[1], runs[-1])]
         for comparison, ((expected, expected_codes), (outputs, codes)) in zip(comparisons, pairs, strict=True):
             comparison.add_outputs(expected, outputs)
-            comparison.add_codes(expected_codes, codes)
+            comparison.add_codes(expected_codes, codes, halfway)
     return comparisons
 
 
@@ -168,13 +182,20 @@ def out_of_range_inputs(*inputs: Tensor) -> list[Batch]:
 
 
 @contextmanager
-def recorded_codes(deployed: nn.Module) -> Iterator[Codes]:
-    """Within the block, record the codes of every activation quantizer, by its name, in the order of its calls."""
+def recorded_codes(deployed: nn.Module, halfway: Codes | None = None) -> Iterator[Codes]:
+    """Within the block, record the codes of every activation quantizer, by its name, in the order of its calls.
+
+    ``halfway`` takes likewise which of the values lie halfway between two codes.
+    """
     codes: Codes = {}
 
     def record(quantizer: nn.Module, args: Any, output: Tensor) -> None:
         assert isinstance(quantizer, ActivationQuantizer)
         codes.setdefault(quantizer.name, []).append(output.detach().to(torch.int16).numpy())
+        if halfway is not None:
+            steps = args[0].detach().to(torch.float32) / quantizer.scale
+            ties = (steps - steps.floor() - 0.5).abs() < _HALFWAY
+            halfway.setdefault(quantizer.name, []).append(ties.numpy())
 
     hooks = [m.register_forward_hook(record) for m in deployed.modules() if isinstance(m, ActivationQuantizer)]
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import operator
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +77,8 @@ def _exported(model: nn.Module) -> _Exported:
 
     args, kwargs = tree_map(zeros, getattr(model, _INPUTS))
     # A quantizer without a scale cannot run, and none changes what is traced.
-    with torch.no_grad(), traceable(model, []), quantization_disabled(model), _types_of_outputs(model) as types:
+    quiet, disabled = _without_partial_graph(), quantization_disabled(model)
+    with torch.no_grad(), quiet, traceable(model, []), disabled, _types_of_outputs(model) as types:
         program = torch.export.export(model, args, kwargs, strict=False)
     signature = program.graph_signature
     owned = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -122,6 +125,20 @@ def _block(node: torch.fx.Node) -> Any:
     if getattr(node.target, "__name__", "") not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
         return None
     return next(operand for operand in node.all_input_nodes if operand.op == "get_attr")
+
+
+@contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """Without the graph as far as it came, which torch prints where an export fails: hundreds of lines."""
+    written, graph = io.StringIO(), ""
+    try:
+        with redirect_stderr(written):
+            yield
+    except Exception as error:
+        graph = str(getattr(error, "partial_fx_graph", ""))
+        raise
+    finally:
+        sys.stderr.write(written.getvalue().replace(f"{graph}\n", "") if graph else written.getvalue())
 
 
 @contextmanager

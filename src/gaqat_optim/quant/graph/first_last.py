@@ -43,7 +43,7 @@ def first_and_last(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[s
         return set(by_order), False
     consequence = (
         f"first_last_bits goes by the order of its layers: {' and '.join(dict.fromkeys(by_order))}. "
-        "Pass calibration=, or set the bits of others by overrides"
+        "Set the bits of others by overrides"
     )
     traced = trace(model, consequence, set(layers.values()))
     if traced is None:

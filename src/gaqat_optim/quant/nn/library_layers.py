@@ -88,5 +88,7 @@ for _folder in ("timm.layers", "timm.models.layers"):  # the second before timm 
     BY_NAME |= {f"{_folder}.{_name}": _class for _name, _class in _TIMM.items()}
 BY_NAME |= {
     "transformers.pytorch_utils.Conv1D": QuantTransposedLinear,
+    # It adds its bias behind the product; F.linear in the same kernel, with other last bits.
+    "transformers.models.falcon.modeling_falcon.FalconLinear": QuantLinear,
     "transformers.models.bit.modeling_bit.WeightStandardizedConv2d": QuantStdConvSame,
 }
