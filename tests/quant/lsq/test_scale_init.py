@@ -209,6 +209,11 @@ def test_mse_scale_leaves_out_only_scales_that_are_worse(kind):
     check()
 
 
+def test_a_scale_whose_whole_error_is_clipping_is_tried():
+    v = torch.cat([0.75 * torch.arange(-3, 4).repeat(100), torch.tensor([7.0])])
+    assert initial_scale(v, -8, 7, None, "mse").item() == pytest.approx(0.75, rel=0.01)
+
+
 def test_the_scale_of_a_channel_does_not_depend_on_the_others():
     v = torch.stack([2.0**i * torch.randn(3000) ** (1 + i % 4) for i in range(-20, 30)])
     same(initial_scale(v, -8, 7, 0, "mse"), torch.cat([initial_scale(row, -8, 7, None, "mse") for row in v]))
