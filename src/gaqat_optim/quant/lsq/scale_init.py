@@ -11,6 +11,8 @@ from .functional import integer_bounds, lsq_bound
 
 # Values of a channel that are used: with more, the optimum moves by well under a percent.
 _MOST_VALUES = 4096
+# Errors computed in one go: few enough for a cache, and enough to outweigh the calls of operators.
+_AT_ONCE = 524_288
 
 
 def initial_scale(v: Tensor, qmin: int, qmax: int, channel_axis: int | None, method: str) -> Tensor:
@@ -43,7 +45,8 @@ def check_initial(name: str, bits: int, v: Tensor, scale: Tensor | float | None,
     Traceback (most recent call last):
     ValueError: the zero point of the quantizer '0.input_quantizer' of 4 bits must be from 0 to 14, got 15
     """
-    if v.numel() == 0 or not bool(torch.isfinite(v).all()):
+    # The smallest and the largest of values with a NaN are NaN. `isfinite` of all values takes several times as long.
+    if v.numel() == 0 or not bool(torch.stack(torch.aminmax(v)).isfinite().all()):
         values = "values that are not finite: look for them in the data and in the weights"
         raise ValueError(f"cannot initialise the quantizer {name!r} from {values if v.numel() else 'no values'}")
     if scale is not None and not all(0 < s < math.inf for s in torch.as_tensor(scale).flatten().tolist()):
@@ -70,7 +73,9 @@ def mse_scale(rows: Tensor, qmin: int, qmax: int) -> Tensor:
     largest = rows.max(dim=1).values.clamp(min=0) / qmax
     if qmin < 0:
         largest = torch.maximum(largest, rows.min(dim=1).values.clamp(max=0) / qmin)
-    return _search(rows, largest, qmin, qmax)
+    count = max(1, _AT_ONCE // 4 // rows.shape[1])
+    blocks = zip(torch.split(rows, count), torch.split(largest, count), strict=True)
+    return torch.cat([_search(some, largest_of_some, qmin, qmax) for some, largest_of_some in blocks])
 
 
 def initial_zero_point(v: Tensor, bits: int, scale: Tensor | float | None = None) -> int:
@@ -116,7 +121,7 @@ def _best_zero_point(row: Tensor, bits: int, candidates: range, scale: Tensor | 
     rows = row.expand(len(bounds), -1)
     qmin, qmax = row.new_tensor(bounds).T.unsqueeze(2)
     s = _search(rows, largest, qmin, qmax) if scale is None else scale.float().expand(len(bounds))
-    best = int(_squared_error(rows, s, qmin, qmax).argmin())
+    best = int(_squared_error(rows, _scales(s, torch.ones_like(s)), qmin, qmax).argmin())
     return candidates[best], s[best].item()
 
 
@@ -128,31 +133,52 @@ def _thinned(rows: Tensor) -> Tensor:
     stride = rows.shape[1] // _MOST_VALUES + 1
     while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
         stride += 1
-    return rows[:, ::stride]
+    return rows[:, ::stride].contiguous()
 
 
 def _search(rows: Tensor, largest: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
     """For each row, the scale up to ``largest`` with the least squared error; bounds as tensors are ``(rows, 1)``."""
-    fractions = torch.linspace(1 / 32, 1, 32, dtype=rows.dtype, device=rows.device)
-    best = _least_error(rows, largest, fractions.expand(len(rows), -1), qmin, qmax)
-    fine = best.unsqueeze(1) + torch.linspace(-1 / 32, 1 / 32, 17, dtype=rows.dtype, device=rows.device)
-    return largest * _least_error(rows, largest, fine.clamp(1 / 256, 1), qmin, qmax)
+    fractions = torch.linspace(1 / 32, 1, 32, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, len(rows))
+    some = _scales(largest, fractions[[23, 31]])
+    enough = 1.001 * _squared_error(rows, some, qmin, qmax).amin(dim=0)  # 1.001: errors of the computation
+    # A smaller scale clips more. Those at which that alone costs each row enough are not tried.
+    first, last = 0, 31
+    while first < last:
+        middle = (first + last) // 2
+        hopeless = _clipping_error(rows, _scales(largest, fractions[middle]), qmin, qmax) > enough
+        first, last = (middle + 1, last) if bool(hopeless.all()) else (first, middle)
+    best = _least_error(rows, largest, fractions[first:], qmin, qmax)
+    fine = torch.linspace(-7 / 256, 7 / 256, 15, dtype=rows.dtype, device=rows.device).unsqueeze(1)
+    return largest * _least_error(rows, largest, (best + fine).clamp(1 / 256, 1), qmin, qmax)
 
 
 def _least_error(rows: Tensor, largest: Tensor, fractions: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
-    """For each row, the fraction of ``largest`` (one of that row's ``fractions``) with the least squared error."""
+    """For each row, the first fraction of ``largest`` with the least squared error, 1 if all overflow.
+
+    ``fractions`` are of shape ``(fractions, rows)``.
+    """
     least = torch.full_like(largest, torch.inf)
     best = torch.ones_like(largest)
-    for fraction in fractions.unbind(dim=1):
-        error = _squared_error(rows, largest * fraction, qmin, qmax)
+    for some in torch.split(fractions, max(1, _AT_ONCE // rows.numel())):
+        error, index = _squared_error(rows, _scales(largest, some), qmin, qmax).min(dim=0)
         better = error < least
         least = torch.where(better, error, least)
-        best = torch.where(better, fraction, best)
+        best = torch.where(better, some.gather(0, index.unsqueeze(0)).squeeze(0), best)
     return best
 
 
+def _scales(largest: Tensor, fractions: Tensor) -> Tensor:
+    """Fractions of ``largest``, positive and of shape ``(..., rows, 1)``."""
+    return (largest * fractions).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+
+
 def _squared_error(rows: Tensor, scale: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
-    """The squared quantization error of each row with its entry of ``scale``."""
-    s = scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    codes = (rows / s).clamp_(qmin, qmax).round_()  # type: ignore[arg-type]
-    return codes.mul_(s).sub_(rows).square_().sum(dim=1)
+    """The squared quantization error of each row with its entry of ``scale``, of shape ``(..., rows, 1)``."""
+    codes = (rows / scale).clamp_(qmin, qmax).round_()  # type: ignore[arg-type]
+    return codes.mul_(scale).sub_(rows).square_().sum(dim=-1)
+
+
+def _clipping_error(rows: Tensor, scale: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
+    """The part of :func:`_squared_error` that comes from values beyond the first and the last code."""
+    clipped = torch.minimum(rows, qmax * scale)  # `clamp` takes twice as long with tensors as bounds
+    return torch.maximum(clipped, qmin * scale, out=clipped).sub_(rows).square_().sum(dim=-1)
