@@ -126,7 +126,7 @@ docs: $(VENV)/.dev ## the HTML documentation, in docs/_build/html
 	$(BIN)/python -m release.pages docs/_build/html
 
 # In this order: overview.py draws a line of the loss surface, and scale_*.py what conflict.py has measured.
-FIGURES := conflict scale_training scale_report loss_surface overview size_accuracy latency interval
+FIGURES := conflict scale_training scale_report loss_surface overview size_accuracy latency interval freezing
 
 figures: $(VENV)/.dev ## draw the pictures of the documentation from docs/figures/data (FIGURES_ARGS="--run --keep runs/figures" measures again)
 	$(call headline,pictures)

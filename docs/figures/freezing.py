@@ -11,6 +11,7 @@ the paired differences. They take hours, so this script does not run them.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ COMPARISONS = {  # what the scales do, a row, and the row that it is compared wi
 
 
 def run(folder: Path) -> Tables:
-    """A row for each run: what its scales do, method, held-out domain, seed, results. Prints what the plan asks for.
+    """An entry for each run: what its scales do, method, held-out domain, seed, results. Prints what the plan asks for.
+
+    A row of the study with fewer runs than others is not complete. It is left out, and named.
 
     Raises:
         FileNotFoundError: one of the folders has no run.
@@ -50,6 +53,7 @@ def run(folder: Path) -> Tables:
             results = {key: number(record[key], 6) for key in (*MEASURES, "frozen", "scale_change")}
             cell = {key: record[key] for key in ("method", "target", "seed")}
             rows.append({"scales": scales, **cell, **results})
+    rows = _complete(rows)
     for scales in ("rest", "move"):
         own = [row for row in rows if row["scales"] == scales]
         for method in dict.fromkeys(row["method"] for row in own):
@@ -66,8 +70,19 @@ def run(folder: Path) -> Tables:
     return {"freezing": rows}
 
 
+def _complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    counts = Counter((row["scales"], row["method"]) for row in rows)
+    partial = {row: count for row, count in counts.items() if count < max(counts.values())}
+    for (scales, method), count in partial.items():
+        print(f"{scales}, {method}: left out, {count} runs of {max(counts.values())}")
+    return [row for row in rows if (row["scales"], row["method"]) not in partial]
+
+
 def differences(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Values]:
-    """The comparisons within each cell, and the interaction: GAQAT's where scales move, minus that where they rest."""
+    """The comparisons within each cell, and the interaction: GAQAT's where scales move, minus that where they rest.
+
+    Those without runs are left out.
+    """
 
     def row(scales: str, method: str) -> Values:
         return paired_runs.values_of(rows, measure, scales=scales, method=method)
@@ -77,14 +92,16 @@ def differences(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Va
         for label, (scales, method, baseline) in COMPARISONS.items()
     }
     moving, resting = found["move: GAQAT - LSQ+SAGM"], found["rest: GAQAT - LSQ+SAGM"]
-    return {**found, "interaction: move - rest": paired_runs.difference(moving, resting)}
+    found["interaction: move - rest"] = paired_runs.difference(moving, resting)
+    return {label: values for label, values in found.items() if values}
 
 
 def draw(rows: list[Row]) -> Figure:
     """For each comparison the difference in every run, and their mean with its 95 % interval."""
-    figure = new_figure(5.5)
+    found = differences(rows, "last_step_accuracy")
+    figure = new_figure(1.5 + 0.6 * len(found))
     axes = figure.subplots()
-    paired_runs.plot(axes, differences(rows, "last_step_accuracy"))
+    paired_runs.plot(axes, found)
     axes.set_title("Accuracy: freezing where scales move, and where they rest", x=-0.3)
     return figure
 
