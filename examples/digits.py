@@ -103,7 +103,7 @@ def _show_example(finished: Finished, job: Job) -> None:
         settings = study.settings
         save_conflict_plot(recorder, folder / "conflict.png", threshold=settings.threshold, window=settings.window)
     else:
-        print("No conflict plot: it takes a method with two passes, recorded from its first step on.")
+        print(wrapped("No conflict plot: it takes a method with two passes, recorded from its first step on."))
     fp32 = trained_network(study, Job(job.target, job.seed, None, START))
     images, labels = load_once(job.seed)[job.target]
     print("Writing the network as ONNX files, and comparing them in onnxruntime ...\n", flush=True)
