@@ -145,10 +145,10 @@ def test_the_rounding_of_biases_is_the_only_difference(network, config):
 
     There, the last bit of a float32 sum decides, which each processor adds up in its own order. One such code changes
     others behind it, so inputs are counted in which any differs: they are a few percent, and with the biases as trained
-    at least four times as many.
+    at least four times as many. The linear network at 8 bits has the fewest, 5 % as trained: 100 of 2048 inputs.
     """
     model = trained(network, CONFIGS[config])
-    deployed, x = convert(model), images(64, seed=7)
+    deployed, x = convert(model), images(2048, seed=7)
     before = inputs_that_differ(model, deployed, x)
     with torch.no_grad():
         for (layer, norm), deploy in zip(pairs(model), deploy_layers(deployed), strict=True):

@@ -180,10 +180,11 @@ def _fold(
     shapes = [(1, sum(channels), *[1] * (axes - 2)) for axes in fitting.values()]
     norm, calls = _norm(traced, module, value, call, shapes)
     positions = {number: position for position, number in enumerate(numbers)}
+    size = sum(channels)
     parts, first = {}, 0
     for layer, count in zip(layers, channels, strict=True):
         own = tuple(positions[number] for number in range(first, first + count))
-        parts[layer] = replace(norm, channels=own, size=sum(channels), axes=tuple(fitting))
+        parts[layer] = replace(norm, channels=() if own == tuple(range(size)) else own, size=size, axes=tuple(fitting))
         first += count
     return parts, calls
 

@@ -151,8 +151,9 @@ class ClampStraightThrough(torch.autograd.Function):
     """Clamp whose gradient is the identity, so that a value beyond a bound can come back."""
 
     @staticmethod
-    def forward(value: Tensor, low: float, high: float) -> Tensor:
-        return value.clamp(low, high)
+    def forward(*arguments: Any) -> Tensor:
+        value, low, high = arguments[-3:]  # without parameter names for the reason that _LSQ has none
+        return value.clamp(low, high)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
