@@ -11,7 +11,6 @@ the paired differences. They take hours, so this script does not run them.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def run(folder: Path) -> Tables:
             results = {key: number(record[key], 6) for key in (*MEASURES, "frozen", "scale_change")}
             cell = {key: record[key] for key in ("method", "target", "seed")}
             rows.append({"scales": scales, **cell, **results})
-    rows = _complete(rows)
+    rows = paired_runs.complete(rows, "scales", "method")
     for scales in ("rest", "move"):
         own = [row for row in rows if row["scales"] == scales]
         for method in dict.fromkeys(row["method"] for row in own):
@@ -68,14 +67,6 @@ def run(folder: Path) -> Tables:
     for measure, title in MEASURES.items():
         print(f"\n{title}\n\n{paired_runs.table('', differences(rows, measure))}")
     return {"freezing": rows}
-
-
-def _complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    counts = Counter((row["scales"], row["method"]) for row in rows)
-    partial = {row: count for row, count in counts.items() if count < max(counts.values())}
-    for (scales, method), count in partial.items():
-        print(f"{scales}, {method}: left out, {count} runs of {max(counts.values())}")
-    return [row for row in rows if (row["scales"], row["method"]) not in partial]
 
 
 def differences(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Values]:

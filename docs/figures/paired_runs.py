@@ -6,6 +6,7 @@ A cell is a held-out domain with a seed.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,25 @@ def values_of(rows: Sequence[Mapping[str, Any]], measure: str, **wanted: str) ->
     """The measure in each cell, of the rows that have the wanted entries."""
     own = [row for row in rows if all(row[column] == value for column, value in wanted.items())]
     return {(row["target"], str(row["seed"])): float(row[measure]) for row in own}
+
+
+def complete(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """The runs of those rows of a study that have as many as any. Others are not complete, and are named.
+
+    Args:
+        rows: the runs.
+        names: the entries that a row of the study has in all its runs. The first tells the studies apart.
+    """
+
+    def row_of(run: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(run[name]) for name in names)
+
+    counts = Counter(map(row_of, rows))
+    most = {study: max(count for row, count in counts.items() if row[0] == study) for study, *_ in counts}
+    for row, count in counts.items():
+        if count < most[row[0]]:
+            print(f"{', '.join(row)}: left out, {count} runs of {most[row[0]]}")
+    return [dict(run) for run in rows if counts[row_of(run)] == most[row_of(run)[0]]]
 
 
 def difference(ours: Values, theirs: Values) -> Values:

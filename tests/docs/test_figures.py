@@ -20,8 +20,7 @@ import loss_surface
 import pictogram_sheet
 from conflict import recorder_of, report_of
 from domain_generalization import pictogram_drawings
-from domain_generalization.study.report import title_of
-from domain_generalization.study.runner import attempt, save_results
+from domain_generalization.study.runner import attempt, results
 from gaqat_optim import QuantConfig, quantize_model
 from tiny_study import job, tiny_study, write_tree
 
@@ -91,28 +90,50 @@ def test_a_script_without_its_table_says_so(tmp_path: Path, capsys: pytest.Captu
     assert not list(tmp_path.iterdir())
 
 
-def test_cost_and_accuracy_of_a_study(tmp_path: Path) -> None:
-    study = tiny_study(write_tree(tmp_path / "images"), tmp_path / "study")
+def test_cost_and_accuracy_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = tiny_study(write_tree(tmp_path / "images"), tmp_path / "cost")
     for method in ("lsq", "lsq-x3", "lsq+sagm"):
         assert attempt(study, job(method), set(), lambda job, line: None) == "done"
-    save_results(study)
-    records = {r["method"]: r for r in json.loads((tmp_path / "study" / "results.json").read_text(encoding="utf-8"))}
+    records = {record["method"]: record for record in results(study.out)}
 
-    arguments = ["--run", "--keep", str(tmp_path / "study"), "--data", str(tmp_path), "--out", str(tmp_path)]
+    arguments = ["--run", "--keep", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path)]
     assert figure_style.command("cost-accuracy", cost_accuracy.draw, cost_accuracy.run, argv=arguments) == 0
-    rows = {row["method"]: row for row in figure_style.read_table(tmp_path / "cost_accuracy.csv")}
-    assert rows.keys() == records.keys()
-    for method, row in rows.items():
-        assert row["title"] == title_of(method)
-        assert (row["bits"], row["cells"]) == ("3", "1")
-        assert float(row["accuracy"]) == pytest.approx(records[method]["last_step_accuracy"], rel=1e-3)
-        assert float(row["cost"]) == pytest.approx(records[method]["seconds"] / records["lsq"]["seconds"], rel=1e-3)
+    rows = figure_style.read_table(tmp_path / "cost_accuracy.csv")
+    assert {row["method"] for row in rows} == records.keys()
+    assert cost_accuracy.studies(rows) == [("digits", 3)]
+    for row in rows:
+        record = records[row["method"]]
+        assert float(row["last_step_accuracy"]) == pytest.approx(record["last_step_accuracy"], rel=1e-5)
+        cost = record["seconds"] / records["lsq"]["seconds"]
+        assert cost_accuracy.cost(rows, row["method"]) == pytest.approx(cost, rel=1e-4)
     assert (tmp_path / "cost-accuracy.svg").stat().st_size > 5_000
+    printed = capsys.readouterr().out
+    for method, record in records.items():
+        assert f"digits, 3 bits, {method}: 1 runs, {record['last_step_accuracy']:.1f} %" in printed
+
+
+def test_costs_are_medians_and_differences_are_within_a_width(tmp_path: Path) -> None:
+    def row(bits: int, seed: int, method: str, seconds: float, accuracy: float) -> dict[str, object]:
+        accuracies = {"last_step_accuracy": accuracy, "held_out_accuracy": accuracy}
+        cell = {"data": "digits", "bits": str(bits), "target": "sketch", "seed": seed, "method": method}
+        return {**cell, "seconds": seconds, **accuracies}
+
+    rows = [row(bits, seed, "lsq", 10.0 + seed, 50.0 + seed) for bits in (3, 4) for seed in range(3)]
+    # Seed 2 was stopped for an hour.
+    rows += [row(3, seed, "lsq-x3", 3 * (10.0 + seed) + 3600 * (seed == 2), 53.0 + seed) for seed in range(3)]
+    rows += [row(3, seed, "lsq+sagm-flat", 32.0, 57.0 + 2 * seed) for seed in range(3)]
+    assert cost_accuracy.cost(cost_accuracy.runs_of(rows, "digits", 3), "lsq-x3") == 3
+    found = cost_accuracy.differences(cost_accuracy.runs_of(rows, "digits", 3), "last_step_accuracy")
+    assert list(found["LSQ+SAGM, flat start - LSQ, 3x steps"].values()) == [4, 5, 6]
+    assert cost_accuracy.differences(cost_accuracy.runs_of(rows, "digits", 4), "last_step_accuracy") == {}
 
 
 def test_costs_without_lsq_have_no_unit(tmp_path: Path) -> None:
     record = {"target": "sketch", "seed": 0, "bits": 3, "method": "gaqat", "seconds": 2.0, "last_step_accuracy": 50.0}
-    (tmp_path / "results.json").write_text(json.dumps([record]), encoding="utf-8")
+    folder = tmp_path / "cost" / "jobs" / "sketch-seed0" / "gaqat-w3"
+    folder.mkdir(parents=True)
+    done = {"records": [{**record, "held_out_accuracy": 50.0}]}
+    (folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
     with pytest.raises(ValueError, match="no row lsq at 3 bits"):
         cost_accuracy.run(tmp_path)
 
