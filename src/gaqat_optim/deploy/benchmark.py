@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,28 +32,21 @@ class Latency:
     @property
     def median(self) -> float:
         """The median, in milliseconds."""
-        return statistics.median(self.times)
+        return float(np.median(self.times))
 
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """The range of the middle half of the runs, in milliseconds."""
-        low, high = np.percentile(self.times, [25, 75]).tolist()
-        return low, high
-
-    @property
-    def fastest(self) -> float:
-        """The shortest run, in milliseconds."""
-        return min(self.times)
+    def __str__(self) -> str:
+        low, high = np.percentile(self.times, [25, 75])
+        return f"{self.path.name}: median {self.median:.3f} ms, middle half {low:.3f} to {high:.3f} ms"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The result of :func:`benchmark_onnx`; ``str()`` of it is a short table.
+    """The result of :func:`benchmark_onnx`; ``str()`` of it has both medians, their spreads and the ratio.
 
     Attributes:
         a: run times of the first file.
         b: run times of the second file.
-        batch_size: the size of the axes that all files leave free.
+        batch_size: the size of the axes that both files leave free.
         threads: the threads of each run.
     """
 
@@ -70,15 +61,8 @@ class Benchmark:
         return self.a.median / self.b.median
 
     def __str__(self) -> str:
-        width = max(len(self.a.path.name), len(self.b.path.name), len("file"))
-        lines = [f"{'file':<{width}}  median ms      middle half  fastest"]
-        for latency in (self.a, self.b):
-            low, high = latency.quartiles
-            spread = f"{low:.3f} to {high:.3f}"
-            lines.append(f"{latency.path.name:<{width}}  {latency.median:9.3f}  {spread:>15}  {latency.fastest:7.3f}")
-        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
-        runs = f"{len(self.a.times)} runs each, interleaved, batch {self.batch_size}, {threads}"
-        return "\n".join([*lines, f"{self.b.path.name} is {self.ratio:.2f} times as fast ({runs})"])
+        runs = f"{len(self.a.times)} runs each, interleaved, batch size {self.batch_size}, threads: {self.threads}"
+        return f"{self.a}\n{self.b}\n{self.b.path.name} is {self.ratio:.2f} times as fast ({runs})"
 
 
 def benchmark_onnx(
@@ -93,26 +77,25 @@ def benchmark_onnx(
     """Measure two ONNX files in onnxruntime on the CPU, in turns: a, b, a, b, ...
 
     Other load on the machine then slows down both alike, so that their ratio is steadier than either time. The files
-    get the same random inputs, made from the shapes that they declare. Inputs are matched by type and shape, so that a
-    file of the float network may have other names for them, and another opset. Integers are 0, and 1 where the name of
-    the input has ``mask`` in it.
+    get the same random inputs. Inputs are matched by name, or by position if the files have other names for them.
+    Integers are 0, and 1 where the name of the input has ``mask`` in it.
 
     Args:
         path_a: the file to compare with, such as the float network.
         path_b: the file to compare, such as one of :func:`~gaqat_optim.export_onnx`.
-        batch_size: size of axis 0 of the inputs, and of every other axis that all files leave free.
+        batch_size: size of every axis that both files leave free.
         threads: threads that onnxruntime computes one run with.
         runs: measured runs of each file.
         warmup: runs of each file before the measured ones, in which onnxruntime allocates its memory.
 
     Returns:
-        The run times, with medians, spread and ratio.
+        The run times, with medians and ratio.
 
     Raises:
         ImportError: onnxruntime is not installed.
         FileNotFoundError: one of the files does not exist.
         ValueError: an argument is out of range, onnxruntime cannot load a file, the two files have different inputs,
-            or their inputs have another batch size or a type that cannot be filled.
+            or inputs for another batch size or of a type that cannot be filled.
 
     Example:
         >>> import tempfile, torch
@@ -128,32 +111,19 @@ def benchmark_onnx(
         >>> len(result.a.times), result.ratio > 0
         (50, True)
     """
-    a, b = latencies([path_a, path_b], batch_size=batch_size, threads=threads, runs=runs, warmup=warmup)
-    return Benchmark(a, b, batch_size, threads)
-
-
-def latencies(
-    paths: Sequence[str | os.PathLike[str]], *, batch_size: int = 1, threads: int = 1, runs: int = 50, warmup: int = 5
-) -> list[Latency]:
-    """:func:`benchmark_onnx` for any number of files: the run times of each, in the order of ``paths``."""
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("threads", threads, 1),
-        ("runs", runs, 1),
-        ("warmup", warmup, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    files = [Path(path) for path in paths]
-    sessions = [_session(path, threads) for path in files]
-    feeds = _feeds(files, [session.get_inputs() for session in sessions], batch_size)
-    times: list[list[float]] = [[] for _ in files]
+    if min(batch_size, threads, runs) < 1 or warmup < 0:
+        raise ValueError(f"{batch_size=}, {threads=} and {runs=} must be at least 1, and {warmup=} at least 0")
+    paths = Path(path_a), Path(path_b)
+    sessions = [_session(path, threads) for path in paths]
+    feeds = _feeds(sessions[0].get_inputs(), sessions[1].get_inputs(), batch_size)
+    times: tuple[list[float], list[float]] = [], []
     for _ in range(warmup + runs):
         for session, feed, measured in zip(sessions, feeds, times, strict=True):
             begin = time.perf_counter()
             session.run(None, feed)
             measured.append(1000 * (time.perf_counter() - begin))
-    return [Latency(path, tuple(measured[warmup:])) for path, measured in zip(files, times, strict=True)]
+    a, b = (Latency(path, tuple(measured[warmup:])) for path, measured in zip(paths, times, strict=True))
+    return Benchmark(a, b, batch_size, threads)
 
 
 def _session(path: Path, threads: int) -> Any:
@@ -174,59 +144,36 @@ def _session(path: Path, threads: int) -> Any:
         raise ValueError(f"onnxruntime cannot load {str(path)!r}: {type(error).__name__}: {reason}") from error
 
 
-def _feeds(files: list[Path], declared: list[list[Any]], batch_size: int) -> list[dict[str, NDArray[Any]]]:
-    """The same random values for each file, by the names of its inputs."""
-    matches = [[value] for value in declared[0]]  # An input of the first file, and the inputs of the others like it.
-    for file, inputs in zip(files[1:], declared[1:], strict=True):
-        unmatched = list(inputs)
-        for match in matches:
-            fitting = [value for value in unmatched if all(_can_be_equal(value, other) for other in match)]
-            fitting.sort(key=lambda value: value.name != match[0].name)  # One of the same name comes first.
-            match += fitting[:1]
-            unmatched = [value for value in unmatched if value not in match]
-        if unmatched or len(inputs) != len(matches):
-            raise ValueError(
-                f"the inputs differ: {files[0].name!r} takes {_listed(declared[0], batch_size)}, and {file.name!r} "
-                f"takes {_listed(inputs, batch_size)}. Export both from one network with one sample"
-            )
-    # An input without the batch, such as positions, has a fixed size beside others that leave theirs free.
-    if not any(all(value.shape and not isinstance(value.shape[0], int) for value in match) for match in matches):
-        for match in matches:
-            _check_batch(match, batch_size)
+def _feeds(inputs_a: list[Any], inputs_b: list[Any], batch_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same random values for both files, by the names of their inputs."""
+    by_name = {value.name: value for value in inputs_b}
+    if by_name.keys() == {value.name for value in inputs_a}:
+        inputs_b = [by_name[value.name] for value in inputs_a]
+    if len(inputs_a) != len(inputs_b):
+        raise ValueError(f"the inputs differ: the first file has {len(inputs_a)}, the second one {len(inputs_b)}")
     generator = np.random.default_rng(0)
-    arrays = [_random_array(match, batch_size, generator) for match in matches]
-    return [{match[i].name: array for match, array in zip(matches, arrays, strict=True)} for i, _ in enumerate(files)]
+    feeds: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for a, b in zip(inputs_a, inputs_b, strict=True):
+        feeds[0][a.name] = feeds[1][b.name] = _random_array(a, b, batch_size, generator)
+    sizes = {len(array) for array in feeds[0].values() if array.ndim}
+    if sizes and batch_size not in sizes:
+        raise ValueError(f"the files are for batches of {max(sizes)} only, not of {batch_size}")
+    return feeds
 
 
-def _can_be_equal(a: Any, b: Any) -> bool:
-    """Whether one tensor can be both inputs; the size of a free axis is a name or ``None``."""
-    if a.type != b.type or len(a.shape) != len(b.shape):
-        return False
-    return all(m == n or not (isinstance(m, int) and isinstance(n, int)) for m, n in zip(a.shape, b.shape, strict=True))
-
-
-def _shape(match: list[Any], batch_size: int) -> tuple[int, ...]:
-    """The sizes that any of the inputs fixes, ``batch_size`` for axes that all leave free."""
-    axes = zip(*(value.shape for value in match), strict=True)
-    return tuple(next((size for size in sizes if isinstance(size, int)), batch_size) for sizes in axes)
-
-
-def _check_batch(match: list[Any], batch_size: int) -> None:
-    shape = _shape(match, batch_size)
-    if shape and shape[0] != batch_size:
-        raise ValueError(f"the input {match[0].name!r} is for batches of {shape[0]} only, not of {batch_size}")
-
-
-def _random_array(match: list[Any], batch_size: int, generator: np.random.Generator) -> NDArray[Any]:
-    name, kind, shape = match[0].name, match[0].type, _shape(match, batch_size)
-    if kind not in _DTYPES:
-        raise ValueError(f"the input {name!r} is a {kind}, which benchmark_onnx cannot fill")
-    dtype = np.dtype(_DTYPES[kind])
+def _random_array(a: Any, b: Any, batch_size: int, generator: np.random.Generator) -> NDArray[Any]:
+    """Values for the input ``a`` of one file, which is the input ``b`` of the other."""
+    # The size of a free axis is a name or None.
+    sizes = [{size for size in pair if isinstance(size, int)} for pair in zip(a.shape, b.shape, strict=False)]
+    if a.type != b.type or len(a.shape) != len(b.shape) or any(len(fixed) > 1 for fixed in sizes):
+        raise ValueError(
+            f"the inputs differ: {a.name} is a {a.type} of shape {a.shape} in the first file, and {b.name} a {b.type} "
+            f"of shape {b.shape} in the second. Export both from one network with one sample"
+        )
+    if a.type not in _DTYPES:
+        raise ValueError(f"the input {a.name!r} is a {a.type}, which benchmark_onnx cannot fill")
+    shape, dtype = [min(fixed, default=batch_size) for fixed in sizes], np.dtype(_DTYPES[a.type])
     if dtype.kind != "f":
-        is_mask = any("mask" in value.name for value in match)  # One that hides everything makes NaNs of averages.
+        is_mask = "mask" in a.name or "mask" in b.name  # One that hides everything makes NaNs of averages.
         return np.full(shape, is_mask, dtype)  # Indices of 0 are in range of every table.
     return np.asarray(generator.standard_normal(shape), dtype)
-
-
-def _listed(inputs: list[Any], batch_size: int) -> str:
-    return ", ".join(f"{value.name}: {value.type} {_shape([value], batch_size)}" for value in inputs) or "none"
