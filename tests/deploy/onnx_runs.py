@@ -42,6 +42,18 @@ def run(path, x, level="optimized"):
     return torch.from_numpy(session(path, level).run(None, {"input": x.numpy()})[0])
 
 
+def predicts_the_same(result):
+    """Whether a report or a comparison has all predictions in common, or 99 % where a code differs.
+
+    A code differs where a sum lies within rounding of a tie, which is another one on each processor, and can change a
+    prediction.
+    """
+    same = result.top1_agreement >= (0.99 if result.code_flip_rate else 1)
+    if getattr(result, "top1_agreement_unoptimized", None) is None:
+        return same
+    return same and result.top1_agreement_unoptimized >= (0.99 if result.code_flip_rate_unoptimized else 1)
+
+
 def saturating(proto):
     """The products of a graph that are not proven to be exact."""
     return saturating_products(ir.from_proto(proto).graph)

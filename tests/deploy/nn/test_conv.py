@@ -13,7 +13,7 @@ from torch import nn
 from deploy import deploy_oracle as oracle
 from deploy.deploy_networks import close, quantized, randomize_norms, run
 from deploy.nn.layer_networks import NORMS, TRANSPOSED, UNet, chain
-from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT
+from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT, predicts_the_same
 from deploy.onnx_runs import run as run_onnx
 from gaqat_optim import QuantConfig, export_onnx
 from gaqat_optim.deploy.convert import convert
@@ -257,7 +257,7 @@ def test_onnxruntime_computes_what_convert_says(name, bits, tmp_path):
     assert report.float_kernels["ConvTranspose"] == 2  # There is no integer kernel for it.
     for optimized in (False, True):
         result = compare(deployed, proto, [*out_of_range_inputs(x), (x[:33],), (-50 * x[:33],)], optimized=optimized)
-        assert result.top1_agreement == 1.0
+        assert predicts_the_same(result)
         assert result.code_flip_rate <= 1e-3
     for level, batch, factor in itertools.product(LEVELS, (1, 33), (1, -50)):
         inputs = factor * x[:batch]

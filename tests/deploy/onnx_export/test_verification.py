@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deploy.deploy_networks import CONFIGS, images, trained
-from deploy.onnx_runs import STAYS_IN_FLOAT, damage_graph, run, run_torch
+from deploy.onnx_runs import STAYS_IN_FLOAT, damage_graph, predicts_the_same, run, run_torch
 from gaqat_optim import convert, export_onnx
 from gaqat_optim.deploy.nn.activation_quantizer import ActivationQuantizer
 from gaqat_optim.deploy.onnx_export import export as exporting
@@ -19,6 +19,7 @@ from gaqat_optim.deploy.onnx_export.verification import (
     compare,
     out_of_range_inputs,
     recorded_codes,
+    same_predictions,
     top1,
 )
 
@@ -73,6 +74,18 @@ def test_predictions():
     assert top1(np.array([[-1.0], [1.0]])).tolist() == [[False], [True]]
 
 
+def test_a_tie_between_two_classes_is_no_disagreement():
+    """Scores that are equal but for their last bits come in another order from another runtime or processor."""
+    expected = np.array([[1, 1 + 1e-7, -3], [1, 1.01, -3], [np.nan, 1, 1], [np.inf, np.inf, 1]], np.float32)
+    other = np.array([[1 + 1e-7, 1, -3], [1.01, 1, -3], [np.nan, 1, 1], [np.inf, np.inf, 1]], np.float32)
+    assert same_predictions(expected, other).tolist() == [True, False, True, True]
+    signs = np.array([1e-7, 0.1, -0.2], np.float32)
+    assert same_predictions(signs, -signs).tolist() == [True, False, False]
+    pixels = np.stack([expected, other], axis=1)[:2, :, None]  # 2 images, 2 classes, 1 x 3 pixels
+    assert same_predictions(pixels, pixels[:, ::-1]).tolist() == [[[True, True, True]], [[False, False, True]]]
+    assert same_predictions(np.array([[True, False]]), np.array([[False, True]])).tolist() == [False]
+
+
 def test_both_optimization_levels_are_compared(resnet, tmp_path):
     model, _ = resnet
     x = images(64, seed=5)
@@ -119,5 +132,6 @@ def test_a_bias_of_the_converted_network_that_is_wrong_is_seen(tmp_path, monkeyp
     model, x = trained("mlp", CONFIGS["W4A4"]), images(64, seed=6)
     monkeypatch.setattr(exporting, "convert", coarse)
     report = export_onnx(model, x, tmp_path / "net.onnx")
-    assert report.top1_agreement == 1.0 > report.convert_top1_agreement
+    assert predicts_the_same(report)
+    assert report.convert_top1_agreement < 0.9
     assert report.convert_max_abs_diff > 0.1

@@ -41,7 +41,8 @@ class ExportReport:
             a value halfway between two codes can then take the other one.
         top1_agreement: fraction of predictions that agree, in the first output that has axes (a loss has none). A
             prediction is the largest entry along the last axis, along axis 1 for outputs of four axes or more (one
-            class per pixel), and the sign where there is one entry.
+            class per pixel), and the sign where there is one entry. Two classes whose scores differ by less than a
+            hundred-thousandth of the largest score are a tie, and either of them agrees.
         max_abs_diff_unoptimized: as ``max_abs_diff``.
         code_flip_rate_unoptimized: as ``code_flip_rate``.
         top1_agreement_unoptimized: as ``top1_agreement``.

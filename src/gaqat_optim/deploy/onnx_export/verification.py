@@ -19,6 +19,8 @@ from ..qdq import QUANTIZER
 Codes = dict[str, list[NDArray[Any]]]
 # Nearer to halfway between two codes than this, in steps, sums in another order decide: of 255 steps a millionth.
 _HALFWAY = 1e-3
+# Scores that are nearer to each other, as a fraction of the largest one, are a tie that the order of a sum decides.
+_TIE = 1e-5
 # The inputs of one call.
 Batch = tuple[Tensor, ...]
 
@@ -85,9 +87,9 @@ class Comparison:
         for y, z in zip(expected, outputs, strict=True):
             self.max_abs_diff = float(np.maximum(self.max_abs_diff, _max_abs_diff(y, z)))  # A NaN stays one.
         first = next((i for i, y in enumerate(expected) if y.ndim), 0)
-        expected_top1, output_top1 = top1(expected[first]), top1(outputs[first])
-        self.predictions += expected_top1.size
-        self.agreeing_predictions += int((expected_top1 == output_top1).sum())
+        agreement = same_predictions(expected[first], outputs[first])
+        self.predictions += agreement.size
+        self.agreeing_predictions += int(agreement.sum())
 
     def add_codes(self, expected: Codes, codes: Codes, halfway: Codes) -> None:
         """Compare the codes of all quantizers in the graph; ``halfway`` tells which values lie between two.
@@ -213,10 +215,33 @@ def top1(output: NDArray[Any]) -> NDArray[Any]:
     >>> top1(np.array([[-0.3], [2.0]])).tolist()
     [[False], [True]]
     """
+    axis = _class_axis(output)
+    return np.asarray(output > 0 if axis is None else output.argmax(axis))
+
+
+def same_predictions(expected: NDArray[Any], output: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which predictions of ``output`` are those of ``expected``, or one of them that has the same score but for a tie.
+
+    >>> expected, output = np.array([[1.0, 1.0 + 1e-7], [1.0, 2.0]]), np.array([[1.0, 1.0], [2.0, 1.0]])
+    >>> same_predictions(expected, output).tolist()
+    [True, False]
+    """
+    predicted, found, axis = top1(expected), top1(output), _class_axis(expected)
+    scores = expected.astype(np.float64)
+    if axis is None:
+        margin = np.abs(scores)
+    else:
+        best, chosen = (np.take_along_axis(scores, np.expand_dims(i, axis), axis) for i in (predicted, found))
+        with np.errstate(invalid="ignore"):  # infinite ones
+            margin = (best - chosen).squeeze(axis)
+    tie = _TIE * np.abs(scores[np.isfinite(scores)]).max(initial=0)
+    return np.asarray((predicted == found) | (margin <= tie))
+
+
+def _class_axis(output: NDArray[Any]) -> int | None:
+    """The axis of the classes, ``None`` for scores of one class each."""
     axis = 1 if output.ndim >= 4 else -1
-    if output.ndim < 2 or output.shape[axis] == 1:
-        return np.asarray(output > 0)
-    return np.asarray(output.argmax(axis))
+    return None if output.ndim < 2 or output.shape[axis] == 1 else axis
 
 
 def session_options(*, optimized: bool) -> Any:
