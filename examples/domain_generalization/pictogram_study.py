@@ -86,7 +86,11 @@ class PictogramData(DataSet):
         return {"classes": list(self._classes), "start": "ImageNet" if self._pretrained else "random"}
 
     def network(self, seed: int, settings: Settings) -> nn.Module:
-        return efficientnet_lite0(len(self._classes), pretrained=self._pretrained, seed=seed, dropout=settings.dropout)
+        network = efficientnet_lite0(
+            len(self._classes), pretrained=self._pretrained, seed=seed, dropout=settings.dropout
+        )
+        # On a CPU its depthwise convolutions then take half the time.
+        return network.to(memory_format=torch.channels_last)
 
     def fold(self, target: str, seed: int, settings: Settings) -> Fold:
         folders = find_domains(self._root, PICTOGRAMS)
