@@ -27,6 +27,7 @@ from figure_style import BLUE, GREY, INK, Row, Tables, command, new_figure, numb
 from paired_runs import MEASURES, Values
 
 FOLDERS = {"cost": "digits", "pictograms": "pictograms"}  # the data of each
+SEEN = {"seen_accuracy": "pictograms that the sources have shown, after the last step"}
 COLLAPSED = 20.0  # the accuracy in percent below which a run on digits collapsed
 COMPARISONS = (  # a row, and the row that it is compared with; the first one is primary
     ("lsq+sagm-flat", "lsq-x3"),
@@ -52,7 +53,8 @@ def run(folder: Path) -> Tables:
     rows = []
     for name, data in FOLDERS.items():
         for record in runner.results(folder / name):
-            results = {key: number(record[key], 6) for key in (*MEASURES, "seconds")}
+            keys = (*MEASURES, *SEEN, "seconds")
+            results = {key: number(record[key], 6) if key in record else "" for key in keys}
             cell = {key: record[key] for key in ("bits", "method", "target", "seed")}
             rows.append({"data": data, **cell, **results})
     if not rows:
@@ -66,7 +68,7 @@ def run(folder: Path) -> Tables:
                 f"{data}, {bits} bits, {method}: {len(accuracies)} runs, {np.mean(accuracies):.1f} %, "
                 f"{sum(accuracy < COLLAPSED for accuracy in accuracies)} collapsed, {cost(own, method):.2f} times LSQ"
             )
-        for measure, title in MEASURES.items():
+        for measure, title in {**MEASURES, **(SEEN if own[0]["seen_accuracy"] else {})}.items():
             print(f"\n{data}, {bits} bits, {title}\n\n{paired_runs.table('', differences(own, measure))}\n")
     return {"cost_accuracy": rows}
 
