@@ -27,6 +27,7 @@ from tiny_study import job, tiny_study, write_tree
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = {
     "conflict": "digits-conflict.png",
+    "cost_accuracy": "cost-accuracy.svg",
     "freezing": "freezing.svg",
     "interval": "interval.svg",
     "latency": "latency.svg",
