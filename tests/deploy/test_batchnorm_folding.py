@@ -12,6 +12,7 @@ from deploy.deploy_networks import ResNet, convert_and_warn, images, norms_in, q
 from deploy.onnx_runs import LEVELS, STAYS_IN_FLOAT
 from deploy.onnx_runs import run as run_file
 from gaqat_optim import GAQATOptimizer, QuantConfig, export_onnx, load_packed, rounded_biases, save_packed
+from gaqat_optim.deploy.batchnorm_folding import following_norms
 from gaqat_optim.deploy.convert import convert
 from torchvision_import import import_torchvision
 
@@ -177,6 +178,16 @@ def test_a_file_computes_the_same_on_integer_kernels(case, output_bits, tmp_path
         difference = (run_file(tmp_path / "net.onnx", x, level) - expected).abs() / expected.abs().max()
         assert (difference <= 1e-5).float().mean() > 0.95  # as above
         assert difference.max() <= 0.03
+
+
+def test_channels_have_numbers_only_where_their_order_changes():
+    """An index of a norm's channels takes longer than the rest of what `rounded_biases` computes in each forward."""
+    in_order, exchanged = (
+        following_norms(quantized(network, x))[0].values()
+        for network, x in ((ResNet(), images(8)), (Exchanged(), torch.randn(8, 6, 5, 5)))
+    )
+    assert {norm.channels for norm in in_order} == {()}
+    assert any(norm.channels for norm in exchanged)
 
 
 def test_what_was_folded_through_a_flatten_refuses_other_shapes():
