@@ -38,6 +38,8 @@ PIP_INSTALL := -m pip --disable-pip-version-check --no-input install -qq
 INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
 # Each process gets tests that stand side by side, and makes what they share once.
 SPREAD = -n $(JOBS) --dist worksteal
+# Stages that run at the same time print one after the other, where make can do that (not macOS's own, 3.81).
+TOGETHER = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 # A stage's headline, so that a log can be read from its failures upwards.
 comma := ,
 headline = @printf '\n== %s ==\n' '$(1)'
@@ -46,7 +48,6 @@ SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL:
 
 .PHONY: help demo pictograms npm test test-all setup check lint types docs figures docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
 
@@ -97,7 +98,9 @@ pictograms: npm $(VENV)/.pictograms ## draw the pictograms from npm and PyPI pac
 
 # ------------------------------------------------------------------------------------------------------------- tests
 
-test: lint types docs docs-test wheel-test demo-test unit ## all checks, the cheap ones first
+test: lint types ## all checks, the cheap ones first
+	$(MAKE) --no-print-directory --jobs=$(JOBS) $(TOGETHER) docs docs-test wheel-test demo-test
+	$(MAKE) --no-print-directory unit
 
 check: lint types ## lint, types and the tests that mirror the files which differ from main: what to run while working
 	$(call headline,tests of what differs from main)

@@ -1,5 +1,6 @@
 """Faults: what a failure in either pass leaves behind, and a run that is killed and resumed."""
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -308,6 +309,20 @@ def test_a_closure_without_backward_raises_and_changes_nothing():
     with pytest.raises(RuntimeError, match="a closure must call backward"):
         optimizer.step(lambda: loss_of(model))
     assert_unchanged(snapshot(model, optimizer), before)
+
+
+def test_a_closure_that_runs_a_copy_of_the_network_is_told_whose_gradients_are_missing():
+    model, optimizer = prepared()
+    optimizer.zero_grad()
+    other = copy.deepcopy(model)
+
+    def closure():
+        loss = loss_of(other)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="a copy of the network has others"):
+        optimizer.step(closure)
 
 
 def test_a_closure_that_zeroes_in_place_gets_its_tensors_back_as_it_left_them():

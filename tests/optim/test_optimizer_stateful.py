@@ -1,8 +1,8 @@
 """Random sequences of whatever may happen to the optimizer, with the slow twin beside it.
 
 ``SOAK_EXAMPLES=50000 pytest tests/optim/test_optimizer_stateful.py`` runs that many sequences, others in every run;
-without the variable there are 1,000 shorter ones, always the same. A failure is shrunk to a short program that can be
-pasted into a test.
+without the variable there are shorter ones, always the same: 300 in `make test`, 1,500 in `make test-all`. A failure is
+shrunk to a short program that can be pasted into a test.
 """
 
 import copy
@@ -45,7 +45,6 @@ from optimizer_registry import (
 )
 from oracle.optimizer_twin import EXTRA
 
-SEQUENCES = int(os.environ.get("SOAK_EXAMPLES", "1000"))
 CASES = [(perturbation, policy) for perturbation in PERTURBATIONS for policy in POLICIES if legal(perturbation, policy)]
 # torch's Adagrad prepares its state when it is built, and so breaks on groups that are added; its NAdam keeps a product
 # in float32 that loading turns into float64, and then rounds otherwise. A learning rate that is a tensor is one object
@@ -321,10 +320,11 @@ def assert_same(a, b):
 
 def test_random_sequences_agree_with_the_twin():
     soak = "SOAK_EXAMPLES" in os.environ
+    sequences = int(os.environ["SOAK_EXAMPLES"]) if soak else 15 * settings.default.max_examples
     run_state_machine_as_test(
         Run,
         settings=settings(
-            max_examples=SEQUENCES,
+            max_examples=sequences,
             stateful_step_count=15 if soak else 8,
             derandomize=not soak,
             deadline=None,
@@ -332,4 +332,4 @@ def test_random_sequences_agree_with_the_twin():
         ),
     )
     print(f"{Run.begun} sequences, {Run.checked} states compared")  # what `make soak` shows
-    assert Run.begun >= SEQUENCES
+    assert Run.begun >= sequences

@@ -16,9 +16,10 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def prerequisites(target: str) -> set[str]:
-    """A target of the Makefile and what it makes before, conditional prerequisites included."""
-    (line,) = re.findall(rf"^{target}:([^\n#=]*)", MAKEFILE, re.MULTILINE)
-    direct = set(re.findall(r"(?<![\w/.$(-])[a-z][a-z-]+(?=[\s)]|$)", line)) & TARGETS
+    """A target of the Makefile and what it makes before or by calling make, conditional prerequisites included."""
+    ((line, recipe),) = re.findall(rf"^{target}:([^\n#=]*).*\n((?:\t.*\n)*)", MAKEFILE, re.MULTILINE)
+    lines = [line, *re.findall(r"\$\(MAKE\)(.*)", recipe)]
+    direct = set(re.findall(r"(?<![\w/.$(-])[a-z][a-z-]+(?=[\s)]|$)", " ".join(lines))) & TARGETS
     return {target}.union(*map(prerequisites, direct))
 
 

@@ -152,6 +152,17 @@ def test_deepcopy_and_pickle(name):
     assert torch.equal(pickle.loads(pickle.dumps(quantized))(x), expected)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_network_that_was_quantized_in_inference_mode_can_be_trained(inplace):
+    model, x, _ = build("cnn")
+    with torch.inference_mode():
+        quantized = quantize_model(model, calibration=x.clone(), inplace=inplace)
+    quantized.train()(x).square().mean().backward()
+    with torch.no_grad():
+        for parameter in quantized.parameters():
+            parameter -= 0.01 * parameter.grad
+
+
 def test_a_layer_used_twice_is_one_quantized_layer():
     quantized = quantize_model(SharedLayer(), calibration=torch.randn(8, 8))
     assert quantized.first is quantized.again

@@ -153,7 +153,8 @@ def check_first_gradients(grads: Mapping[Parameter, Tensor], names: Mapping[Para
     if not grads:
         raise RuntimeError(
             "no parameter of the base optimizer has a gradient: the first backward() must come before perturbed(), "
-            "and a closure must call backward()"
+            "and a closure must call backward(). Both through the parameters that the base was built with: a copy of "
+            "the network has others, and so has a network after load_state_dict(assign=True)"
         )
     for p, g in grads.items():
         if g.layout != torch.strided:

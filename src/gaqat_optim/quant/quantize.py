@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -106,9 +107,11 @@ def quantize_model(
     if forward is not None and calibration is None:
         raise ValueError("forward runs the batches of calibration, and there are none: pass calibration= as well")
     _layer_configs(model, config)  # refuses all that it can before the copy
-    if not inplace:
-        model = copy.deepcopy(model)
-    with ExitStack() as restore, ExitStack() as undo:  # undo runs, in reverse, if anything below fails
+    # The network can be trained, even if it is quantized where results are only looked at.
+    with torch.inference_mode(False), ExitStack() as restore, ExitStack() as undo:
+        # undo runs, in reverse, if anything below fails
+        if not inplace:
+            model = copy.deepcopy(model)
         if calibration is not None:
             check_batches(calibration)
             restore.enter_context(isolate_rng(device_of(model), calibration))

@@ -45,3 +45,12 @@ def test_where_symbols_fail_a_calibrated_network_is_traced_on_its_shapes():
     assert [found.names[module] for module in found.modules.values()] == ["layer"]
     with pytest.warns(UserWarning, match="Checks cannot be traced symbolically, so nothing is folded.*a calibration"):
         assert trace(quantize_model(Checks()), "nothing is folded") is None
+
+
+def test_of_a_network_in_a_wrapper_the_warning_names_what_is_inside():
+    x = torch.rand(16, 3, 6, 6)
+    inside = randomize_norms(quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), x))
+    average = torch.optim.swa_utils.AveragedModel(inside)
+    with pytest.warns(UserWarning, match="If AveragedModel only calls its 'module', pass that in its place"):
+        assert norms_in(convert(average)) == ["module.1"]
+    assert norms_in(convert(average.module)) == []

@@ -36,6 +36,9 @@ def trace(model: nn.Module, consequence: str, layers: Collection[nn.Module] | No
     except Exception as error:  # As above.
         reasons.append(f"Nor by torch.export: {_first_line(error)}")
     kind = type(model).__name__
+    children = list(model.named_children())
+    if len(children) == 1 and children[0][1] not in layers:  # As AveragedModel, which takes any arguments.
+        reasons.append(f"If {kind} only calls its {children[0][0]!r}, pass that in its place")
     warnings.warn(f"{kind} cannot be traced symbolically, so {consequence}. {'. '.join(reasons)}", stacklevel=4)
     return None
 
