@@ -4,6 +4,7 @@ import ast
 import warnings
 
 import pytest
+import torch
 from torch import nn
 
 from gaqat_optim import QuantConfig, quantize_model
@@ -64,6 +65,8 @@ def test_computed_weights_are_refused():
         (weight_normed(), "Linear computes its weight in a hook: .* remove_weight_norm"),
         (nn.Embedding(3, 2, sparse=True), "Embedding has sparse gradients, .* sparse=False"),
         (nn.EmbeddingBag(3, 2, max_norm=1.0), "EmbeddingBag changes its weight .* max_norm=None"),
+        (nn.Linear(2, 2, dtype=torch.complex64), "Linear has a parameter of torch.complex64: give it a real"),
+        (nn.Linear(2, 2).to(torch.float8_e4m3fn), "Linear has a parameter of torch.float8_e4m3fn: .* 16 bits"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused_by_name_unless_excluded(module, words):

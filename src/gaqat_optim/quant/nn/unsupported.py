@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from .registry import QUANTIZED, quantized_class
+
+# What the quantizers compute with.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
@@ -37,6 +41,9 @@ def unsupported_reason(module: nn.Module) -> str | None:
         return f"{kind} has a forward that was put on the instance, as by accelerate's hooks: remove it first"
     if "weight" in vars(module):
         return f"{kind} computes its weight in a hook: fold that in with remove_weight_norm or remove_spectral_norm"
+    for parameter in module.parameters(recurse=False):
+        if parameter.dtype not in DTYPES:
+            return f"{kind} has a parameter of {parameter.dtype}: give it a real floating-point type of 16 bits or more"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.sparse:
             return f"{kind} has sparse gradients, which do not pass through a quantizer: build it with sparse=False"
