@@ -134,7 +134,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.annotate(report.title_of(method), (x, low), textcoords="offset points", color=INK, **place)
     axes.set_ylabel("correct, in percent")
     axes.margins(0.15, 0.2)
-    axes.set_xlim(right=1.3 * max(x for x, _ in points.values()))  # room for the last title
+    axes.set_xlim(right=1.35 * max(x for x, _ in points.values()))  # room for the last title
 
 
 def is_lsq(method: str) -> bool:
