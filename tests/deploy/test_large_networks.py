@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deploy.large_networks import CONFIGS, NETWORKS, batch, trained
+from deploy.onnx_runs import NEEDS_RIGHT_PRODUCTS
 from gaqat_optim import convert, export_onnx, rounded_biases
 from gaqat_optim.deploy.onnx_export.verification import compare_levels, top1
 
@@ -31,6 +32,7 @@ MISSED = {("mobilenet_v2", "W2A2"): 0.98}
 STEPS = {"steps": 100, "float_steps": 100} if SOAK else {"steps": 25, "float_steps": 40}
 
 
+@NEEDS_RIGHT_PRODUCTS
 @pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(("network", "config"), ALL if SOAK else IN_TESTS)
 def test_the_file_predicts_as_the_network_that_was_trained(network, config, tmp_path):

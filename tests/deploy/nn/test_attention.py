@@ -12,7 +12,7 @@ from torch import nn
 
 from deploy.deploy_networks import quantized, run
 from deploy.nn.layer_networks import HEADS, Attention, Decoder, E, L, N, S, ViT, Weights, encoder
-from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, STAYS_IN_FLOAT, predicts_the_same
+from deploy.onnx_runs import LEVELS, NEEDS_OPSET_23, NEEDS_RIGHT_PRODUCTS, STAYS_IN_FLOAT, predicts_the_same
 from deploy.onnx_runs import run as run_onnx
 from gaqat_optim import QuantConfig, export_onnx, quantize_model
 from gaqat_optim.deploy.convert import convert
@@ -254,6 +254,7 @@ def made(name, config=SAME):
     return quantized(model, x, config), x, count
 
 
+@NEEDS_RIGHT_PRODUCTS
 @pytest.mark.parametrize(("name", "bits"), [*OF_EACH.items(), *REST])
 def test_onnxruntime_computes_what_convert_says(name, bits, tmp_path):
     """Also far out of range, for batches of 1 and 33; every projection has an integer kernel.

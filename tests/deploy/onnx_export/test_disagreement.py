@@ -1,15 +1,20 @@
-"""The warning for a file that does not compute what it should."""
+"""The warnings for a file, or an onnxruntime, that does not compute what it should."""
 
 import re
+import sys
+from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from deploy.deploy_networks import Requantized, images
 from deploy.onnx_runs import NOT_THE_SAME, damage_graph, export_with_warnings, quantized
 from gaqat_optim import QuantConfig, export_onnx
+from gaqat_optim.deploy.onnx_export import disagreement as warning_texts
 from gaqat_optim.deploy.onnx_export import export as exporting
-from gaqat_optim.deploy.onnx_export.disagreement import disagreement
+from gaqat_optim.deploy.onnx_export.disagreement import disagreement, wrong_products
 from gaqat_optim.deploy.onnx_export.verification import Comparison, QuantizerFlips
 
 
@@ -78,3 +83,26 @@ def test_values_halfway_between_two_codes_are_rounding_however_many(ties, is_rou
     text = disagreement(flips, flips, Comparison())
     assert ("The first difference is as rounding makes it" in text) == is_rounding
     assert ("Do not use the file" in text) != is_rounding
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what the processor has is read from /proc/cpuinfo")
+def test_an_onnxruntime_that_multiplies_wrongly_on_this_processor_is_found():
+    version = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    has_amx = "amx_int8" in Path("/proc/cpuinfo").read_text()
+    assert (wrong_products() is not None) == (has_amx and (1, 21) <= version < (1, 25))
+
+
+@pytest.mark.parametrize("wrong_type", [np.int8, np.uint8])
+def test_an_export_says_that_onnxruntime_multiplies_wrongly(wrong_type, tmp_path, monkeypatch):
+    def product(x, weight):
+        result = x.astype(np.int64) @ weight.astype(np.int64)
+        result[3, 5] += weight.dtype == wrong_type
+        return result
+
+    monkeypatch.setattr(warning_texts, "_product", product)
+    monkeypatch.setattr(exporting, "wrong_products", wrong_products.__wrapped__)
+    x = torch.rand(4, 8)
+    words = rf"onnxruntime {onnxruntime.__version__} multiplies bytes wrongly .*: 1 of the 3968 sums"
+    with pytest.warns(UserWarning, match=words) as seen:
+        export_onnx(quantized(torch.nn.Linear(8, 4), x), x, tmp_path / "net.onnx")
+    assert {warning.filename for warning in seen} == {__file__}

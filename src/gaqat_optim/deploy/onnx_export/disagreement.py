@@ -1,6 +1,12 @@
-"""The warning for a file that does not compute what it should."""
+"""The warnings for a file, or an onnxruntime, that does not compute what it should."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .verification import Comparison, QuantizerFlips
 
@@ -8,6 +14,8 @@ from .verification import Comparison, QuantizerFlips
 _MAX_FLIP_RATE, _MIN_AGREEMENT, _MAX_CHANGE_BY_READING = 1e-3, 0.99, 1e-3
 # How many quantizers a warning names.
 _SHOWN = 4
+# A product of bytes with fewer rows, or with columns in whole registers, has kernels of its own.
+_ROWS, _DEPTH, _COLUMNS = 128, 64, 31
 
 
 def disagreement(optimized: Comparison, plain: Comparison, between: Comparison) -> str | None:
@@ -65,3 +73,48 @@ def disagreement(optimized: Comparison, plain: Comparison, between: Comparison) 
             "GraphOptimizationLevel.ORT_DISABLE_ALL"
         )
     return ". ".join(sentences)
+
+
+@functools.cache
+def wrong_products() -> str | None:
+    """What to tell a user whose onnxruntime multiplies bytes wrongly on this processor; ``None`` if it does not.
+
+    A sample of a few rows does not show it. onnxruntime 1.21 to 1.24 do, on x86 processors with AMX, in products of 32
+    rows and more whose columns are no multiple of 16, such as 24 channels (its issue 26324). 1.25 is right.
+    """
+    import onnxruntime
+
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (_ROWS, _DEPTH), np.uint8)
+    signed = random.integers(-64, 65, (_DEPTH, _COLUMNS), np.int8)
+    unsigned = random.integers(0, 256, (_DEPTH, _COLUMNS), np.uint8)
+    for weight in signed, unsigned:
+        wrong = int((_product(x, weight) != x.astype(np.int64) @ weight.astype(np.int64)).sum())
+        if wrong:
+            return (
+                f"onnxruntime {onnxruntime.__version__} multiplies bytes wrongly on this processor: {wrong} of the "
+                f"{_ROWS * _COLUMNS} sums in a product of {_ROWS} rows and {_COLUMNS} columns. The file is right, its "
+                "results here are not: run it with another version. 1.21 to 1.24 do this on x86 processors with AMX, "
+                "1.25 does not"
+            )
+    return None
+
+
+def _product(x: NDArray[np.uint8], weight: NDArray[Any]) -> NDArray[Any]:
+    """The product in onnxruntime, with a constant second operand."""
+    import onnx
+    import onnxruntime
+    from onnx import helper
+
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
+        "product",
+        [value("x", onnx.TensorProto.UINT8, x.shape)],
+        [value("y", onnx.TensorProto.INT32, (len(x), weight.shape[1]))],
+        [onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: NDArray[Any] = session.run(None, {"x": x})[0]
+    return result

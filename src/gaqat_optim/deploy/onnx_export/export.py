@@ -21,7 +21,7 @@ from ..flat_network import FlatInputs, FlatNetwork, output_names
 from ..nn.activation_quantizer import ActivationQuantizer
 from ..nn.base import DeployLayer
 from ..qdq import LOWEST_OPSET, QUANTIZER
-from .disagreement import disagreement
+from .disagreement import disagreement, wrong_products
 from .exact_weights import make_exact
 from .graph_cleanup import (
     hide_dequantize_from_float_weights,
@@ -77,8 +77,9 @@ def export_onnx(
     a residual addition needs that quantizer, or stays in floating point: ``float_operators`` of the report lists such
     layers, and one ``UserWarning`` names them and what to set. Another ``UserWarning`` says that onnxruntime computes
     something else on this processor: with or without its optimizations, less than 99 % of the predictions are those of
-    ``convert``, or more than 0.1 % of the codes differ from it or between the two runs. A third one names the
-    inputs that the network never reads.
+    ``convert``, or more than 0.1 % of the codes differ from it or between the two runs. A third one says that the
+    installed onnxruntime multiplies bytes wrongly on this processor, as 1.21 to 1.24 do where it has AMX. A fourth one
+    names the inputs that the network never reads.
 
     The file computes the same on x86 processors with and without the VNNI instructions. Kernels for those without add
     two products of bytes in 16 bits. ``export_onnx`` proves on the graph that no two products exceed 16 bits. For this,
@@ -291,7 +292,7 @@ def _check_file(
         raise RuntimeError(f"onnxruntime cannot run the graph of {name}: {_cause(error)}") from error
     if kernels.saturating:
         raise inexact(kernels.saturating, f"the optimized graph of {name}")
-    for message in filter(None, (kernels.warning(), disagreement(optimized, plain, between))):
+    for message in filter(None, (kernels.warning(), disagreement(optimized, plain, between), wrong_products())):
         warnings.warn(message, stacklevel=3)
     conversion = None
     if trained is not None:
