@@ -518,13 +518,15 @@ KILLS = [(4, "second backward"), (9, "first forward"), (11, "saving")]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of Python 3.12
 def test_a_run_that_is_killed_and_resumed_often_has_the_bits_of_an_uninterrupted_one(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
     whole.mkdir()
+    # Not forks of this process: autograd refuses to run in one if it has had threads here, which other tests may start.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch"])
     for step, where in KILLS:
-        process = multiprocessing.get_context("fork").Process(target=run, args=(str(killed), step, where))
+        process = processes.Process(target=run, args=(str(killed), step, where))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import resource
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +150,28 @@ def test_every_setting_changes_what_is_trained(
 LONG = {"steps": 12, "fp32_steps": 6, "every": 5, "average": "swad", "dropout": 0.5, "batchnorm": "train"}
 
 
+# Not a fork of this process: autograd refuses to run in one if it has had threads here, which other tests may start.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch"])
+
+
+def begin_work(study: Study, jobs: list[Job], begun: Event) -> None:
+    begun.set()
+    work(study, jobs)
+
+
 def run_until_killed(study: Study, jobs: list[Job], seconds: float) -> bool:
     """Train in a process that gets SIGKILL after some time. Returns whether it was done before."""
-    child = os.fork()
-    if child == 0:
-        work(study, jobs)
-        os._exit(0)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG) != (0, 0):
-            return True
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    begun = PROCESSES.Event()
+    child = PROCESSES.Process(target=begin_work, args=(study, jobs, begun))
+    child.start()
+    assert begun.wait(60)
+    child.join(seconds)
+    was_done = child.exitcode is not None
+    assert child.exitcode in (None, 0)
+    child.kill()
+    child.join()
+    return was_done
 
 
 def test_a_job_that_is_killed_goes_on_to_the_same_bits(tiny_root: Path, tmp_path: Path) -> None:
@@ -209,13 +218,16 @@ def test_half_precision_trains(amp: str, tiny_root: Path, tmp_path: Path) -> Non
 
 def limited(study: Study, jobs: list[Job], size: int) -> None:
     """Train in a process that cannot write files above a size, as on a full disk."""
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        work(study, jobs)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    child = PROCESSES.Process(target=work_with_limit, args=(study, jobs, size))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def work_with_limit(study: Study, jobs: list[Job], size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    work(study, jobs)
 
 
 def test_a_full_disk_loses_nothing(tiny_root: Path, tmp_path: Path) -> None:
