@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from .registry import QUANTIZED, quantized_class
 
 # What the quantizers compute with.
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
@@ -42,7 +42,7 @@ def unsupported_reason(module: nn.Module) -> str | None:
     if "weight" in vars(module):
         return f"{kind} computes its weight in a hook: fold that in with remove_weight_norm or remove_spectral_norm"
     for parameter in module.parameters(recurse=False):
-        if parameter.dtype not in DTYPES:
+        if parameter.dtype not in _DTYPES:
             return f"{kind} has a parameter of {parameter.dtype}: give it a real floating-point type of 16 bits or more"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.sparse:
