@@ -1,4 +1,4 @@
-"""The digits study of ``examples/digits.py`` in the demo's settings, with every network kept."""
+"""The digits study of ``examples/digits.py`` in its own settings, with every network kept."""
 
 from __future__ import annotations
 

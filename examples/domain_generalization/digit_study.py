@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from .digit_domains import DOMAINS, Domain, blurred, load_domains, noisy
@@ -58,7 +59,7 @@ class DigitData(DataSet):
     }
 
     def network(self, seed: int, settings: Settings) -> nn.Module:
-        return small_resnet(seed)
+        return small_resnet(seed).to(memory_format=torch.channels_last)
 
     def fold(self, target: str, seed: int, settings: Settings) -> Fold:
         domains = load_once(seed)

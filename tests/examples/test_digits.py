@@ -1,8 +1,10 @@
-"""The demo on a tiny setting, in this process, and its command line."""
+"""The demo on a tiny setting, and its command line."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,13 @@ TINY = ["--steps", "4", "--fp32-steps", "4", "--flat-steps", "2", "--eval-every"
 
 
 @pytest.mark.parametrize("methods", [("lsq", "gaqat"), pytest.param(DEMO, marks=pytest.mark.slow)], ids="/".join)
-def test_the_demo_writes_every_file_and_prints_the_table(
-    methods: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_every_file_and_prints_the_table(methods: tuple[str, ...], tmp_path: Path) -> None:
+    """In a new process, so that no import by pytest helps."""
     out = tmp_path / "new" / "folder"
     chosen = [] if methods == DEMO else ["--methods", *methods]
-    assert digits.main([*TINY, *chosen, "--targets", "sketch", "--out", str(out)]) == 0
+    command = [sys.executable, digits.__file__, *TINY, *chosen, "--targets", "sketch", "--out", str(out)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
     assert {path.name for path in out.iterdir()} == {
         "study.json",
         "results.json",
@@ -50,7 +53,7 @@ def test_the_demo_writes_every_file_and_prints_the_table(
         assert record["settings"]["granularity"] == "tensor"
         assert set(record["versions"]) == {"python", "torch", "numpy", "gaqat_optim"}
 
-    text = capsys.readouterr().out
+    text = run.stdout
     for piece in (*(METHODS[name].title for name in methods), "noisy copies", "n=1 paired cell", "W3A3"):
         assert piece in text
     assert "100.00 % the prediction of convert(model)" in text

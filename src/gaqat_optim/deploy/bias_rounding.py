@@ -17,7 +17,6 @@ from ..quant.nn.attention_functional import ROLES
 from ..quant.nn.base import QuantizedModule
 from ..quant.nn.functional_calls import routed_layers
 from .batchnorm_folding import fold_batchnorm, following_norms
-from .nn.activation_quantizer import ActivationQuantizer
 from .nn.base import DeployLayer
 from .nn.integer_parameters import spare_bits
 from .nn.registry import deployed_class
@@ -192,11 +191,11 @@ def _rounding(
         return torch.zeros_like(bias)
     assert weights is not None
     assert inputs is not None
-    activation, scale = ActivationQuantizer.from_quantizer(inputs), weights.scale.to(torch.float32)
+    scale = weights.scale.to(torch.float32)
     if gain is not None:
         scale = (scale * gain).to(torch.float32)
-    shift = spare_bits(weights.bits, activation)
-    accumulator_scale = (activation.scale * (scale * 2.0**-shift)).to(torch.float64)
+    shift = spare_bits(weights.bits, inputs.bits)
+    accumulator_scale = (inputs.scale.to(torch.float32) * (scale * 2.0**-shift)).to(torch.float64)
     codes = (bias / accumulator_scale).round()
     # A channel without a usable scale gets another one when it is deployed, in which its bias is almost exact.
     usable = (accumulator_scale.abs() >= _SMALLEST) & (codes.abs() <= _INT32_MAX)

@@ -14,8 +14,8 @@ from gaqat_optim.quant.lsq import compiled, formulas
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a compiler"
 )
-# `make gpu` runs it. On a CPU, where compiled functions are off, a compiler takes half a minute.
-ALL_SHAPES = pytest.mark.slow if DEVICE.type == "cpu" else lambda test: test
+# `make gpu` runs them. On a CPU, where compiled functions are off, a compiler takes a minute for both.
+SLOW_ON_CPU = pytest.mark.slow if DEVICE.type == "cpu" else lambda test: test
 # Shape, channel axis, bounds: activations and weights of convolutions, linear layers, transposed ones.
 CASES = [
     ((4, 8, 6, 6), None, (0, 15)),
@@ -70,7 +70,7 @@ def assert_equal_to_the_formulas(v, scale, grad, bounds, axis):
 
 
 @pytest.mark.usefixtures("_switched_on")
-@ALL_SHAPES
+@SLOW_ON_CPU
 def test_it_equals_the_formulas_with_two_kernels_for_all_shapes(device):
     for shape, axis, bounds in CASES:
         for last in (False, True) if len(shape) == 4 else (False,):
@@ -90,6 +90,7 @@ def test_it_equals_the_formulas_with_two_kernels_for_all_shapes(device):
 
 
 @pytest.mark.usefixtures("_switched_on")
+@SLOW_ON_CPU
 def test_each_direction_is_one_kernel(device):
     v, scale, grad = inputs((16, 32), 0)
     functions = {compiled._quantize_rows: (v, scale), compiled._gradients_of_rows: (grad, v, scale)}

@@ -66,7 +66,7 @@ def integer_parameters(
         return IntegerParameters(float_weight=_float32(weight), float_bias=_float32(bias))
     codes, scale = _codes(weight, quantizer)
     scale = scale if gain is None else (scale * gain).to(torch.float32)
-    shift = 0 if bias is None or activation is None else spare_bits(quantizer.bits, activation)
+    shift = 0 if bias is None or activation is None else spare_bits(quantizer.bits, activation.bits)
     bias_codes = None
     if bias is not None:
         codes, scale = codes * 2**shift, scale * 2.0**-shift
@@ -93,7 +93,7 @@ def _codes(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale.to(torch.float32, copy=True)
 
 
-def spare_bits(bits: int, activation: ActivationQuantizer) -> int:
+def spare_bits(weight_bits: int, activation_bits: int) -> int:
     """By how many binary digits weight codes can be shifted up in 8 bits.
 
     Processors without an instruction for it add two products of activations and weights in 16 bits. If narrow codes
@@ -101,11 +101,11 @@ def spare_bits(bits: int, activation: ActivationQuantizer) -> int:
     plus zero point. Codes of 8 bits have no spare bits, and may overflow as they are: an ONNX file holds
     them in another form (:mod:`~gaqat_optim.deploy.onnx_export.exact_weights`).
 
-    >>> spare_bits(3, ActivationQuantizer(torch.tensor(1.0), bits=8, zero_point=0))  # 2 * 255 * 4 * 2**4 < 2**15
+    >>> spare_bits(3, 8)  # 2 * 255 * 4 * 2**4 < 2**15
     4
     """
-    shift = 8 - bits
-    pair = 2 * (activation.qmax + activation.zero_point) * 2 ** (bits - 1)
+    shift = 8 - weight_bits
+    pair = 2 * (2**activation_bits - 1) * 2 ** (weight_bits - 1)
     while shift > 0 and pair * 2**shift > _INT16_MAX:
         shift -= 1
     return shift
