@@ -132,6 +132,10 @@ class GradientPerturbation:
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
         return list(g_smooth)
 
+    def combine_in_place(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`combine`, the same bits. It may write them to the tensors of ``g_smooth``, and return those."""
+        return self.combine(g_task, g_smooth)
+
 
 @dataclass(frozen=True)
 class SAM(GradientPerturbation):
@@ -196,6 +200,17 @@ class SAGM(GradientPerturbation):
     @override
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
         return _means(g_task, g_smooth)
+
+    @override
+    def combine_in_place(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
+        # A new copy of the model would be memory whose pages the system has to make, each step, unless they are kept.
+        pairs_are_plain = all(map(_is_plain_pair, g_task, g_smooth))
+        if type(self).combine is not SAGM.combine or not pairs_are_plain or not _can_be_overwritten(g_smooth):
+            return self.combine(g_task, g_smooth)
+        means = list(g_smooth)
+        torch._foreach_add_(means, list(g_task))
+        torch._foreach_mul_(means, 0.5)
+        return means
 
 
 @dataclass(frozen=True)
@@ -300,6 +315,11 @@ def _is_plain_pair(a: Tensor, b: Tensor) -> bool:
     """Whether both are tensors of a CPU of the same type, float32 or float64, and no subclass, as DTensor is."""
     is_single_or_double = a.dtype == b.dtype in (torch.float32, torch.float64)
     return is_single_or_double and a.is_cpu and b.is_cpu and type(a.data) is type(b) is Tensor
+
+
+def _can_be_overwritten(tensors: Sequence[Tensor]) -> bool:
+    """Whether there are tensors, all of them different and none expanded."""
+    return 0 < len(tensors) == len(set(map(id, tensors))) and not any(0 in t.stride() for t in tensors)
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

@@ -144,7 +144,11 @@ def combine_gradients(
     shared = [p for p in g_task if p in g_smooth]
     task = tracker.mask_frozen("task", shared, [g_task[p] for p in shared])
     smooth = tracker.mask_frozen("smooth", shared, [g_smooth[p] for p in shared])
-    for p, g in zip(shared, perturbation.combine(task, smooth), strict=True):
+    if isinstance(perturbation, GradientPerturbation):
+        combined = perturbation.combine_in_place(task, smooth)
+    else:
+        combined = perturbation.combine(task, smooth)
+    for p, g in zip(shared, combined, strict=True):
         if g_smooth[p]._base is not None:  # .grad stays a view of DistributedDataParallel's bucket.
             g_smooth[p].copy_(g)
         elif g is not g_smooth[p]:
