@@ -84,19 +84,28 @@ class GradientPerturbation:
         steps = self._steps(params, grads, rhos, grad_scale, names)
         return [_product(*step).to(p.dtype) for p, step in zip(params, steps, strict=True)]
 
-    def add_direction(self, params: Sequence[Tensor], signs: Sequence[int], *arguments: Any) -> None:
-        """Add :meth:`direction` of ``params`` and ``arguments``, times ``signs``: the same bits, one tensor at a time.
+    def add_direction(
+        self, params: Sequence[Tensor], values: Sequence[Tensor], signs: Sequence[int], *arguments: Any
+    ) -> None:
+        """Write ``values`` plus their :meth:`direction`, times ``signs``, to ``params``: the same bits, one by one.
 
-        On a CPU it also takes a pass over memory less: ``addcmul_`` adds ``(value * direction) * one``. Whether or not
-        it rounds that last product, which a processor may fuse with the sum, it is ``value * direction``, rounded once.
+        ``params`` have these ``values``; those of a plain tensor on a CPU may be missing. ``arguments`` are the other
+        ones of :meth:`direction`.
+
+        On a CPU it also takes a pass over memory less: ``addcmul`` adds ``(factor * direction) * one``. A processor may
+        fuse that last product with the sum, or round it: either way it is ``factor * direction``, rounded once.
         """
         one = torch.ones((), device="cpu")
-        steps = self._steps(params, *arguments)
-        for p, sign, (direction, factor, is_finite) in zip(params, signs, steps, strict=True):
-            if is_finite is None and _is_plain_pair(p, direction):
-                p.addcmul_(direction, one, value=sign * factor.item())
+        steps = self._steps(values, *arguments)
+        for p, value, sign, (direction, factor, is_finite) in zip(params, values, signs, steps, strict=True):
+            if is_finite is None and _is_plain_pair(value, direction):
+                torch.addcmul(value, direction, one, value=sign * factor.item(), out=p)
+                continue
+            delta = _product(direction, factor, is_finite).to(p.dtype)
+            if _is_plain_pair(value, delta):
+                torch.add(value, delta, alpha=sign, out=p)
             else:
-                p.add_(_product(direction, factor, is_finite).to(p.dtype), alpha=sign)
+                p.add_(delta, alpha=sign)
 
     def _steps(
         self,

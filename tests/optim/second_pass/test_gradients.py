@@ -12,6 +12,7 @@ from gaqat_optim import (
     SAM,
     GAQATOptimizer,
 )
+from gaqat_optim.optim.second_pass import gradients
 from gaqat_optim.optim.second_pass.gradients import gradient_versions, gradients_changed
 from training import (
     BASES,
@@ -247,7 +248,12 @@ def test_a_backward_that_writes_both_gradients_to_the_same_memory_trains_as_any_
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)  # x W^T and its gradient, summed apart
 
 
-@pytest.mark.skipif(not hasattr(torch._C, "_storage_Use_Count"), reason="this torch cannot tell: all are copied")
+counts_holders = pytest.mark.skipif(
+    not hasattr(torch._C, "_storage_Use_Count"), reason="this torch cannot tell who holds a memory: all is copied"
+)
+
+
+@counts_holders
 def test_an_ordinary_gradient_is_not_copied():
     model, base = linear()
     optimizer = GAQATOptimizer(base, model, perturbation=SAGM(0.5))
@@ -311,3 +317,125 @@ def test_gradients_changed_sees_writes_replacements_and_first_gradients():
     versions = gradient_versions(params)
     p.grad = None
     assert gradients_changed(params, versions)
+
+
+def large():
+    """A layer whose weight is large enough to be given other memory for the second pass, and an optimizer."""
+    layer = nn.Linear(200, 100)
+    assert layer.weight.numel() >= gradients._LARGE
+    return layer, GAQATOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer, perturbation=SAGM(0.5))
+
+
+def backward(layer, **options):
+    layer(torch.ones(3, 200)).square().sum().backward(**options)
+
+
+@counts_holders
+def test_a_large_parameter_is_perturbed_in_other_memory_and_returns_to_its_own():
+    layer, optimizer = large()
+    address, value, version = layer.weight.data_ptr(), layer.weight.detach().clone(), layer.weight._version
+    backward(layer)
+    with optimizer.perturbed():
+        assert layer.weight.data_ptr() != address
+        assert not torch.equal(layer.weight, value)
+        perturbed_version = layer.weight._version
+        backward(layer)
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(layer.weight, value)
+    assert version < perturbed_version < layer.weight._version
+
+
+@pytest.mark.parametrize("share", [lambda layer: layer.weight.detach(), lambda layer: layer.weight.share_memory_()])
+def test_what_shares_the_memory_of_a_parameter_sees_it_perturbed_and_restored(share):
+    layer, optimizer = large()
+    shared, value = share(layer), layer.weight.detach().clone()
+    address = shared.data_ptr()
+    backward(layer)
+    with optimizer.perturbed():
+        assert layer.weight.data_ptr() == address
+        assert not torch.equal(shared, value)
+        backward(layer)
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(shared, value)
+
+
+def test_what_comes_to_share_it_in_the_second_pass_sees_it_restored():
+    layer, optimizer = large()
+    value = layer.weight.detach().clone()
+    backward(layer)
+    with optimizer.perturbed():
+        shared = layer.weight.detach()
+        backward(layer)
+    assert shared.data_ptr() == layer.weight.data_ptr()
+    assert torch.equal(shared, value)
+
+
+def test_a_graph_of_the_first_pass_cannot_be_used_at_other_weights():
+    layer, optimizer = large()
+    x = torch.ones(3, 200, requires_grad=True)
+    loss = layer(x).square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), optimizer.perturbed():
+        loss.backward()
+
+
+def test_a_graph_of_the_second_pass_cannot_be_used_after_it():
+    layer, optimizer = large()
+    backward(layer)
+    with optimizer.perturbed():
+        loss = layer(torch.ones(3, 200, requires_grad=True)).square().sum()
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_error_gives_a_large_parameter_its_memory_back():
+    layer, optimizer = large()
+    address, value = layer.weight.data_ptr(), layer.weight.detach().clone()
+    backward(layer)
+    with pytest.raises(KeyboardInterrupt), optimizer.perturbed():
+        raise KeyboardInterrupt
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(layer.weight, value)
+
+
+def test_an_infinite_gradient_does_not_perturb_a_large_parameter():
+    layer, optimizer = large()
+    value = layer.weight.detach().clone()
+    backward(layer)
+    layer.weight.grad[0, 0] = math.inf
+    with optimizer.perturbed():
+        assert torch.equal(layer.weight, value)
+        backward(layer)
+
+
+def test_sagm_writes_its_mean_to_the_second_gradient():
+    layer, optimizer = large()
+    backward(layer)
+    task = layer.weight.grad.clone()
+    with optimizer.perturbed():
+        backward(layer)
+        smooth, value = layer.weight.grad, layer.weight.grad.clone()
+    assert layer.weight.grad is smooth
+    assert torch.equal(smooth, (task + value) * 0.5)
+
+
+class Doubled(SAGM):
+    def combine(self, g_task, g_smooth):
+        return [2 * g for g in super().combine(g_task, g_smooth)]
+
+
+@pytest.mark.parametrize("kind", ["expanded", "one tensor twice", "half", "own combine"])
+def test_a_second_gradient_that_cannot_be_overwritten_stays_as_it_is(kind):
+    task, smooth = [torch.randn(4), torch.randn(4)], [torch.randn(4), torch.randn(4)]
+    if kind == "expanded":
+        smooth[0] = torch.randn(1).expand(4)
+    elif kind == "one tensor twice":
+        smooth[1] = smooth[0]
+    elif kind == "half":
+        task, smooth = ([g.to(torch.bfloat16) for g in both] for both in (task, smooth))
+    perturbation = Doubled() if kind == "own combine" else SAGM()
+    before = [g.clone() for g in smooth]
+    got = perturbation.combine_in_place(task, smooth)
+    assert all(map(torch.equal, smooth, before))
+    assert all(map(torch.equal, got, perturbation.combine(task, smooth)))

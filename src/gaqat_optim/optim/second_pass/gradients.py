@@ -46,6 +46,9 @@ def radii_of(base: torch.optim.Optimizer, perturbation: Perturbation, tracker: S
     return radii
 
 
+# Elements of a parameter from which on giving it other memory takes less time than copying it.
+_LARGE = 2**14
+
 # How many objects hold a storage: no public function of torch tells, and CPU builds of older versions have none.
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -59,18 +62,47 @@ def first_gradients(grads: Mapping[Parameter, Tensor | None]) -> dict[Parameter,
     return {p: g.clone() if _shares_memory(g) else g for p, g in grads.items() if g is not None}
 
 
-def _shares_memory(g: Tensor) -> bool:
-    """Whether something else than ``g`` holds its memory.
+def _shares_memory(t: Tensor) -> bool:
+    """Whether something else than ``t`` holds its memory, as far as can be told.
 
-    Two objects hold the memory of a gradient that backward() has just made: ``g`` and, in this function, ``storage``.
+    Two objects hold the memory of a gradient that backward() has just made: ``t`` and, in this function, ``storage``.
     For a view of a bucket the count is 3 or more: the bucket holds the memory too.
     """
-    if type(g) is not Tensor or g.layout != torch.strided:
-        return g._base is not None
+    if type(t) not in (Tensor, Parameter) or t.layout != torch.strided:
+        return t._base is not None
     if _use_count is None:
         return True
-    storage = g.untyped_storage()
+    storage = t.untyped_storage()
     return bool(_use_count(storage._cdata) > 2)
+
+
+class SavedValue(NamedTuple):
+    """A parameter and its value from before it was perturbed."""
+
+    parameter: Parameter
+    value: Tensor
+    is_in_own_memory: bool  # The value is where it was, and the parameter has been given other memory.
+
+
+def _save(p: Parameter) -> SavedValue:
+    """The value of ``p``: a copy, or its memory, for which ``p`` gets new memory that is not filled yet.
+
+    That saves two passes over memory, one of them to restore. On a CPU alone: a CUDA graph knows addresses.
+    """
+    if _is_alone_in_large_memory(p):
+        value = p.data
+        other = torch.empty_like(value)
+        if other.stride() == value.stride():
+            p.data = other
+            return SavedValue(p, value, True)
+    return SavedValue(p, p.detach().clone(), False)
+
+
+def _is_alone_in_large_memory(p: Parameter) -> bool:
+    """Whether ``p`` is a plain tensor of a CPU whose memory nothing else reads, and worth more than its bookkeeping."""
+    if not (type(p) is Parameter and p.is_cpu and p.dtype in (torch.float32, torch.float64)):
+        return False
+    return p.numel() >= _LARGE and not _shares_memory(p) and not p.is_shared()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -80,7 +112,7 @@ def perturb_parameters(
     grads: Gradients,
     grad_scale: float | Tensor,
     names: Mapping[Parameter, str],
-    saved_values: list[tuple[Parameter, Tensor]],
+    saved_values: list[SavedValue],
 ) -> None:
     """Move the parameters of ``radii`` to where the second pass looks, and append their values to ``saved_values``."""
     if not radii:
@@ -92,25 +124,29 @@ def perturb_parameters(
     arguments = [grads[p] for p in params], rhos, grad_scale, param_names
     own_direction = GradientPerturbation.direction
     if isinstance(perturbation, GradientPerturbation) and type(perturbation).direction is own_direction:
-        saved_values.extend((p, p.clone()) for p in params)
-        perturbation.add_direction(params, signs, *arguments)
+        saved_values.extend(map(_save, params))
+        perturbation.add_direction(params, [saved.value for saved in saved_values], signs, *arguments)
     else:  # a user's own
         deltas = perturbation.direction(params, *arguments)
         deltas.reverse()
         for p, sign in zip(params, signs, strict=True):
             delta = deltas.pop()  # Freed when the copy of p is made: both together are one copy of the model.
-            saved_values.append((p, p.detach().clone()))
+            saved_values.append(SavedValue(p, p.detach().clone(), False))
             p.add_(delta, alpha=sign)
     torch.clear_autocast_cache()
 
 
 @torch.no_grad()
-def restore(saved_values: list[tuple[Parameter, Tensor]]) -> None:
+def restore(saved_values: list[SavedValue]) -> None:
     """Restore parameters to the bit; the second call does nothing."""
     if not saved_values:
         return
-    for p, value in saved_values:
-        p.copy_(value)
+    for p, value, is_in_own_memory in saved_values:
+        if is_in_own_memory and not _shares_memory(p):
+            p.data = value
+            torch.autograd.graph.increment_version(p)
+        else:  # Or something has come to hold the memory that p was given: it sees the value too.
+            p.copy_(value)
     saved_values.clear()
     torch.clear_autocast_cache()
 

@@ -14,6 +14,7 @@ from ..distributed import defer_all_reduce_to_second_pass, process_group
 from ..validation import check_first_gradients, check_pass, check_separate, refuse_accumulation
 from ..wrapper import parameters_of
 from .gradients import (
+    SavedValue,
     combine_gradients,
     first_gradients,
     gradient_versions,
@@ -82,7 +83,7 @@ def second_pass(
     original_grads = {p: p.grad for p in params}
     g_task = first_pass_grads = first_gradients(original_grads)
     check_first_gradients(g_task, state.names)
-    saved_values: list[tuple[Parameter, Tensor]] = []
+    saved_values: list[SavedValue] = []
     state.in_second_pass = True
     try:
         perturbed_radii = {p: radii[p] for p in g_task if p in radii}
