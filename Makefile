@@ -49,7 +49,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo pictograms npm test test-all setup check lint types docs figures docs-test dist wheel-test demo-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
+.PHONY: help demo pictograms npm test test-all setup check lint types docs figures docs-test dist wheel-test unit test-middle test-oldest release-check workflows placeholders soak sweep bench gpu bench-deploy format hooks clean distclean
 
 help: ## show this list
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -153,11 +153,6 @@ wheel-test: dist ## judge the files of sdist and wheel, install the wheel in a c
 	$(call headline,wheel)
 	if git rev-parse --git-dir > /dev/null 2>&1; then $(BIN)/python -m release.contents dist; else echo 'no clone, so nothing to compare the files with'; fi
 	$(BIN)/python tests/packaging/wheel_smoke.py dist
-
-demo-test: $(VENV)/.dev ## the demo, as a command, on a tiny setting
-	$(call headline,demo on a tiny setting)
-	rm -rf runs/smoke
-	$(BIN)/python examples/digits.py --out runs/smoke --targets blended --seeds 1 --steps 4 --fp32-steps 6 --methods lsq gaqat
 
 unit: $(VENV)/.dev ## pytest: unit, property and documentation tests (PYTEST_ARGS="-k name")
 	$(call headline,pytest)
