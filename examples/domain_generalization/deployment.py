@@ -119,6 +119,7 @@ def export_quantized(model: nn.Module, sample: Tensor, path: Path) -> ExportRepo
 
 def export_fp32(model: nn.Module, sample: Tensor, path: Path) -> None:
     """Write the unquantized network by torch's own exporter, weights inside the file."""
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # torch would write the layout into the file
     batch = {0: torch.export.Dim("batch")}
     with warnings.catch_warnings(), _errors_alone("torch.onnx"):
         warnings.simplefilter("ignore", FutureWarning)  # of torch's internals, by its own exporter

@@ -27,7 +27,7 @@ class FlatInputs:
 
     Attributes:
         names: of the tensors.
-        tensors: on the CPU, those in floating point as float32.
+        tensors: on the CPU and contiguous, those in floating point as float32.
         free: whether axis 0 of each is the batch: where it has as many entries as that of the first one.
         call: positional and keyword arguments, each tensor in them replaced by a mark.
     """
@@ -54,7 +54,7 @@ class FlatInputs:
         keys = ["input"] if isinstance(sample, Tensor) else _parameter_names(model, len(args))
         named = [*zip(keys, args, strict=True), *kwargs.items()]
         names = _numbered((key, sum(1 for _ in tensors_in(value))) for key, value in named)
-        tensors = [tensor.detach().cpu() for tensor in tensors_in((args, kwargs))]
+        tensors = [tensor.detach().cpu().contiguous() for tensor in tensors_in((args, kwargs))]
         for name, tensor in zip(names, tensors, strict=True):
             if tensor.numel() == 0:
                 raise ValueError(f"sample has no values for {name!r}, of shape {tuple(tensor.shape)}")

@@ -378,3 +378,23 @@ def test_a_network_that_only_dynamo_can_trace_is_no_float_file(tmp_path):
     ):
         export_onnx(model, x, tmp_path / "net.onnx")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exclude", [("2", "5"), ("0", "2")])
+def test_channels_last_leaves_no_trace_in_the_file(exclude, tmp_path):
+    """torch writes Range and Gather (torch 2.8 a Loop) for a flatten of channels-last values in floating point."""
+
+    def exported(layout):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        ).to(memory_format=layout)
+        x = torch.randn(4, 3, 8, 8).to(memory_format=layout)
+        model = quantize_model(net, QuantConfig(4, 4, output_bits=8, exclude=exclude), calibration=x)
+        export_onnx(model, x, tmp_path / "net.onnx")
+        assert model[2].weight.is_contiguous(memory_format=layout)  # the user's network stays as it is
+        return onnx.load(tmp_path / "net.onnx").graph
+
+    plain, last = map(exported, (torch.contiguous_format, torch.channels_last))
+    assert [node.op_type for node in last.node] == [node.op_type for node in plain.node]
+    assert [tensor.raw_data for tensor in last.initializer] == [tensor.raw_data for tensor in plain.initializer]

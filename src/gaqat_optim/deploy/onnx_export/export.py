@@ -135,7 +135,8 @@ def export_onnx(
     _require_packages(check, opset)
     is_converted = any(isinstance(module, DeployLayer) for module in model.modules())
     deployed = copy.deepcopy(model).eval() if is_converted else convert(model)
-    deployed = deployed.cpu().float()
+    # torch writes the layout of channels-last values into the file, as operators that compute indices.
+    deployed = deployed.cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     flat = FlatNetwork(deployed, inputs.call).eval()
     with torch.no_grad(), count_macs(deployed) as counts:
         output = flat.output(*inputs.tensors)
