@@ -1,6 +1,7 @@
 """Perturb, restore, combine: radii of groups, and gradients in every kind of memory."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -397,6 +398,38 @@ def test_an_error_gives_a_large_parameter_its_memory_back():
         raise KeyboardInterrupt
     assert layer.weight.data_ptr() == address
     assert torch.equal(layer.weight, value)
+
+
+def test_an_interrupt_at_any_line_leaves_its_value():
+    layer, optimizer = large()
+    value = layer.weight.detach().clone()
+    backward(layer)
+    interrupted = set()
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != gradients.__file__:
+            return None
+        line = frame.f_lineno
+        # Not while it is restored: a second interrupt is the user's wish to leave at once.
+        if event == "line" and line not in interrupted and frame.f_code.co_name in ("_save", "perturb_parameters"):
+            interrupted.add(line)
+            raise KeyboardInterrupt
+        return trace
+
+    earlier = sys.gettrace()
+    for _ in range(100):
+        sys.settrace(trace)
+        try:
+            with optimizer.perturbed():
+                backward(layer)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(earlier)
+        assert torch.equal(layer.weight, value)
+    assert len(interrupted) > 15
 
 
 def test_an_infinite_gradient_does_not_perturb_a_large_parameter():

@@ -84,8 +84,8 @@ class SavedValue(NamedTuple):
     is_in_own_memory: bool  # The value is where it was, and the parameter has been given other memory.
 
 
-def _save(p: Parameter) -> SavedValue:
-    """The value of ``p``: a copy, or its memory, for which ``p`` gets new memory that is not filled yet.
+def _save(p: Parameter, saved_values: list[SavedValue]) -> None:
+    """Append the value of ``p``: a copy, or its memory, for which ``p`` gets new memory that is not filled yet.
 
     That saves two passes over memory, one of them to restore. On a CPU alone: a CUDA graph knows addresses.
     """
@@ -93,9 +93,10 @@ def _save(p: Parameter) -> SavedValue:
         value = p.data
         other = torch.empty_like(value)
         if other.stride() == value.stride():
+            saved_values.append(SavedValue(p, value, True))  # First: an interrupt must find it.
             p.data = other
-            return SavedValue(p, value, True)
-    return SavedValue(p, p.detach().clone(), False)
+            return
+    saved_values.append(SavedValue(p, p.detach().clone(), False))
 
 
 def _is_alone_in_large_memory(p: Parameter) -> bool:
@@ -124,7 +125,8 @@ def perturb_parameters(
     arguments = [grads[p] for p in params], rhos, grad_scale, param_names
     own_direction = GradientPerturbation.direction
     if isinstance(perturbation, GradientPerturbation) and type(perturbation).direction is own_direction:
-        saved_values.extend(map(_save, params))
+        for p in params:
+            _save(p, saved_values)
         perturbation.add_direction(params, [saved.value for saved in saved_values], signs, *arguments)
     else:  # a user's own
         deltas = perturbation.direction(params, *arguments)
