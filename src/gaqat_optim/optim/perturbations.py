@@ -90,19 +90,17 @@ class GradientPerturbation:
         """Write ``values`` plus their :meth:`direction`, times ``signs``, to ``params``: the same bits, one by one.
 
         ``params`` have these ``values``; those of a plain tensor on a CPU may be missing. ``arguments`` are the other
-        ones of :meth:`direction`.
-
-        On a CPU it also takes a pass over memory less: ``addcmul`` adds ``(factor * direction) * one``. A processor may
-        fuse that last product with the sum, or round it: either way it is ``factor * direction``, rounded once.
+        ones of :meth:`direction`. ``addcmul`` adds ``(factor * direction) * one``: a pass over memory less. A processor
+        may fuse that last product with the sum, or round it: either way it is ``factor * direction``, rounded once.
         """
         one = torch.ones((), device="cpu")
         steps = self._steps(values, *arguments)
         for p, value, sign, (direction, factor, is_finite) in zip(params, values, signs, steps, strict=True):
-            if is_finite is None and _is_plain_pair(value, direction):
+            if is_finite is None and is_plain_pair(value, direction):
                 torch.addcmul(value, direction, one, value=sign * factor.item(), out=p)
                 continue
             delta = _product(direction, factor, is_finite).to(p.dtype)
-            if _is_plain_pair(value, delta):
+            if is_plain_pair(value, delta):
                 torch.add(value, delta, alpha=sign, out=p)
             else:
                 p.add_(delta, alpha=sign)
@@ -140,10 +138,6 @@ class GradientPerturbation:
 
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
         return list(g_smooth)
-
-    def combine_in_place(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
-        """:meth:`combine`, the same bits. It may write them to the tensors of ``g_smooth``, and return those."""
-        return self.combine(g_task, g_smooth)
 
 
 @dataclass(frozen=True)
@@ -209,17 +203,6 @@ class SAGM(GradientPerturbation):
     @override
     def combine(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
         return _means(g_task, g_smooth)
-
-    @override
-    def combine_in_place(self, g_task: Sequence[Tensor], g_smooth: Sequence[Tensor]) -> list[Tensor]:
-        # A new copy of the model would be memory whose pages the system has to make, each step, unless they are kept.
-        pairs_are_plain = all(map(_is_plain_pair, g_task, g_smooth))
-        if type(self).combine is not SAGM.combine or not pairs_are_plain or not _can_be_overwritten(g_smooth):
-            return self.combine(g_task, g_smooth)
-        means = list(g_smooth)
-        torch._foreach_add_(means, list(g_task))
-        torch._foreach_mul_(means, 0.5)
-        return means
 
 
 @dataclass(frozen=True)
@@ -320,15 +303,10 @@ def _product(direction: Tensor, factor: Tensor, is_finite: Tensor | None) -> Ten
     return product if is_finite is None else torch.where(is_finite, product, 0.0)
 
 
-def _is_plain_pair(a: Tensor, b: Tensor) -> bool:
+def is_plain_pair(a: Tensor, b: Tensor) -> bool:
     """Whether both are tensors of a CPU of the same type, float32 or float64, and no subclass, as DTensor is."""
     is_single_or_double = a.dtype == b.dtype in (torch.float32, torch.float64)
     return is_single_or_double and a.is_cpu and b.is_cpu and type(a.data) is type(b) is Tensor
-
-
-def _can_be_overwritten(tensors: Sequence[Tensor]) -> bool:
-    """Whether there are tensors, all of them different and none expanded."""
-    return 0 < len(tensors) == len(set(map(id, tensors))) and not any(0 in t.stride() for t in tensors)
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

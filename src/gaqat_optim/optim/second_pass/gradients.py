@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from ..freezing import FreezeTarget
-from ..perturbations import GradientPerturbation, Perturbation
+from ..perturbations import SAGM, GradientPerturbation, Perturbation, is_plain_pair
 from ..scale_tracker import ScaleTracker
 from ..validation import check_radii
 from ..wrapper import has_setting
@@ -182,10 +182,8 @@ def combine_gradients(
     shared = [p for p in g_task if p in g_smooth]
     task = tracker.mask_frozen("task", shared, [g_task[p] for p in shared])
     smooth = tracker.mask_frozen("smooth", shared, [g_smooth[p] for p in shared])
-    if isinstance(perturbation, GradientPerturbation):
-        combined = perturbation.combine_in_place(task, smooth)
-    else:
-        combined = perturbation.combine(task, smooth)
+    is_mean = type(perturbation).combine is SAGM.combine and _can_be_overwritten(task, smooth)
+    combined = _write_mean(task, smooth) if is_mean else perturbation.combine(task, smooth)
     for p, g in zip(shared, combined, strict=True):
         if g_smooth[p]._base is not None:  # .grad stays a view of DistributedDataParallel's bucket.
             g_smooth[p].copy_(g)
@@ -197,6 +195,22 @@ def combine_gradients(
         single = {p: g for p, g in grads.items() if p not in other_grads}
         for p, g in zip(single, tracker.mask_frozen(part, list(single), list(single.values())), strict=True):
             p.grad = g
+
+
+def _can_be_overwritten(task: Sequence[Tensor], smooth: Sequence[Tensor]) -> bool:
+    """Whether all are plain tensors of a CPU, and those of ``smooth`` different ones."""
+    return 0 < len(smooth) == len(set(map(id, smooth))) and all(map(is_plain_pair, task, smooth))
+
+
+def _write_mean(task: Sequence[Tensor], smooth: Sequence[Tensor]) -> list[Tensor]:
+    """Write the mean of both gradients, the bits of SAGM's ``combine``, to ``smooth``.
+
+    A new copy of the model would be memory whose pages the system makes anew in each step, unless they are kept.
+    """
+    means = list(smooth)
+    torch._foreach_add_(means, list(task))
+    torch._foreach_mul_(means, 0.5)
+    return means
 
 
 def gradient_versions(params: Iterable[Parameter]) -> list[tuple[weakref.ref[Tensor], int] | None]:
